@@ -1,0 +1,223 @@
+"""Laws of images.py: every readable picture comes out right, every other one as one UserError."""
+
+import io
+import os
+import random
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vcloze_jax import images
+from vcloze_jax.config import UserError
+from vcloze_jax.images import open_mask, open_picture, quiet_decoders, save_png, save_text
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def quadrants(scale=16):
+    """Red and green above, blue and white below; 3:2, so that a turn shows in the size."""
+    corners = np.array([[RED, GREEN, GREEN], [BLUE, WHITE, WHITE]], np.uint8)
+    return Image.fromarray(corners.repeat(scale, 0).repeat(scale, 1))
+
+
+def pixels(path):
+    return np.asarray(open_picture(path))
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "bmp", "tiff", "gif", "ppm"])
+def test_lossless_formats_come_out_exactly(tmp_path, suffix):
+    """Law: what a lossless format stores is what is read, in mode RGB."""
+    quadrants().save(tmp_path / f"a.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+    opened = open_picture(tmp_path / f"a.{suffix}")
+    assert opened.mode == "RGB"
+    assert np.array_equal(np.asarray(opened), np.asarray(quadrants()))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK", "L"])
+def test_jpeg_modes(tmp_path, mode):
+    """Law: JPEG of any colour model comes out as RGB of the same colours (within its loss)."""
+    grey = Image.new("RGB", (32, 16), (90, 90, 90))
+    grey.convert(mode).save(tmp_path / "a.jpg", quality=95, progressive=True)
+    assert np.abs(pixels(tmp_path / "a.jpg").astype(int) - 90).max() <= 2  # two levels of JPEG loss
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "tiff", "webp"])
+def test_exif_turn(tmp_path, turn, suffix):
+    """Law: a picture stored turned, with the tag that says so, is read upright."""
+    inverse = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = quadrants().transpose(inverse[turn]) if turn > 1 else quadrants()
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    stored.save(tmp_path / f"a.{suffix}", exif=exif, lossless=True)
+    assert np.array_equal(pixels(tmp_path / f"a.{suffix}"), np.asarray(quadrants()))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "tRNS"])
+def test_alpha_lies_over_white(tmp_path, mode):
+    """Law: a transparent pixel is white, whatever colour hides under it; an opaque one is kept."""
+    if mode == "P":
+        picture = Image.new("P", (4, 2), 0)
+        picture.putpalette([*BLUE, 0, 0, 0])
+        picture.paste(1, (2, 0, 4, 2))
+        options = {"transparency": 0}
+    elif mode == "tRNS":
+        picture, options = Image.new("RGB", (4, 2), BLUE), {"transparency": BLUE}
+        picture.paste((0, 0, 0), (2, 0, 4, 2))
+    else:
+        picture, options = Image.new("RGBA", (4, 2), (0, 0, 0, 0)), {}
+        picture.paste((0, 0, 0, 255), (2, 0, 4, 2))
+        picture = picture.convert(mode)
+    picture.save(tmp_path / "a.png", **options)
+    expected = np.array([[WHITE] * 2 + [(0, 0, 0)] * 2] * 2)
+    assert np.array_equal(pixels(tmp_path / "a.png"), expected)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
+def test_deep_grey_keeps_its_range(tmp_path, suffix):
+    """Law: 16-bit grey is scaled (v / 257, rounded), not cut at 255."""
+    ramp = np.array([[0, 128, 257, 32768, 65535]], np.uint16)
+    Image.fromarray(ramp).save(tmp_path / f"a.{suffix}")
+    assert pixels(tmp_path / f"a.{suffix}")[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+def test_one_bit_palette_and_first_frame(tmp_path):
+    """Law: 1-bit is black and white; of an animation the first frame counts."""
+    Image.fromarray(np.array([[True, False]])).save(tmp_path / "bit.png")
+    assert pixels(tmp_path / "bit.png")[0, :, 0].tolist() == [255, 0]
+    frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, BLUE)]
+    for name in ("a.gif", "a.webp", "a.png", "a.tiff"):
+        frames[0].save(
+            tmp_path / name, save_all=True, append_images=frames[1:], **{"lossless": True}
+        )
+        assert (pixels(tmp_path / name) == RED).all(), name
+
+
+def png(width, height, body=b""):
+    """A PNG that claims a size and holds `body` as its data."""
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
+
+
+def encoded(fmt, **options):
+    buffer = io.BytesIO()
+    quadrants().save(buffer, fmt, **options)
+    return buffer.getvalue()
+
+
+REFUSED = {
+    "empty.png": (b"", "none of"),
+    "text.png": (b"hello", "none of"),
+    "script.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of"),
+    "cut.png": (encoded("PNG")[:-40], "cannot be read"),
+    "cut.jpg": (encoded("JPEG")[:-300], "cannot be read"),
+    "cut.gif": (encoded("GIF")[:-60], "cannot be read"),
+    "nothing_inside.png": (png(8, 8), "cannot be read"),
+    "bomb.png": (png(8193, 8192), "pixels"),
+    "great_bomb.png": (png(60000, 60000), "pixels"),
+    "other.jp2": (b"\x00\x00\x00\x0cjP  \r\n\x87\n", "none of"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_pictures_are_named(tmp_path, name):
+    """Law: what cannot be decoded is one line that names the file, raised before any big memory."""
+    content, reason = REFUSED[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=reason) as caught:
+        open_picture(tmp_path / name)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_float_tiff_is_refused(tmp_path):
+    """Law: a picture whose white is not known is refused, not guessed."""
+    Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(UserError, match="16 bits"):
+        open_picture(tmp_path / "a.tiff")
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    """Law: pipes, devices, folders, URLs and odd names are refused at once; nothing hangs."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    for path, reason in {
+        tmp_path / "pipe.png": "pipe",
+        "/dev/zero": "device",
+        tmp_path: "folder",
+        tmp_path / "absent.png": "No such file",
+        tmp_path / "loop.png": "cannot be opened",
+        "https://example.org/a.png": "URL",
+        "data:image/png;base64," + "A" * 5000: "cannot be opened",
+        "a\0b.png": "null",
+    }.items():
+        with pytest.raises(UserError, match=reason):
+            open_picture(path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_damaged_pictures_never_raise_anything_else(tmp_path, capfd):
+    """Law: random damage gives a picture or a UserError, no warning and nothing on stderr."""
+    draw = random.Random(0)
+    sources = [encoded(fmt) for fmt in images.FORMATS]
+    sources += [encoded("TIFF", compression=how) for how in ("tiff_lzw", "jpeg", "tiff_deflate")]
+    for i in range(280):
+        damaged = bytearray(sources[i % len(sources)])
+        for _ in range(draw.choice([1, 4, 16])):
+            damaged[draw.randrange(min(len(damaged), 400))] = draw.randrange(256)
+        (tmp_path / "a").write_bytes(damaged)
+        try:
+            with quiet_decoders():
+                assert open_picture(tmp_path / "a").mode == "RGB"
+        except UserError as error:
+            assert "\n" not in str(error)
+    assert capfd.readouterr().err == ""
+
+
+def test_mask_threshold(tmp_path):
+    """Law: grey of 128 and more is generated, less is kept; the mask keeps its size [h, w]."""
+    Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8)).save(tmp_path / "m.png")
+    mask = open_mask(tmp_path / "m.png")
+    assert mask.dtype == bool and mask.tolist() == [[False, False, True, True]]
+
+
+def test_save_round_trip_leaves_nothing_else(tmp_path):
+    """Law: what is saved is read back exactly, replaces the old file, and no temporary stays."""
+    array = np.asarray(quadrants())
+    for content in (np.zeros_like(array), array):
+        save_png(tmp_path / "a.png", content)
+    save_text(tmp_path / "a.json", "{}")
+    assert np.array_equal(pixels(tmp_path / "a.png"), array)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.png"]
+
+
+def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    """Law: a save that dies midway leaves the old file whole and no temporary behind."""
+    save_text(tmp_path / "a.json", "old")
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(images.os, "replace", refuse)
+    with pytest.raises(UserError, match="No space left"):
+        save_text(tmp_path / "a.json", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "old"

@@ -1,0 +1,166 @@
+"""Every size and constant of the models, as frozen dataclasses, and the presets made of them.
+
+Defaults are those of FLUX.1-Fill-dev (black-forest-labs/flux:src/flux/util.py, `flux-dev-fill`).
+Dtypes are strings, so that this room imports nothing.
+"""
+
+from dataclasses import dataclass, field
+
+
+class UserError(Exception):
+    """A mistake of the user's: its message is one line that names the offender and the remedy."""
+
+
+@dataclass(frozen=True)
+class FluxConfig:
+    """The MMDiT. `remat` recomputes each block in the backward pass (needed at full size only)."""
+
+    in_channels: int = 384  # 64 noisy latent | 64 condition latent | 256 mask
+    out_channels: int = 64
+    width: int = 3072
+    heads: int = 24
+    mlp_ratio: int = 4
+    double_blocks: int = 19
+    single_blocks: int = 38
+    text_width: int = 4096  # T5
+    vec_width: int = 768  # CLIP, pooled
+    axes_dim: tuple[int, ...] = (16, 56, 56)  # RoPE: grid row, y, x
+    theta: int = 10_000
+    guidance_embed: bool = True
+    rank: int = 0  # of the LoRA branch in every Dense; 0 means no branch
+    remat: bool = True
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        if sum(self.axes_dim) != self.head_dim:
+            raise ValueError(f"axes_dim {self.axes_dim} must sum to the head dim {self.head_dim}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder: z = (encode(x) - shift) * scale."""
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers: int = 2  # residual blocks per encoder level; the decoder has one more
+    latent_channels: int = 16
+    groups: int = 32
+    scale: float = 0.3611
+    shift: float = 0.1159
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """T5 v1.1 encoder (gated GELU, no biases). `max_length` tokens, padded, padding attended."""
+
+    vocab: int = 32_128
+    width: int = 4096
+    head_dim: int = 64
+    heads: int = 64
+    mlp: int = 10_240
+    layers: int = 24
+    buckets: int = 32
+    max_distance: int = 128
+    max_length: int = 512
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """CLIP text encoder, pooled at the first end token `eos`."""
+
+    vocab: int = 49_408
+    width: int = 768
+    heads: int = 12
+    mlp: int = 3072
+    layers: int = 12
+    max_length: int = 77
+    eos: int = 49_407
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Rectified flow: the shift of time at sampling, and how time and guidance are drawn in training.
+
+    `mask_fill` is the value of masked pixels of the condition picture in training
+    (the authors multiply by 1 - mask, hence 0, but sample with -1, a black cell).
+    """
+
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_tokens: int = 256
+    max_tokens: int = 4096
+    guidance_range: tuple[float, float] = (1.0, 1.0)  # log-uniform in training
+    mask_fill: float = 0.0
+    caption_dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The recipe of a preset; flags of train.py replace single values (paper, section 4)."""
+
+    lr: float = 1e-4
+    batch: int = 64
+    micro_batch: int = 8
+    steps: int = 20_000
+    warmup: int = 0
+    clip: float = 2.0
+    rank: int = 256
+    data: str = "graph200k"
+    save_every: int = 500
+    preview_every: int = 500
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One complete system: models, sizes of its pictures, and its defaults."""
+
+    name: str
+    flux: FluxConfig = field(default_factory=FluxConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    t5: T5Config = field(default_factory=T5Config)
+    clip: CLIPConfig = field(default_factory=CLIPConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    resolution: int = 384
+    num_inference_steps: int = 30
+    guidance_scale: float = 30.0
+
+
+FLUX_FILL = Preset("flux-fill")
+
+# The true topology at a size that a laptop trains: every kind of layer, branch and constant is there.
+MINI = Preset(
+    "mini",
+    flux=FluxConfig(
+        width=160,
+        heads=5,
+        double_blocks=2,
+        single_blocks=5,
+        text_width=128,
+        vec_width=64,
+        axes_dim=(8, 12, 12),
+        remat=False,
+    ),
+    vae=VAEConfig(channels=(8, 16, 32, 64), layers=1, groups=1, scale=1.0, shift=0.0),
+    t5=T5Config(vocab=2048, width=128, head_dim=32, heads=4, mlp=256, layers=2, max_length=96),
+    clip=CLIPConfig(vocab=2048, width=64, heads=2, mlp=256, layers=2, eos=2047),
+    flow=FlowConfig(guidance_range=(1.0, 50.0), mask_fill=-1.0),
+    train=TrainConfig(
+        lr=1e-3,
+        batch=32,
+        micro_batch=32,
+        steps=200,
+        warmup=50,
+        rank=32,
+        data="graphemoji:gray->fluent_flat",
+        save_every=100,
+        preview_every=100,
+    ),
+    resolution=64,
+)
+
+PRESETS = {preset.name: preset for preset in (MINI, FLUX_FILL)}

@@ -1,0 +1,241 @@
+"""A grid of cells: its sizes, masks, tokens and 3-D positions, and its targets cut out again.
+
+Every row is one picture of C equal cells side by side, and is encoded as one; rows may differ in
+size. The last row is the query: its masked pixels are generated, all other pixels are given.
+Sizes follow VisualCloze (lzyhha/VisualCloze:visualcloze.py), resizing follows diffusers
+(huggingface/diffusers:src/diffusers/pipelines/visualcloze/visualcloze_utils.py).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from vcloze_jax.config import UserError
+
+PATCH = 16  # pixels of a token's side: 8 by the VAE, 2 by packing
+MAX_TOKENS = 2**16  # 64 cells of 512 x 512; beyond it only a mistake is plausible
+MAX_RESIZED = 2**26  # pixels before the crop, 256 MiB as Pillow holds them
+GUTTER = 8  # white pixels around every cell of the composed sheet
+MARK = (226, 88, 34)  # colour of the corners that mark a painted cell
+
+Cell = Image.Image | tuple[Image.Image, np.ndarray] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Cells side by side. `mask` is True where pixels are generated; blank cells are black."""
+
+    pixels: np.ndarray  # uint8 [h, C*w, 3]
+    mask: np.ndarray  # bool [h, C*w]
+
+    @property
+    def height(self) -> int:
+        return self.pixels.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.pixels.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Rows from top to bottom, the query last, each of `columns` equal cells.
+
+    Tokens of 16 x 16 pixels run row by row, and row-major over a row's full width.
+    """
+
+    rows: tuple[Row, ...]
+    columns: int
+
+    @classmethod
+    def from_cells(cls, cells: np.ndarray, mask: np.ndarray) -> "Grid":
+        """Join uint8 cells [R, C, h, w, 3]; `mask` is bool and broadcasts to [R, C, h, w]."""
+        r, c, h, w, _ = cells.shape
+        pixels = cells.swapaxes(1, 2).reshape(r, h, c * w, 3)
+        masks = np.broadcast_to(mask, (r, c, h, w)).swapaxes(1, 2).reshape(r, h, c * w)
+        return cls(tuple(map(Row, pixels, masks)), c)
+
+    @property
+    def query(self) -> Row:
+        """The last row, the only one with masked pixels."""
+        return self.rows[-1]
+
+    @property
+    def shape(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of every row: grids of equal shape share one compiled program."""
+        return tuple((row.height, row.width) for row in self.rows)
+
+    @property
+    def tokens(self) -> int:
+        """S, the number of image tokens of all rows."""
+        return sum(h // PATCH * (w // PATCH) for h, w in self.shape)
+
+    @property
+    def targets(self) -> list[int]:
+        """Columns of the query's cells that have a masked pixel."""
+        return [i for i, mask in enumerate(self._split(self.query.mask)) if mask.any()]
+
+    @property
+    def boxes(self) -> list[list[list[int]]]:
+        """[x, y, w, h] of every cell of every row in the sheet of `compose`, in pixels."""
+        boxes, y = [], GUTTER
+        for h, width in self.shape:
+            w = width // self.columns
+            boxes.append([[GUTTER + i * (w + GUTTER), y, w, h] for i in range(self.columns)])
+            y += h + GUTTER
+        return boxes
+
+    def ids(self) -> np.ndarray:
+        """Positions of the tokens, float32 [S, 3]: row number from 1, then y, x in that row."""
+        ids = []
+        for number, (h, w) in enumerate(self.shape, start=1):
+            y, x = np.mgrid[: h // PATCH, : w // PATCH]
+            ids.append(np.stack([np.full_like(y, number), y, x], axis=-1).reshape(-1, 3))
+        return np.concatenate(ids).astype(np.float32)
+
+    def keep(self, painted: np.ndarray) -> np.ndarray:
+        """Put the given pixels back into a painted query row, exactly: uint8 [h, C*w, 3]."""
+        return np.where(self.query.mask[..., None], painted, self.query.pixels)
+
+    def cut(self, painted: np.ndarray) -> list[np.ndarray]:
+        """Cut the targets out of a painted query row, in column order: uint8 [h, w, 3] each."""
+        cells = self._split(self.keep(painted))
+        return [cells[i] for i in self.targets]
+
+    def compose(self, painted: np.ndarray | None = None) -> np.ndarray:
+        """Lay all cells on a white sheet, rows left-aligned: uint8 [height, width, 3].
+
+        `painted` is the query row as decoded; without it the sheet shows the inputs. Gutters of
+        8 pixels surround every cell, and only they carry the corners that mark the targets.
+        """
+        query = self.query.pixels if painted is None else self.keep(painted)
+        boxes = self.boxes
+        width = max(x + w for x, _, w, _ in (row[-1] for row in boxes)) + GUTTER
+        height = boxes[-1][0][1] + boxes[-1][0][3] + GUTTER
+        sheet = np.full((height, width, 3), 255, np.uint8)
+        for row, pixels in zip(boxes, [*(r.pixels for r in self.rows[:-1]), query], strict=True):
+            for (x, y, w, h), cell in zip(row, self._split(pixels), strict=True):
+                sheet[y : y + h, x : x + w] = cell
+        for i in self.targets:
+            _mark(sheet, boxes[-1][i])
+        return sheet
+
+    def _split(self, row: np.ndarray) -> list[np.ndarray]:
+        return np.split(row, self.columns, axis=1)
+
+
+def _mark(sheet: np.ndarray, box: list[int]) -> None:
+    """Draw the four corners of a frame that lies 2 pixels outside `box` and is 2 pixels thick."""
+    x, y, w, h = box[0] - 4, box[1] - 4, box[2] + 8, box[3] + 8
+    frame = np.ones((h, w), bool)
+    frame[2:-2, 2:-2] = False
+    frame[10:-10] = frame[:, 10:-10] = False
+    sheet[y : y + h, x : x + w][frame] = MARK
+
+
+def build_grid(images: list[list[Cell]], resolution: int) -> Grid:
+    """Bring pictures to the sizes of their rows and join them; sizes first, then one resize each.
+
+    A cell is an RGB picture, None (all of it is generated) or a pair of a picture and a bool mask
+    [h, w] of the same size (True is generated). Raises UserError naming the cell.
+    """
+    cells = [[c if isinstance(c, tuple) else (c, None) for c in row] for row in images]
+    _check_layout(cells)
+    sizes = _row_sizes(cells, resolution)
+    tokens = sum(len(cells[0]) * (w // PATCH) * (h // PATCH) for w, h in sizes)
+    if tokens > MAX_TOKENS:
+        raise UserError(
+            f"image: the grid has {tokens} tokens of at most {MAX_TOKENS}; "
+            "lower the resolution or use fewer cells"
+        )
+    rows = []
+    for r, (row, size) in enumerate(zip(cells, sizes, strict=True)):
+        pairs = [_fit(*cell, *size, f"image[{r}][{i}]") for i, cell in enumerate(row)]
+        pixels, masks = zip(*pairs, strict=True)
+        rows.append(Row(np.concatenate(pixels, axis=1), np.concatenate(masks, axis=1)))
+    return Grid(tuple(rows), len(cells[0]))
+
+
+def row_size(width: int, height: int, resolution: int) -> tuple[int, int]:
+    """Size (w, h) of a cell of area resolution² and the picture's aspect, floored to 16.
+
+    The order of roundings is the authors' and makes landscape and portrait differ.
+    """
+    aspect = width / height
+    h = int((resolution * resolution / aspect) ** 0.5)
+    return _floor(int(h * aspect)), _floor(h)
+
+
+def cover(
+    picture: Image.Image, width: int, height: int, resample=Image.Resampling.LANCZOS
+) -> Image.Image:
+    """Resize to cover width x height and crop the centre, in diffusers' integer arithmetic.
+
+    Raises UserError if the two shapes differ so much that the resized picture would be absurd.
+    """
+    wide = picture.width / picture.height >= width / height
+    w = picture.width * height // picture.height if wide else width
+    h = height if wide else picture.height * width // picture.width
+    if w * h > MAX_RESIZED:
+        raise UserError(
+            f"a picture of {picture.width}x{picture.height} cannot fill a cell of "
+            f"{width}x{height}; crop it to a similar shape"
+        )
+    left, top = w // 2 - width // 2, h // 2 - height // 2
+    return picture.resize((w, h), resample).crop((left, top, left + width, top + height))
+
+
+def _check_layout(cells: list[list[tuple]]) -> None:
+    if not cells or not cells[0]:
+        raise UserError("image: no cell; give rows of cells, the query last")
+    for r, row in enumerate(cells):
+        if len(row) != len(cells[0]):
+            raise UserError(
+                f"image[{r}]: {len(row)} cells, but row 0 has {len(cells[0])}; "
+                "all rows have the same number"
+            )
+        for i, (picture, mask) in enumerate(row):
+            if r < len(cells) - 1 and (picture is None or mask is not None):
+                raise UserError(f"image[{r}][{i}]: only the last row may hold targets")
+            if mask is not None and mask.shape != (picture.height, picture.width):
+                raise UserError(
+                    f"image[{r}][{i}]: the mask is {mask.shape[1]}x{mask.shape[0]}, its picture "
+                    f"{picture.width}x{picture.height}; make them equal"
+                )
+    if not any(picture is None or mask is not None for picture, mask in cells[-1]):
+        raise UserError(f"image[{len(cells) - 1}]: no target; make a cell of the last row null")
+
+
+def _row_sizes(cells: list[list[tuple]], resolution: int) -> list[tuple[int, int]]:
+    """Cell size (w, h) of every row."""
+    sizes = []
+    for row in cells:
+        first = next((picture.size for picture, _ in row if picture), (resolution, resolution))
+        sizes.append(row_size(*first, resolution))
+    if sum(picture is None or mask is not None for picture, mask in cells[-1]) > 1:
+        width = sizes[-1][0]  # several targets: one width for all rows
+        sizes = [(width, _floor(h * width // w)) for w, h in sizes]
+    return sizes
+
+
+def _fit(
+    picture: Image.Image | None, mask: np.ndarray | None, width: int, height: int, where: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """One cell at its final size: uint8 [h, w, 3] and bool [h, w]."""
+    if picture is None:
+        return np.zeros((height, width, 3), np.uint8), np.ones((height, width), bool)
+    try:
+        pixels = np.asarray(cover(picture, width, height))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if mask is None:
+        return pixels, np.zeros((height, width), bool)
+    mask = np.asarray(cover(Image.fromarray(mask), width, height, Image.Resampling.NEAREST))
+    if not mask.any():
+        raise UserError(f"{where}: the mask is all black; paint white what is to be generated")
+    return pixels, mask
+
+
+def _floor(side: int) -> int:
+    return max(side // PATCH, 1) * PATCH

@@ -1,0 +1,131 @@
+"""Open pictures so that no file can surprise us, save them so that no reader meets half a file.
+
+Pillow's `open(path).convert("RGB")` turns 16-bit grey white, ignores the camera's turn, shows the
+noise under alpha, waits for ever on a pipe and only warns of a picture that fills the memory.
+"""
+
+import io
+import os
+import re
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vcloze_jax.config import UserError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+MAX_PIXELS = 2**26  # 8192 x 8192, 256 MiB as Pillow holds it
+URL = re.compile(r"(^|/)[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+
+
+def check_file(path: str | Path) -> Path:
+    """Return `path` if it is a regular file, so that opening it can neither wait nor act.
+
+    Raises UserError naming the file: missing, a URL, a folder, a pipe, a device.
+    """
+    name = repr(str(path))
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if URL.search(str(path)):
+            raise UserError(f"{name} is a URL; download it and give the file") from None
+        raise UserError(f"{name} cannot be opened: {_reason(error)}; check the path") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise UserError(f"{name} is {kind}; give a regular file")
+    return Path(path)
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """Decode the first frame of a picture to RGB: turned as EXIF says, alpha over white.
+
+    16-bit grey keeps its range (65535 becomes 255). Raises UserError naming the file.
+    """
+    path, name = check_file(path), repr(str(path))
+    try:
+        with Image.open(path, formats=FORMATS) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            picture.load()
+            ImageOps.exif_transpose(picture, in_place=True)
+            return _to_rgb(picture)
+    except Image.DecompressionBombError:
+        raise UserError(f"{name} has more than {MAX_PIXELS} pixels; shrink it") from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{name} is none of {', '.join(FORMATS)}; convert it") from None
+    except Exception as error:  # a decoder may raise anything on a hostile file
+        raise UserError(f"{name} cannot be read: {_reason(error)}; save it anew") from None
+
+
+def open_mask(path: str | Path) -> np.ndarray:
+    """Read a mask as bool [h, w]: white (grey level of 128 or more) is True, to be generated."""
+    return np.asarray(open_picture(path).convert("L")) >= 128
+
+
+@contextmanager
+def quiet_decoders() -> Iterator[None]:
+    """Discard the remarks that Pillow warns and logs and that libtiff writes to stderr by itself.
+
+    What matters of them comes as UserError. Not for threads: it redirects the process's stderr.
+    """
+    with warnings.catch_warnings(), open(os.devnull, "w") as null:
+        warnings.simplefilter("ignore")
+        stderr = os.dup(2)
+        os.dup2(null.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+def save_png(path: str | Path, pixels: np.ndarray) -> None:
+    """Write uint8 pixels [h, w, 3] as PNG, atomically. Raises UserError if the disk refuses."""
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, "PNG")
+    _save(Path(path), encoded.getvalue())
+
+
+def save_text(path: str | Path, text: str) -> None:
+    """Write text as UTF-8, atomically. Raises UserError if the disk refuses."""
+    _save(Path(path), text.encode())
+
+
+def _save(path: Path, content: bytes) -> None:
+    # Beside the final file, because os.replace is atomic only within one file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be written: {_reason(error)}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode[0] in "IF":
+        return _from_deep_grey(picture).convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        sheet = Image.new("RGB", picture.size, "white")
+        sheet.paste(picture, mask=picture.getchannel("A"))
+        return sheet
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _from_deep_grey(picture: Image.Image) -> Image.Image:
+    grey = np.asarray(picture)
+    if picture.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+        raise ValueError("more than 16 bits per pixel")  # where is its white?
+    return Image.fromarray(np.rint(grey / np.float32(257)).astype(np.uint8))
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())  # one line, whatever the decoder wrote
