@@ -1,0 +1,76 @@
+"""The FLUX transformer on one screen: embed, scan the double blocks, scan the single, project.
+
+Source: black-forest-labs/flux:src/flux/model.py. Blocks of a kind are one module whose weights
+carry a leading layer axis, so that depth costs no compile time.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vcloze_jax.layers import Dense, DoubleBlock, LastLayer, MLPEmbedder, SingleBlock, stack
+
+
+class Modulation(NamedTuple):
+    """What time, guidance and pooled text say to every layer; a function of one vector alone."""
+
+    img: jax.Array  # [double, B, 6D]
+    txt: jax.Array  # [double, B, 6D]
+    single: jax.Array  # [single, B, 3D]
+    final: jax.Array  # [B, 2D]
+
+
+class Flux(nnx.Module):
+    """Velocity (noise - image) of packed latents, given condition, mask and text."""
+
+    def __init__(self, c, *, rngs):
+        dense = dict(rank=c.rank, rngs=rngs)
+        self.config = c
+        self.img_in = Dense(c.in_channels, c.width, **dense)
+        self.txt_in = Dense(c.text_width, c.width, **dense)
+        self.time_in = MLPEmbedder(256, c.width, **dense)
+        self.vector_in = MLPEmbedder(c.vec_width, c.width, **dense)
+        if c.guidance_embed:
+            self.guidance_in = MLPEmbedder(256, c.width, **dense)
+        self.double = stack(lambda rngs: DoubleBlock(c, rngs=rngs), c.double_blocks, rngs)
+        self.single = stack(lambda rngs: SingleBlock(c, rngs=rngs), c.single_blocks, rngs)
+        self.final = LastLayer(c, rngs=rngs)
+
+    def modulation(self, t, guidance, pooled):
+        """t, guidance float32 [B], pooled text [B, V] -> Modulation in the dtype of `pooled`.
+
+        Split from the rest, so that a sampler computes all its steps' modulations at once.
+        """
+        vec = self.time_in.sinusoid(t, pooled.dtype) + self.vector_in(pooled)  # B D
+        if self.config.guidance_embed:
+            vec = vec + self.guidance_in.sinusoid(guidance, pooled.dtype)
+        vec = jax.nn.silu(vec)
+        each = jax.vmap(lambda mod: mod(vec))
+        img, txt, single = self.double.img.mod, self.double.txt.mod, self.single.mod
+        return Modulation(each(img), each(txt), each(single), self.final.mod(vec))
+
+    def __call__(self, img, txt, mod, pe, lengths=None):
+        """img [B, N, in_channels], txt [B, T, text_width], pe of T + N tokens -> [B, N, out].
+
+        `lengths` int32 [B] counts the real tokens, text included, where img is padded.
+        """
+        img = self.img_in(img)  # B N D
+        txt = self.txt_in(txt)  # B T D
+        T = txt.shape[1]
+
+        def double(x, layer):
+            block, img_mod, txt_mod = layer
+            return block(*x, img_mod, txt_mod, pe, lengths), None
+
+        def single(x, layer):
+            block, mod = layer
+            return block(x, mod, pe, lengths), None
+
+        if self.config.remat:
+            double, single = jax.checkpoint(double), jax.checkpoint(single)
+        (img, txt), _ = jax.lax.scan(double, (img, txt), (self.double, mod.img, mod.txt))
+        x = jnp.concatenate([txt, img], 1)  # B L D
+        x, _ = jax.lax.scan(single, x, (self.single, mod.single))
+        return self.final(x[:, T:], mod.final)

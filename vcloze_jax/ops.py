@@ -1,0 +1,91 @@
+"""The formulas of FLUX that own no weights: packing, positions, time features, attention."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def pack(x):
+    """Latent [B, h, w, C] -> tokens [B, h/2 * w/2, 4C], row-major; channel = c*4 + py*2 + px.
+
+    Source: black-forest-labs/flux:src/flux/sampling.py (prepare).
+    """
+    B, h, w, C = x.shape
+    x = x.reshape(B, h // 2, 2, w // 2, 2, C)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(B, h * w // 4, C * 4)
+
+
+def unpack(tokens, h, w):
+    """Tokens [B, h/2 * w/2, 4C] -> latent [B, h, w, C]; the inverse of `pack`."""
+    B, _, D = tokens.shape
+    x = tokens.reshape(B, h // 2, w // 2, D // 4, 2, 2)
+    return x.transpose(0, 1, 4, 2, 5, 3).reshape(B, h, w, D // 4)
+
+
+def pack_mask(mask):
+    """Pixel mask [B, H, W] (1 = generate) -> [B, S, 256]: 8x8 pixels to 64 channels, then packed.
+
+    Source: black-forest-labs/flux:src/flux/sampling.py (prepare_fill).
+    """
+    B, H, W = mask.shape
+    x = mask.reshape(B, H // 8, 8, W // 8, 8).transpose(0, 1, 3, 2, 4)
+    return pack(x.reshape(B, H // 8, W // 8, 64))
+
+
+def rope_table(ids, axes_dim, theta):
+    """Position ids [..., L, 3] -> (cos, sin), float32 [..., L, 1, K/2]; on the host, in NumPy.
+
+    Angles are float64, as in diffusers: bfloat16 would round position 257 to 256. The singleton
+    axis is that of the heads.
+    """
+    ids = np.asarray(ids, np.float64)
+    omega = [theta ** -(np.arange(0, dim, 2) / dim) for dim in axes_dim]
+    angles = np.concatenate([ids[..., i, None] * w for i, w in enumerate(omega)], -1)
+    angles = angles[..., None, :]
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rope(x, pe):
+    """Rotate the interleaved pairs of x [B, L, H, K] by `pe` in float32; back in x's dtype."""
+    cos, sin = pe
+    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    out = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
+    return out.reshape(x.shape).astype(x.dtype)
+
+
+def attention(q, k, v, lengths=None):
+    """Softmax attention over q, k, v [B, L, H, K] -> [B, L, H*K]; the one seam for kernels.
+
+    `lengths` int32 [B] counts each sample's real tokens: padding is on the right only.
+    """
+    fused = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16
+    out = jax.nn.dot_product_attention(
+        q, k, v, key_value_seq_lengths=lengths, implementation="cudnn" if fused else "xla"
+    )
+    return out.reshape(*out.shape[:2], -1)
+
+
+def timestep_embedding(t, dim=256):
+    """Sinusoid of t float32 [B] (0 .. 1; guidance likewise) -> float32 [B, dim], cosines first.
+
+    The argument 1000 * t is rounded to float32 before it meets the frequencies, as the reference
+    does: a float64 sinusoid moves a tiny model's output by 6e-4 at guidance 30. So do frequencies
+    one float32 apart, hence an exact exponential of the float32 exponents.
+    """
+    half = dim // 2
+    exponents = -np.log(np.float32(10_000)) * np.arange(half, dtype=np.float32) / half
+    freqs = np.exp(exponents, dtype=np.float64).astype(np.float32)
+    angles = (1000.0 * t.astype(jnp.float32))[:, None] * freqs[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+
+
+def layer_norm(x, eps=1e-6):
+    """LayerNorm over the last axis without affine, computed in float32."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def modulate(x, shift, scale):
+    """Adaptive LayerNorm: x [B, L, D] normed, then shifted and scaled by [B, 1, D]."""
+    return (1 + scale) * layer_norm(x) + shift

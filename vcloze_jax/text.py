@@ -1,0 +1,203 @@
+"""What FLUX reads of a prompt: all tokens through a T5 encoder, one vector out of CLIP.
+
+Shapes: B batch, T tokens, D width, H heads, K head dim. Both encoders compute in the dtype of
+their embeddings, with norms and softmax in float32. Blocks are one module whose weights carry
+a leading layer axis. Source: huggingface/transformers:src/transformers/models/{t5,clip}.
+"""
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vcloze_jax.config import CLIPConfig, T5Config, UserError
+from vcloze_jax.layers import Dense, RMSNorm, stack
+from vcloze_jax.ops import layer_norm
+
+
+class T5Encoder(nnx.Module):
+    """T5 v1.1: gated GELU, no biases, RMS norms; positions enter as a bias of the scores only."""
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+        c = self.config = config
+        self.embed = nnx.Param(normal(rngs, (c.vocab, c.width), 1.0))
+        self.relative_bias = nnx.Param(normal(rngs, (c.buckets, c.heads), c.width**-0.5))
+        self.blocks = stack(lambda rngs: T5Block(c, rngs=rngs), c.layers, rngs)
+        self.norm = RMSNorm(c.width)
+
+    def __call__(self, ids):
+        """Token ids int32 [B, T] -> [B, T, D]. Padding is attended like any word, as FLUX does."""
+        c = self.config
+        buckets = relative_buckets(ids.shape[1], c.buckets, c.max_distance)  # T T
+        bias = jnp.moveaxis(self.relative_bias[buckets], -1, 0)[None]  # 1 H T T
+        x, _ = jax.lax.scan(lambda x, block: (block(x, bias), None), self.embed[ids], self.blocks)
+        return self.norm(x)
+
+
+class T5Block(nnx.Module):
+    """Attention, then a gated MLP, each behind its own norm."""
+
+    def __init__(self, c, *, rngs):
+        inner = c.heads * c.head_dim
+        dense = dict(use_bias=False, rngs=rngs)
+        self.heads = c.heads
+        self.norm1 = RMSNorm(c.width)
+        # Scores are not divided by sqrt(K): at birth the queries are, instead.
+        self.q = Dense(c.width, inner, std=(c.width * c.head_dim) ** -0.5, **dense)
+        self.k = Dense(c.width, inner, **dense)
+        self.v = Dense(c.width, inner, **dense)
+        self.o = Dense(inner, c.width, **dense)
+        self.norm2 = RMSNorm(c.width)
+        self.wi_0 = Dense(c.width, c.mlp, **dense)
+        self.wi_1 = Dense(c.width, c.mlp, **dense)
+        self.wo = Dense(c.mlp, c.width, **dense)
+
+    def __call__(self, x, bias):
+        """x [B, T, D], bias [1, H, T, T] -> [B, T, D]."""
+        x = x + attend(self, self.norm1(x), scale=1.0, bias=bias)
+        h = self.norm2(x)
+        return x + self.wo(jax.nn.gelu(self.wi_0(h), approximate=True) * self.wi_1(h))
+
+
+def relative_buckets(length, buckets, max_distance):
+    """Bucket of key minus query position, int [T, T]: one half for each sign; in each half, near
+    distances have a bucket of their own and far ones share logarithmic ones up to `max_distance`.
+
+    float32, as in the reference: float64 puts some distances on the other side of an edge.
+    """
+    offset = np.arange(length)[None] - np.arange(length)[:, None]
+    distance = np.abs(offset)
+    half = buckets // 2
+    near = half // 2
+    octave = np.log(np.maximum(distance, 1).astype(np.float32) / near)
+    far = near + (octave / math.log(max_distance / near) * (half - near)).astype(int)
+    return np.where(distance < near, distance, np.minimum(far, half - 1)) + half * (offset > 0)
+
+
+class CLIPTextEncoder(nnx.Module):
+    """CLIP's text tower: causal, learned positions, pooled where the prompt ends."""
+
+    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        self.embed = nnx.Param(normal(rngs, (c.vocab, c.width), 0.02))
+        self.positions = nnx.Param(normal(rngs, (c.max_length, c.width), 0.01))
+        self.blocks = stack(lambda rngs: CLIPBlock(c, rngs=rngs), c.layers, rngs)
+        self.norm = LayerNorm(c.width)
+
+    def __call__(self, ids):
+        """Token ids int32 [B, T], T <= max_length -> [B, D], read at the first `eos` of a row."""
+        x = self.embed[ids] + self.positions[None]  # B T D
+        x, _ = jax.lax.scan(lambda x, block: (block(x), None), x, self.blocks)
+        first = jnp.argmax(ids == self.config.eos, axis=1)  # B
+        return self.norm(x[jnp.arange(len(ids)), first])
+
+
+class CLIPBlock(nnx.Module):
+    """Causal attention, then an MLP with the quick GELU, each behind its own norm."""
+
+    def __init__(self, c, *, rngs):
+        self.heads = c.heads
+        self.norm1 = LayerNorm(c.width)
+        self.q = Dense(c.width, c.width, rngs=rngs)
+        self.k = Dense(c.width, c.width, rngs=rngs)
+        self.v = Dense(c.width, c.width, rngs=rngs)
+        self.o = Dense(c.width, c.width, rngs=rngs)
+        self.norm2 = LayerNorm(c.width)
+        self.fc1 = Dense(c.width, c.mlp, rngs=rngs)
+        self.fc2 = Dense(c.mlp, c.width, rngs=rngs)
+
+    def __call__(self, x):
+        """x [B, T, D] -> [B, T, D]."""
+        x = x + attend(self, self.norm1(x), is_causal=True)
+        h = self.fc1(self.norm2(x))
+        return x + self.fc2(h * jax.nn.sigmoid(1.702 * h))
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm with scale and bias over the last axis, in float32."""
+
+    def __init__(self, width):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+
+    def __call__(self, x):
+        y = layer_norm(x.astype(jnp.float32), eps=1e-5)
+        y = y * self.scale.astype(jnp.float32) + self.bias.astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+def attend(block, x, **kind):
+    """Self-attention of a block on normed x [B, T, D] -> [B, T, D]; softmax in float32."""
+    q, k, v = (f(x).reshape(*x.shape[:2], block.heads, -1) for f in (block.q, block.k, block.v))
+    out = jax.nn.dot_product_attention(q, k, v, implementation="xla", **kind)  # B T H K
+    return block.o(out.reshape(*x.shape[:2], -1))
+
+
+def normal(rngs, shape, std):
+    return std * jax.random.normal(rngs.params(), shape)
+
+
+class Tokenizers:
+    """Prompts to token ids, with the two tokenizers of a weights folder laid out as FLUX's.
+
+    `folder` holds `tokenizer/` (CLIP) and `tokenizer_2/` (T5); nothing is downloaded. Raises
+    UserError if one is missing, unreadable, or not that of the text encoder: JAX clamps an id
+    beyond the vocabulary to its last row and would never say so.
+    """
+
+    def __init__(self, folder: Path, t5: T5Config, clip: CLIPConfig):
+        from transformers import CLIPTokenizer, T5Tokenizer  # slow to import
+
+        self.t5 = load_tokenizer(T5Tokenizer, Path(folder) / "tokenizer_2", t5.vocab)
+        self.clip = load_tokenizer(CLIPTokenizer, Path(folder) / "tokenizer", clip.vocab)
+        self.t5_length, self.clip_length = t5.max_length, clip.max_length
+        if self.clip.eos_token_id != clip.eos:
+            raise UserError(
+                f"{folder}/tokenizer: the end token is {self.clip.eos_token_id}, but the text "
+                f"encoder pools at {clip.eos}; take both from one model"
+            )
+
+    def __call__(self, prompts: list[str]):
+        """-> T5 ids int32 [B, T5 max_length], CLIP ids int32 [B, CLIP max_length], dropped.
+
+        Too long a prompt loses its last words but keeps its end token; `dropped` counts the
+        lost tokens: one {"t5": n, "clip": n} per prompt. A short one is padded on the right.
+        """
+        t5_ids, t5_dropped = tokenize(self.t5, prompts, self.t5_length)
+        clip_ids, clip_dropped = tokenize(self.clip, prompts, self.clip_length)
+        dropped = [
+            {"t5": t5, "clip": clip} for t5, clip in zip(t5_dropped, clip_dropped, strict=True)
+        ]
+        return t5_ids, clip_ids, dropped
+
+
+def load_tokenizer(cls, folder, vocab):
+    """A tokenizer of `transformers` from its folder, never from the network; see Tokenizers."""
+    # Where its files are missing, transformers makes an empty tokenizer and says nothing.
+    if not any((folder / name).is_file() for name in cls.vocab_files_names.values()):
+        files = " or ".join(cls.vocab_files_names.values())
+        raise UserError(f"{folder}: no {files}; take the folder from the model that you load")
+    try:
+        tokenizer = cls.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception on a broken file
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: not a tokenizer ({reason}); fetch it again") from error
+    if len(tokenizer) > vocab:
+        raise UserError(
+            f"{folder}: {len(tokenizer)} tokens, but the text encoder knows {vocab}; "
+            "take both from one model"
+        )
+    return tokenizer
+
+
+def tokenize(tokenizer, prompts, length):
+    """-> ids int32 [B, length] and the number of tokens that each prompt lost."""
+    rows = tokenizer(prompts, verbose=False)["input_ids"]
+    cut = [row if len(row) <= length else [*row[: length - 1], row[-1]] for row in rows]
+    ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
+    for i, row in enumerate(cut):
+        ids[i, : len(row)] = row
+    return ids, [len(row) - len(kept) for row, kept in zip(rows, cut, strict=True)]
