@@ -1,0 +1,85 @@
+"""The text encoders: our path, the name in transformers.
+
+Source: huggingface/transformers:src/transformers/models/{t5/modeling_t5,clip/modeling_clip}.py.
+transformers 5 writes CLIP without the prefix that transformers 4 gave it; both read it with.
+"""
+
+from ports.rows import Part, Table
+
+ATTENTION = "encoder.block.{i}.layer.0"
+MLP = "encoder.block.{i}.layer.1"
+LAYER = "encoder.layers.{i}"
+
+T5_TABLE = Table(
+    (
+        ("embed", "shared.weight"),
+        (
+            "relative_bias",
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        ),
+        ("blocks/norm1", f"{ATTENTION}.layer_norm"),
+        ("blocks/norm2", f"{MLP}.layer_norm"),
+        ("blocks/wi_0", f"{MLP}.DenseReluDense.wi_0"),
+        ("blocks/wi_1", f"{MLP}.DenseReluDense.wi_1"),
+        ("blocks/wo", f"{MLP}.DenseReluDense.wo"),
+        ("blocks/{qkvo}", f"{ATTENTION}.SelfAttention.{{qkvo}}"),
+        ("norm", "encoder.final_layer_norm"),
+    ),
+    ignored=((r"encoder\.embed_tokens\.weight", "a second name of shared.weight"),),
+)
+
+CLIP_TABLE = Table(
+    (
+        ("embed", "embeddings.token_embedding.weight"),
+        ("positions", "embeddings.position_embedding.weight"),
+        ("blocks/norm1", f"{LAYER}.layer_norm1"),
+        ("blocks/norm2", f"{LAYER}.layer_norm2"),
+        ("blocks/fc1", f"{LAYER}.mlp.fc1"),
+        ("blocks/fc2", f"{LAYER}.mlp.fc2"),
+        ("blocks/o", f"{LAYER}.self_attn.out_proj"),
+        ("blocks/{qkv}", f"{LAYER}.self_attn.{{qkv}}_proj"),
+        ("norm", "final_layer_norm"),
+    ),
+    prefix="text_model.",
+    ignored=((r"(text_model\.)?embeddings\.position_ids", "the numbers 0, 1, 2, ..."),),
+)
+
+T5 = Part(
+    "text_encoder_2",
+    "model",
+    T5_TABLE,
+    config={
+        "vocab_size": "vocab",
+        "d_model": "width",
+        "d_kv": "head_dim",
+        "num_heads": "heads",
+        "d_ff": "mlp",
+        "num_layers": "layers",
+        "relative_attention_num_buckets": "buckets",
+        "relative_attention_max_distance": "max_distance",
+    },
+    fixed={"model_type": "t5", "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6},
+    written=lambda entries: {"architectures": ["T5EncoderModel"], "tie_word_embeddings": False},
+)
+
+CLIP = Part(
+    "text_encoder",
+    "model",
+    CLIP_TABLE,
+    config={
+        "vocab_size": "vocab",
+        "hidden_size": "width",
+        "num_attention_heads": "heads",
+        "intermediate_size": "mlp",
+        "num_hidden_layers": "layers",
+        "max_position_embeddings": "max_length",
+        "eos_token_id": "eos",
+    },
+    fixed={"model_type": "clip_text_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    written=lambda entries: {
+        "architectures": ["CLIPTextModel"],
+        "projection_dim": entries["hidden_size"],
+        "bos_token_id": entries["eos_token_id"] - 1,
+        "pad_token_id": entries["eos_token_id"],
+    },
+)
