@@ -1,0 +1,254 @@
+"""Laws of the checkpoints: nothing lost, nothing altered, nothing half, nothing silent."""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import gc
+import random
+import resource
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vcloze_jax import checkpoint
+from vcloze_jax.config import UserError
+
+
+def make_sharding(*axes: int) -> NamedSharding:
+    """A mesh of as many of `axes` as there are devices for, sharding rows over all of it."""
+    names = ("data", "fsdp")[: len(axes)]
+    if np.prod(axes) > jax.device_count():
+        axes = (1,) * len(axes)
+    types = (jax.sharding.AxisType.Auto,) * len(axes)
+    return NamedSharding(jax.make_mesh(axes, names, axis_types=types), P(names))
+
+
+def make_state(seed: int, sharding: NamedSharding | None = None, rows: int = 16):
+    """A tiny state (trainable, optimizer, extras) with awkward values, its rows over `sharding`."""
+    sharding = sharding or make_sharding(8)
+    rng = np.random.default_rng(seed)
+    awkward = np.array([np.nan, -np.nan, np.inf, -0.0, 1e-45, 3e38], np.float32)
+    kernel = np.concatenate([awkward, rng.normal(size=rows * 6 - 6).astype(np.float32)])
+    trainable = {
+        "double": {"lora_a": jnp.asarray(kernel.reshape(rows, 6))},
+        "single": {"lora_b": jnp.asarray(rng.normal(size=(rows, 3)), jnp.bfloat16)},
+    }
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    state = jax.device_put(trainable, sharding), optimizer.init(trainable)
+    return (*state, {"seed": np.float32(seed), "ids": rng.integers(0, 9, 4)})
+
+
+def abstract(state, sharding: NamedSharding | None = None):
+    """`like` for `state`; arrays of rank 2 go onto `sharding`, if given."""
+
+    def leaf(x):
+        if not isinstance(x, jax.Array):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype)
+        place = sharding if sharding and x.ndim == 2 else x.sharding
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    return jax.tree.map(leaf, state)
+
+
+def assert_equal(ours, theirs):
+    """Same tree, same types, same bits (NaNs and signed zeros too)."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with steps 1 and 2, and their states. Tests leave it as they found it."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    states = {step: make_state(step) for step in (1, 2)}
+    for step, state in states.items():
+        checkpoint.save(folder, step, state)
+    return folder, states
+
+
+def test_round_trip(finished):
+    """restore(save(x)) = x to the bit, in optax's own types, and nothing is written to stderr."""
+    folder, states = finished
+    step, state = checkpoint.restore(folder, abstract(states[2]))
+    assert step == checkpoint.latest(folder) == 2
+    assert isinstance(state[1][1][0], optax.ScaleByAdamState)
+    assert_equal(state, states[2])
+
+
+def test_another_mesh(tmp_path):
+    """8 devices -> 4 x 2 -> 1: each restore lies as `like` says and has the bits of the first."""
+    first = state = make_state(0)
+    for step, axes in enumerate([(4, 2), (1,)]):
+        checkpoint.save(tmp_path, step, state)
+        sharding = make_sharding(*axes)
+        _, state = checkpoint.restore(tmp_path, abstract(state, sharding))
+        assert state[0]["double"]["lora_a"].sharding == sharding
+        assert_equal(state, first)
+
+
+def test_damage_is_never_silent(finished, capsys):
+    """Any flipped bit, cut or lost file: one line refuses the step, the older one is exact."""
+    folder, states = finished
+    rng, like = random.Random(0), abstract(states[2])
+    files = sorted(path for path in (folder / "2").rglob("*") if path.is_file())
+    for trial in range(60):
+        path = rng.choice([path for path in files if path.stat().st_size])
+        content = path.read_bytes()
+        damaged = bytearray(content)
+        damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        kind = trial % 6  # most are flips, what orbax alone does not notice
+        if kind == 0:
+            path.unlink()
+        else:
+            path.write_bytes(damaged[: rng.randrange(len(content))] if kind == 1 else damaged)
+        step, state = checkpoint.restore(folder, like)
+        path.write_bytes(content)
+        assert step == 1
+        assert_equal(state, states[1])
+        warning = capsys.readouterr().err
+        assert warning.startswith(f"warning: {folder}: step 2: ") and warning.count("\n") == 1
+        assert path.name in warning and warning.endswith("; going back to step 1\n")
+    assert checkpoint.restore(folder, like)[0] == 2
+
+
+def test_array_digest(finished, monkeypatch):
+    """Files intact but an array not what was saved (a fault below us): refused by its name."""
+    folder, states = finished
+    load = checkpoint.ocp.load
+
+    def faulty(*args):
+        arrays = load(*args)
+        return arrays | {"0/double/lora_a": -arrays["0/double/lora_a"]}
+
+    monkeypatch.setattr(checkpoint.ocp, "load", faulty)
+    with pytest.raises(UserError, match="step 2: array 0/double/lora_a is not .* step 1: array"):
+        checkpoint.restore(folder, abstract(states[2]))
+
+
+def test_none_intact(tmp_path):
+    """Checkpoints that exist but cannot be read are an error, and stay as they are."""
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {"a": jnp.ones(4)})
+        (tmp_path / str(step) / "digests").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="no intact checkpoint .step 2: .*; step 1: .*move the"):
+        checkpoint.restore(tmp_path, {"a": jnp.ones(4)})
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_going_back(tmp_path):
+    """The last `keep` steps stay; what lies after the saved step belongs to an abandoned future."""
+    for step in (1, 2, 3, 4):
+        checkpoint.save(tmp_path, step, {"a": jnp.full(4, step)}, keep=3)
+    assert sorted(os.listdir(tmp_path)) == ["2", "3", "4"]
+    checkpoint.save(tmp_path, 3, {"a": jnp.full(4, 30)}, keep=3)
+    assert sorted(os.listdir(tmp_path)) == ["2", "3"]
+    assert checkpoint.restore(tmp_path, {"a": jnp.ones(4, int)})[1]["a"][0] == 30
+
+
+def test_leftovers(tmp_path):
+    """What a killed save or removal left is no step, and `clean` removes it and nothing else."""
+    assert checkpoint.latest(tmp_path / "none") is checkpoint.latest(tmp_path) is None
+    checkpoint.save(tmp_path, 1, {"a": jnp.ones(4)})
+    (tmp_path / "1").rename(tmp_path / "1.old.tmp")
+    (tmp_path / "2.tmp" / "arrays.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert checkpoint.latest(tmp_path) is None
+    with pytest.raises(UserError, match="no intact checkpoint .it is empty"):
+        checkpoint.restore(tmp_path, {"a": jnp.ones(4)})
+    (tmp_path / "3").mkdir()
+    checkpoint.clean(tmp_path)
+    assert os.listdir(tmp_path) == ["3"]
+
+
+@pytest.mark.parametrize(
+    "like, message",
+    [
+        ({"a": jnp.ones(4, jnp.bfloat16)}, r"a is float32\[4\], this run needs bfloat16\[4\]"),
+        ({"a": jnp.ones((2, 2))}, r"a is float32\[4\], this run needs float32\[2, 2\]"),
+        ({"a": jnp.ones(4), "b": jnp.ones(())}, r"b is missing, this run needs float32\[\]"),
+        ({"A": jnp.ones(4)}, r"A is missing, this run needs float32\[4\]"),
+        ({}, r"a is float32\[4\], this run needs no such array"),
+    ],
+)
+def test_mismatch(tmp_path, like, message):
+    """Another type, shape or set of arrays is an error that names the array; nothing is cast."""
+    checkpoint.save(tmp_path, 1, {"a": jnp.ones(4)})
+    with pytest.raises(UserError, match=message):
+        checkpoint.restore(tmp_path, like)
+
+
+def test_space(tmp_path, monkeypatch):
+    """A run starts only where two checkpoints fit, counted from the shapes alone."""
+    like = {"a": jax.ShapeDtypeStruct((1000, 1000), jnp.bfloat16)}
+    usage = checkpoint.shutil.disk_usage(tmp_path)
+    for free in (4_000_000, 3_999_999):
+        monkeypatch.setattr(
+            checkpoint.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free)
+        )
+        if free == 4_000_000:
+            checkpoint.check_space(tmp_path / "new", like)
+    with pytest.raises(UserError, match="4.0 MB are free, two checkpoints take 4.0 MB"):
+        checkpoint.check_space(tmp_path, like)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/sub: cannot hold checkpoints"):
+        checkpoint.check_space(tmp_path / "file" / "sub", like)
+
+
+def test_disk_full(tmp_path, capfd):
+    """A disk that takes no more: one clean error, no draft left, the older step still restores."""
+    state = {"a": jax.random.normal(jax.random.key(0), (2**16,))}
+    checkpoint.save(tmp_path, 1, state)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))  # bytes per file, a quarter of it
+    try:
+        with pytest.raises(UserError, match="step 2 cannot be saved: .*[Ff]ile too large"):
+            checkpoint.save(tmp_path, 2, state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    gc.collect()  # what orbax's tasks have to say, they say when they die
+    assert capfd.readouterr().err == ""
+    assert os.listdir(tmp_path) == ["1"]
+    step, restored = checkpoint.restore(tmp_path, state)
+    assert step == 1
+    assert_equal(restored, state)
+
+
+SAVER = """
+import itertools, sys
+import jax.numpy as jnp
+from vcloze_jax import checkpoint
+for step in itertools.count(1):
+    checkpoint.save(sys.argv[1], step, {"a": jnp.full((256, 256), step), "b": jnp.full((8,), step)})
+    print(step, flush=True)
+"""
+
+
+def test_kill(tmp_path):
+    """kill -9 at any moment of a save: what was reported as saved, or the next, restores whole."""
+    like, rng = {"a": jnp.ones((256, 256), int), "b": jnp.ones((8,), int)}, random.Random(0)
+    folders = [tmp_path / str(i) for i in range(3)]
+    savers = [
+        subprocess.Popen([sys.executable, "-c", SAVER, folder], stdout=subprocess.PIPE, text=True)
+        for folder in folders
+    ]
+    for folder, saver in zip(folders, savers, strict=True):
+        saver.stdout.readline()
+        time.sleep(rng.uniform(0, 0.3))  # a save takes about 0.1 s
+        saver.kill()
+        reported = int((saver.communicate()[0].split() or [1])[-1])
+        step, state = checkpoint.restore(folder, like)
+        assert step in (reported, reported + 1)
+        assert_equal(state, jax.tree.map(lambda x, step=step: jnp.full_like(x, step), like))
+        checkpoint.clean(folder)
+        assert all(name.isdecimal() for name in os.listdir(folder))

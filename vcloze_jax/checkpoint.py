@@ -1,0 +1,174 @@
+"""Checkpoints that are complete, intact and exactly what was saved, or refused.
+
+A step is a folder `FOLDER/STEP`; while it is written or removed its name ends in `.tmp`, so that a
+kill leaves no half step. Orbax itself does not notice a flipped bit and casts dtypes silently, so
+beside its files lies `digests`: the SHA-256 of every file, checked before orbax reads a byte of it,
+and type and SHA-256 of every array, checked against what the run needs and what orbax returns.
+
+Arrays are stored flat, by their path in the tree (`0/double/img/qkv/lora_a`), and digested whole:
+neither the mesh nor the tree's container types matter, `like` brings both. Several hosts share
+FOLDER; each checks all of it, so that all agree which step is intact.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from vcloze_jax.config import UserError
+
+
+class _Damaged(Exception):
+    """A checkpoint that is not what was saved."""
+
+
+def check_space(folder: str | Path, state) -> None:
+    """Create `folder`; raise UserError unless the arrays of `state` (or their shapes) fit twice."""
+    need = 2 * sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(state))
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"{folder}: cannot hold checkpoints: {_line(error)}") from None
+    if free < need:
+        sizes = f"{free / 1e6:,.1f} MB are free, two checkpoints take {need / 1e6:,.1f} MB"
+        raise UserError(f"{folder}: {sizes}; free some space")
+
+
+def clean(folder: str | Path) -> None:
+    """Remove what killed runs left half written or half removed; at start, when nobody saves."""
+    if jax.process_index() == 0:
+        for path in Path(folder).glob("[0-9]*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def latest(folder: str | Path) -> int | None:
+    """The newest step, intact or not; None if no save was ever completed."""
+    return max(_steps(folder), default=None)
+
+
+def save(folder: str | Path, step: int, state, *, keep: int = 2) -> None:
+    """Write a tree of arrays as `step`; once it is complete, remove all but the last `keep` steps.
+
+    Steps after this one go too: the run went back to before them. Leaves are jax arrays of any
+    sharding, numpy arrays or numpy scalars. Raises UserError if the disk refuses; older steps stay.
+    """
+    folder = Path(folder).absolute()
+    draft, final = folder / f"{step}.tmp", folder / str(step)
+    arrays = {k: x if isinstance(x, jax.Array) else np.asarray(x) for k, x in _named(state).items()}
+    digests = {name: [_type(x), _digest(x)] for name, x in arrays.items()}
+    logging.disable(logging.ERROR)  # where the disk is full, orbax logs a hundred lines per thread
+    try:
+        ocp.save(draft / "arrays", arrays, overwrite=True)
+        if jax.process_index() == 0:
+            _write_digests(draft, digests)
+            if final.exists():  # damaged, or this very state
+                _remove(final)
+            draft.rename(final)
+            kept = [s for s in _steps(folder) if s <= step][-keep:]
+            for old in set(_steps(folder)).difference(kept):
+                _remove(folder / str(old))
+    except Exception as error:  # a full disk has many classes in orbax
+        clean(folder)
+        raise UserError(f"{folder}: step {step} cannot be saved: {_line(error)}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def restore(folder: str | Path, like) -> tuple[int, object]:
+    """Read the newest intact step, bit for bit: (step, state), a tree of the form of `like`.
+
+    `like` holds `jax.ShapeDtypeStruct`s (or arrays); leaves without a sharding become numpy arrays.
+    A damaged step costs a line on stderr and the next older one is taken. Raises UserError if none
+    is intact, and, naming the array, if the stored arrays are not those of `like`.
+    """
+    damages = []
+    for step in reversed(_steps(folder)):
+        try:
+            state = _read(Path(folder).absolute() / str(step), like)
+        except (OSError, _Damaged) as error:
+            damages.append(f"step {step}: {_line(error)}")
+        else:
+            for damage in damages:
+                print(f"warning: {folder}: {damage}; going back to step {step}", file=sys.stderr)
+            return step, state
+    why = "; ".join(damages) or "it is empty"
+    raise UserError(f"{folder}: no intact checkpoint ({why}); move the folder away to start anew")
+
+
+def _read(path: Path, like):
+    stored, wanted = _checked_digests(path), _named(like)
+    for name in sorted(stored.keys() | wanted.keys()):
+        has = stored[name][0] if name in stored else "missing"
+        needs = _type(wanted[name]) if name in wanted else "no such array"
+        if has != needs:
+            remedy = "resume with the flags that it was saved with"
+            raise UserError(f"{path}: {name} is {has}, this run needs {needs}; {remedy}")
+    arrays = ocp.load(path / "arrays", {name: _abstract(x) for name, x in wanted.items()})
+    for name, array in arrays.items():
+        if _digest(array) != stored[name][1]:
+            raise _Damaged(f"array {name} is not what was saved")
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
+
+
+def _write_digests(path: Path, arrays: dict) -> None:
+    files = {str(f.relative_to(path)): _file_digest(f) for f in path.rglob("*") if f.is_file()}
+    text = json.dumps({"arrays": arrays, "files": files}, indent=1)
+    (path / "digests").write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+
+
+def _checked_digests(path: Path) -> dict:
+    seal, _, text = (path / "digests").read_bytes().partition(b"\n")
+    if seal.decode(errors="replace") != hashlib.sha256(text).hexdigest():
+        raise _Damaged("file digests is not what was saved")
+    digests = json.loads(text)
+    for name, digest in digests["files"].items():
+        if _file_digest(path / name) != digest:
+            raise _Damaged(f"file {name} is not what was saved")
+    return digests["arrays"]
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(array) -> str:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return hashlib.sha256(np.asarray(array).reshape(-1).view(np.uint8)).hexdigest()
+
+
+def _type(array) -> str:
+    return f"{array.dtype}{list(array.shape)}"
+
+
+def _abstract(array):
+    sharding = getattr(array, "sharding", None)
+    if sharding is None:
+        return np.empty(array.shape, array.dtype)  # orbax answers numpy with numpy
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+
+def _named(tree) -> dict:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _steps(folder: str | Path) -> list[int]:
+    return sorted(int(p.name) for p in Path(folder).glob("[0-9]*") if p.name.isdecimal())
+
+
+def _remove(step: Path) -> None:
+    shutil.rmtree(step.rename(f"{step}.old.tmp"))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())  # the storage layer's messages have several
