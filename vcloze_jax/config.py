@@ -83,7 +83,7 @@ class CLIPConfig:
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Rectified flow: the shift of time at sampling, and how time and guidance are drawn in training.
+    """Rectified flow: the shift of time in sampling, and what is drawn in training.
 
     `mask_fill` is the value of masked pixels of the condition picture in training
     (the authors multiply by 1 - mask, hence 0, but sample with -1, a black cell).
@@ -132,14 +132,14 @@ class Preset:
 
 FLUX_FILL = Preset("flux-fill")
 
-# The true topology at a size that a laptop trains: every kind of layer, branch and constant is there.
+# The true topology at a size that a laptop trains: every kind of layer and branch is there.
 MINI = Preset(
     "mini",
     flux=FluxConfig(
-        width=160,
-        heads=5,
+        width=128,
+        heads=4,
         double_blocks=2,
-        single_blocks=5,
+        single_blocks=4,
         text_width=128,
         vec_width=64,
         axes_dim=(8, 12, 12),
@@ -151,8 +151,8 @@ MINI = Preset(
     flow=FlowConfig(guidance_range=(1.0, 50.0), mask_fill=-1.0),
     train=TrainConfig(
         lr=1e-3,
-        batch=32,
-        micro_batch=32,
+        batch=24,
+        micro_batch=24,
         steps=200,
         warmup=50,
         rank=32,

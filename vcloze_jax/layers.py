@@ -67,8 +67,8 @@ class MLPEmbedder(nnx.Module):
     def __call__(self, x):
         return self.out_layer(jax.nn.silu(self.in_layer(x)))
 
-    def sinusoid(self, t, dtype):
-        return self(timestep_embedding(t).astype(dtype))
+    def sinusoid(self, t):
+        return self(timestep_embedding(t))
 
 
 class Stream(nnx.Module):

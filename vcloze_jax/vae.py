@@ -5,6 +5,8 @@ attention are diffusers' (AutoencoderKL). Convolutions and mid attention see the
 a row of a grid must be encoded at its exact width, in one piece.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -103,7 +105,7 @@ class Level(nnx.Module):
     def __init__(self, in_channels, out_channels, layers, groups, sample, *, rngs):
         widths = [in_channels] + [out_channels] * (layers - 1)
         self.res = nnx.List([ResBlock(w, out_channels, groups, rngs=rngs) for w in widths])
-        self.sample = sample(out_channels) if sample else None
+        self.sample = sample(out_channels, out_channels, rngs=rngs) if sample else None
 
     def __call__(self, x):
         for block in self.res:
@@ -116,11 +118,11 @@ class Encoder(nnx.Module):
 
     def __init__(self, c, *, rngs):
         # Padding after the last row and column only, as the original's (0, 1, 0, 1).
-        halve = dict(stride=2, padding=((0, 1), (0, 1)), rngs=rngs)
+        half = partial(Conv, stride=2, padding=((0, 1), (0, 1)))
         ins, last = (c.channels[0], *c.channels[:-1]), len(c.channels) - 1
         self.conv_in = Conv(3, c.channels[0], rngs=rngs)
         self.down = nnx.List(
-            Level(a, b, c.layers, c.groups, (lambda n: Conv(n, n, **halve)) if i < last else None, rngs=rngs)
+            Level(a, b, c.layers, c.groups, half if i < last else None, rngs=rngs)
             for i, (a, b) in enumerate(zip(ins, c.channels, strict=True))
         )
         self.mid = Mid(c.channels[-1], c.groups, rngs=rngs)
@@ -137,8 +139,8 @@ class Encoder(nnx.Module):
 class Double(nnx.Module):
     """Nearest-neighbour doubling, then a convolution."""
 
-    def __init__(self, channels, *, rngs):
-        self.conv = Conv(channels, channels, rngs=rngs)
+    def __init__(self, in_channels, out_channels, *, rngs):
+        self.conv = Conv(in_channels, out_channels, rngs=rngs)
 
     def __call__(self, x):
         return self.conv(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2))
@@ -153,7 +155,7 @@ class Decoder(nnx.Module):
         self.conv_in = Conv(c.latent_channels, widths[0], rngs=rngs)
         self.mid = Mid(widths[0], c.groups, rngs=rngs)
         self.up = nnx.List(
-            Level(a, b, c.layers + 1, c.groups, (lambda n: Double(n, rngs=rngs)) if i < last else None, rngs=rngs)
+            Level(a, b, c.layers + 1, c.groups, Double if i < last else None, rngs=rngs)
             for i, (a, b) in enumerate(zip(ins, widths, strict=True))
         )
         self.norm_out = GroupNorm(widths[-1], c.groups)

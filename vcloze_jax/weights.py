@@ -11,7 +11,7 @@ import os
 import re
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -21,10 +21,13 @@ from safetensors.numpy import save_file
 
 from ports import flux, lora, pipeline, read, text, vae
 from ports.rows import leaf
-from vcloze_jax.config import FLUX_FILL, PRESETS, FluxConfig, Preset, UserError
-from vcloze_jax.lora import split
+from vcloze_jax.cli import named_preset
+from vcloze_jax.conditioning import Models
+from vcloze_jax.config import FluxConfig, Preset, UserError
+from vcloze_jax.lora import fold, split
 from vcloze_jax.mmdit import Flux
-from vcloze_jax.text import CLIPTextEncoder, T5Encoder
+from vcloze_jax.sharding import put, shardings
+from vcloze_jax.text import CLIPTextEncoder, T5Encoder, Tokenizers
 from vcloze_jax.vae import VAE
 
 # field of Preset -> module, and its part of a weights folder
@@ -75,11 +78,7 @@ def load_preset(folder: Path) -> Preset:
     it is no weights folder of a kind that we read, or a file or entry cannot be ours."""
     if recognise(folder) != "diffusers":
         raise UserError(f"{folder}: an adapter, not a weights folder")
-    named = read_json(folder / "vcloze.json") if (folder / "vcloze.json").exists() else {}
-    name = named.get("preset", FLUX_FILL.name)
-    if not isinstance(name, str) or name not in PRESETS:
-        raise UserError(f"{folder}/vcloze.json: no preset {name!r}; it is of {', '.join(PRESETS)}")
-    preset = PRESETS[name]
+    preset = named_preset(folder)
     configs = {field: read_config(folder, field, getattr(preset, field)) for field in MODELS}
     file, limit = folder / "tokenizer_2" / "tokenizer_config.json", preset.t5.max_length
     length = typed(file, "model_max_length", read_json(file).get("model_max_length", limit), limit)
@@ -194,6 +193,26 @@ def load(module: type, config, folder: Path, dtype="float32", sharding=None):
             for leaf, place in zip(leaves, places, strict=True)
         ]
     return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(base), arrays))
+
+
+def compute_dtype(mesh):
+    """float32 on CPU, bfloat16 on accelerators."""
+    return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+
+
+def load_models(folder: Path, preset: Preset, loras: list, mesh):
+    """-> preset, all models on the mesh with the adapters [(file, scale)] folded in, tokenizers."""
+    trees = {}
+    for name, (module, _) in MODELS.items():
+        place = partial(shardings, mesh=mesh, root=f"{name}/")
+        model = load(module, getattr(preset, name), folder, compute_dtype(mesh), place)
+        trees[name] = nnx.to_pure_dict(nnx.state(model))
+    for file, scale in loras:
+        adapter = put(read_lora(file, preset.flux), mesh, "flux/")
+        trees["flux"] = fold(trees["flux"], adapter, scale)
+    models = jax.eval_shape(lambda: Models(preset, rngs=nnx.Rngs(0)))
+    graphdef, _ = nnx.split(models)
+    return preset, nnx.merge(graphdef, trees), Tokenizers(folder, preset.t5, preset.clip)
 
 
 def save_pipeline(folder: Path, preset: Preset, models: dict, dtype="bfloat16", max_bytes=10**10):

@@ -1,0 +1,72 @@
+"""Write examples/: specs with pictures of held-out subjects: `python scripts/make_examples.py`.
+
+One spec per finding of the paper. Only Fluent's views (MIT) and what derives from them are used.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from vcloze_jax import prompts
+from vcloze_jax.data.conditions import NODES, nodes
+from vcloze_jax.data.graph import NODES as PHRASES
+from vcloze_jax.data.graphemoji import load
+from vcloze_jax.images import save_png, save_text
+
+FOLDER = Path(__file__).parents[1] / "examples"
+
+
+def main():
+    subjects = load("held_out")
+    pictures = nodes(subjects)
+    (FOLDER / "pictures").mkdir(parents=True, exist_ok=True)
+
+    def cell(name, node):
+        path = f"pictures/{name.replace(' ', '_')}_{node}.png"
+        save_png(FOLDER / path, pictures[subjects.names.index(name), NODES.index(node)])
+        return path
+
+    def row(name, *columns):
+        return [cell(name, node) for node in columns]
+
+    def spec(file, rows, columns, **more):
+        """`rows` as cells; the sentence is that of the columns."""
+        sentence = prompts.task_prompt([PHRASES[node][0] for node in columns])
+        text = {"image": rows, "task_prompt": sentence} | more
+        save_text(FOLDER / f"{file}.json", json.dumps(text, indent=1) + "\n")
+
+    task = ("edges", "fluent_3d")
+    query = [cell("rocket", "edges"), None]
+    content = {"content_prompt": "rocket"}
+    spec("1_no_example", [query], task, **content)
+    spec("2_one_example", [row("crab", *task), query], task, **content)
+    spec("3_two_examples", [row("crab", *task), row("mushroom", *task), query], task, **content)
+
+    task = ("fluent_flat", "edges")  # a pair that mini was never trained on
+    query = [cell("ringed planet", "fluent_flat"), None]
+    spec("4_unseen_task", [row("tiger", *task), row("top hat", *task), query], task)
+
+    task = ("edges", "palette", "fluent_3d")
+    query = [cell("backpack", "edges"), cell("backpack", "palette"), None]
+    spec("5_two_conditions", [row("skier", *task), row("t-shirt", *task), query], task)
+
+    task = ("mask", "gray", "fluent_3d")  # the paper's reverse generation: the target is given
+    query = [None, None, cell("heart suit", "fluent_3d")]
+    spec("6_reverse_two_targets", [row("crab", *task), row("magnet", *task), query], task)
+
+    task = ("fluent_3d", "fluent_flat")
+    query = [None, cell("ambulance", "fluent_flat")]
+    spec("7_first_column", [row("poodle", *task), row("rocket", *task), query], task)
+
+    half = np.zeros((64, 64, 3), np.uint8)
+    half[:, 32:] = 255
+    save_png(FOLDER / "pictures/right_half.png", half)
+    partly = {"image": cell("hut", "fluent_3d"), "mask": "pictures/right_half.png"}
+    query = [cell("hut", "gray"), partly]
+    task = ("gray", "fluent_3d")
+    spec("8_partly_masked", [row("peacock", *task), query], task)
+
+
+if __name__ == "__main__":
+    main()

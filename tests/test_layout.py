@@ -1,0 +1,114 @@
+"""The house: which room may know which, how long a file may be, and who needs no JAX."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A module imports only from strictly lower floors. config.py lies below all, for its UserError.
+FLOORS = {
+    "vcloze_jax.config": -1,
+    "vcloze_jax.grid": 0,
+    "vcloze_jax.prompts": 0,
+    "vcloze_jax.images": 0,
+    "vcloze_jax.cli": 0,
+    "vcloze_jax.spec": 1,
+    "vcloze_jax.runfolder": 1,
+    "vcloze_jax.ops": 1,
+    "vcloze_jax.flow": 1,
+    "vcloze_jax.sharding": 1,
+    "vcloze_jax.layers": 2,
+    "vcloze_jax.mmdit": 3,
+    "vcloze_jax.vae": 3,
+    "vcloze_jax.text": 3,
+    "vcloze_jax.lora": 3,
+    "vcloze_jax.conditioning": 4,
+    "vcloze_jax.data.graph": 4.1,
+    "vcloze_jax.data.graphemoji": 4.2,
+    "vcloze_jax.data.conditions": 4.3,
+    "vcloze_jax.data.loader": 4.4,
+    "vcloze_jax.weights": 5,
+    "vcloze_jax.checkpoint": 5,
+    "vcloze_jax.paint": 5,
+    "vcloze_jax.train_step": 5,
+    "vcloze_jax.evaluate": 6,
+    "vcloze_jax.run": 6,
+    "ports.rows": 0,
+    "ports.flux": 1,
+    "ports.vae": 1,
+    "ports.text": 1,
+    "ports.pipeline": 1,
+    "ports.read": 1,
+    "ports.lora": 2,
+    "ports.__main__": 6,
+    "train": 7,
+    "sample": 7,
+}
+JAX_FREE = ("config", "grid", "prompts", "images", "cli", "spec", "runfolder")
+
+
+def modules():
+    """{dotted name: file} of all our modules; the empty __init__.py are none."""
+    files = [*ROOT.glob("vcloze_jax/**/*.py"), *ROOT.glob("ports/*.py"), *ROOT.glob("*.py")]
+    names = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in files}
+    return {name: file for name, file in names.items() if not name.endswith("__init__")}
+
+
+def imported(file):
+    """Dotted names that a file imports anywhere, functions included."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in FLOORS else node.module for name in inside)
+
+
+@pytest.mark.parametrize("name", modules())
+def test_imports_go_down(name):
+    """A module imports only from strictly lower floors."""
+    for other in imported(modules()[name]):
+        if other.partition(".")[0] in ("vcloze_jax", "ports", "train", "sample"):
+            assert FLOORS[other] < FLOORS[name], f"{name} imports {other}"
+
+
+def test_ports_stand_alone():
+    """ports/ knows neither JAX nor vcloze_jax, but for its command; only weights.py knows ports."""
+    for name, file in modules().items():
+        tops = {other.partition(".")[0] for other in imported(file)}
+        if name.startswith("ports.") and name != "ports.__main__":
+            assert tops.isdisjoint({"jax", "jaxlib", "flax", "vcloze_jax"}), name
+        elif name not in ("vcloze_jax.weights", "ports.__main__"):
+            assert "ports" not in tops, name
+
+
+def test_files_are_short():
+    """No file of the package, of ports or beside them has more than 320 lines."""
+    lines = {name: len(file.read_text().splitlines()) for name, file in modules().items()}
+    assert max(lines.values()) <= 320, max(lines, key=lines.get)
+
+
+def test_inputs_are_validated_without_jax(tmp_path):
+    """What reads specs, pictures and flags imports where JAX cannot be, so that the user's mistakes
+    are told before seconds of start-up; train.py refuses a flag there."""
+    (tmp_path / "jax.py").write_text("raise ImportError('jax is poisoned')\n")
+    commands = [name for name in ("train", "sample") if (ROOT / f"{name}.py").exists()]
+    lines = [f"import vcloze_jax.{name}" for name in JAX_FREE]
+    lines += [f"import {name}" for name in commands]
+    lines += ["from vcloze_jax.config import UserError", "try: train.main(['--steps', '0'])"]
+    lines += ["except UserError as error: print(error)"]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "--steps 0: must be at least 1\n"

@@ -1,0 +1,229 @@
+"""The task graph of GraphEmoji: nodes with their phrases, tasks as paths, and one drawn sample.
+
+A node is a view of a subject; a task leads from one to three condition nodes to a target node, so
+a row has L = 2, 3 or 4 cells. Rules of sampling: paper, section 3, and
+lzyhha/VisualCloze:data/dataset.py. Everything drawn is a function of the generator given.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from vcloze_jax import prompts
+
+STYLES = {
+    "fluent_3d": ("a glossy 3D icon", "a shaded 3D rendering", "a 3D emoji"),
+    "fluent_color": ("a softly shaded icon", "an icon with colour gradients"),
+    "fluent_flat": ("a flat colour icon", "a flat drawing without shading", "a flat emoji"),
+    "fluent_high_contrast": ("a black and white icon", "a high contrast pictogram"),
+    "noto": ("a Noto style emoji", "an emoji in the Noto style"),
+    "twemoji": ("a Twemoji style emoji", "an emoji in the Twemoji style"),
+    "openmoji": ("an outlined colour emoji", "a colour drawing with black outlines"),
+    "openmoji_line": ("thin line art", "a black line drawing"),
+}
+CONDITIONS = {
+    "edges": ("white edge lines on black", "an edge map from canny detection"),
+    "gray": ("a gray picture", "a picture without colour"),
+    "mask": ("a white mask on black", "the silhouette of the subject"),
+    "blur": ("a blurred picture", "a picture out of focus"),
+    "low_resolution": ("a low resolution picture", "a picture of coarse pixels"),
+    "noise": ("a noisy picture", "a picture with heavy noise"),
+    "hole": ("a picture with a hole", "a picture with a missing part"),
+    "distance": ("a depth map", "a depth map in shades of gray"),
+    "palette": ("a picture of few colours", "a picture reduced to five colours"),
+}
+NODES = STYLES | CONDITIONS
+
+
+@dataclass(frozen=True)
+class Task:
+    """`conditions` -> `target`, all names of nodes."""
+
+    conditions: tuple[str, ...]
+    target: str
+
+    @property
+    def columns(self):
+        return len(self.conditions) + 1
+
+    @property
+    def name(self):
+        return f"{'+'.join(self.conditions)}->{self.target}"
+
+
+def parse_task(name):
+    """'edges+palette->fluent_3d' -> Task. Raises ValueError that names an unknown node."""
+    conditions, arrow, target = name.partition("->")
+    nodes = (*conditions.split("+"), target)
+    unknown = [node for node in nodes if node not in NODES]
+    if not arrow or unknown or not 2 <= len(nodes) <= 4:
+        raise ValueError(
+            f"{name}: not CONDITION[+CONDITION…]->TARGET with nodes of {', '.join(NODES)}"
+        )
+    return Task(nodes[:-1], target)
+
+
+def _tasks(*names):
+    return tuple(parse_task(name) for name in names)
+
+
+def _pairs(sources, targets):
+    return tuple(Task((a,), b) for a in sources for b in targets if a != b)
+
+
+ALIGNED = ("fluent_3d", "fluent_flat", "edges", "gray", "mask", "blur")
+REDRAWN = ("noto", "twemoji", "openmoji", "openmoji_line")
+
+# Never trained. The pairs lead between nodes that training does use, each in other tasks.
+HELD_OUT_TASKS = _tasks(
+    "noto->openmoji_line",
+    "fluent_flat->edges",
+    "gray->fluent_flat",
+    "mask->edges",
+    "fluent_high_contrast->fluent_3d",
+)
+HELD_OUT_COMPOSITIONS = _tasks(
+    "mask+blur->fluent_3d",
+    "edges+blur->fluent_flat",
+    "edges+gray->fluent_3d",
+)
+
+# Groups with their share of the draws; inside a group every task is as likely as another.
+# Pixel-aligned nodes come first and most: they are what a small model learns to follow.
+GROUPS = (
+    (0.6, _pairs(ALIGNED, ALIGNED)),
+    (0.06, _pairs(("fluent_3d",), ("distance", "palette", "low_resolution"))),
+    (0.1, _pairs(("low_resolution", "noise", "hole", "palette", "distance"), ("fluent_3d",))),
+    (0.03, _pairs(("fluent_3d", "fluent_flat"), ("fluent_color", "fluent_high_contrast"))),
+    (0.03, _pairs(("fluent_color", "fluent_high_contrast"), ("fluent_3d", "fluent_flat"))),
+    (0.06, _pairs(("fluent_3d", *REDRAWN), ("fluent_3d", *REDRAWN))),
+    (
+        0.12,
+        _tasks(
+            "edges+blur->fluent_3d",
+            "mask+gray->fluent_3d",
+            "edges+palette->fluent_3d",
+            "mask+gray->fluent_flat",
+            "fluent_flat+edges->fluent_3d",
+            "edges+mask+blur->fluent_3d",
+        ),
+    ),
+)
+TRAIN = {
+    task: share / len(tasks)
+    for share, tasks in GROUPS
+    for task in tasks
+    if task not in HELD_OUT_TASKS + HELD_OUT_COMPOSITIONS
+}
+
+
+class Sample(NamedTuple):
+    """One drawn grid, before any picture: who stands where, and what is blank."""
+
+    nodes: list[list[str]]  # [R][L]
+    subjects: np.ndarray  # int [R] or [R, L]
+    mask: np.ndarray  # bool [R, L, size, size]; True is generated
+    prompt: str
+
+
+def draw_task(rng, columns=None, tasks=TRAIN):
+    """One of `tasks` (a table of weights) among those of `columns` columns, or of any."""
+    fitting = [task for task in tasks if columns in (None, task.columns)]
+    weights = np.array([tasks[task] for task in fitting])
+    return fitting[rng.choice(len(fitting), p=weights / weights.sum())]
+
+
+def draw_shape(rng, tasks=TRAIN):
+    """Rows and columns of a micro-batch: R is 1, 2 or 3 with p 0.3, 0.4, 0.3."""
+    return 1 + int(rng.choice(3, p=(0.3, 0.4, 0.3))), draw_task(rng, tasks=tasks).columns
+
+
+def draw_sample(rng, rows, columns, names, size, dropout, tasks=TRAIN):
+    """One grid of the task graph over the subjects called `names`.
+
+    Draws task, subjects, the order of the conditions (the same in all rows), the mask and the
+    sentences; with p `dropout` there is no text at all.
+    """
+    task = draw_task(rng, columns, tasks)
+    nodes = (*rng.permutation(task.conditions).tolist(), task.target)
+    subjects = rng.choice(len(names), rows, replace=False)
+    prompt = draw_prompt(rng, nodes, rows, names[subjects[-1]])
+    if rng.random() < dropout:
+        prompt = ""
+    return Sample([list(nodes)] * rows, subjects, draw_mask(rng, rows, columns, size), prompt)
+
+
+def draw_mask(rng, rows, columns, size):
+    """What is blank in the query row: bool [R, L, size, size].
+
+    With p 0.5 any one cell, else the last (the paper's reverse masking). Mini's additions: with
+    p 0.1 two cells or more, with p 0.1 a random part of the cell.
+    """
+    mask = np.zeros((rows, columns, size, size), bool)
+    kind = rng.random()
+    if kind < 0.1:
+        count = rng.integers(2, columns + 1)
+        mask[-1, rng.choice(columns, count, replace=False)] = True
+        return mask
+    column = rng.integers(columns) if rng.random() < 0.5 else columns - 1
+    mask[-1, column] = draw_part(rng, size) if kind < 0.2 else True
+    return mask
+
+
+def draw_part(rng, size):
+    """A rectangle or half plane of a cell, at least a tenth of it: bool [size, size]."""
+    y, x = np.mgrid[:size, :size] / size
+    if rng.random() < 0.5:
+        angle = rng.uniform(0, 2 * np.pi)
+        return (x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle) > rng.uniform(-0.25, 0.25)
+    h, w = rng.uniform(0.35, 0.9, 2)
+    top, left = rng.uniform(0, 1 - h), rng.uniform(0, 1 - w)
+    return (y >= top) & (y < top + h) & (x >= left) & (x < left + w)
+
+
+def draw_prompt(rng, nodes, rows, name):
+    """Layout always; the task with p 0.8; the content with p 0.8 if the target shows the subject.
+
+    Source: lzyhha/VisualCloze:data/dataset.py.
+    """
+    layout = prompts.layout_prompt(rows, len(nodes), template=rng.integers(10))
+    phrases = [draw_phrase(rng, node) for node in nodes]
+    task = prompts.task_prompt(phrases, template=rng.integers(10))
+    content = prompts.CONTENT_PREFIXES[rng.integers(10)] + name
+    if rng.random() >= 0.8:
+        task = ""
+    if rng.random() >= 0.8 or nodes[-1] not in STYLES:
+        content = ""
+    return prompts.join(layout, task, content)
+
+
+def draw_phrase(rng, node):
+    return NODES[node][rng.integers(len(NODES[node]))]
+
+
+# Rows and columns of the infilling base's grids, with their share; 1 x 1 is a single picture.
+FILL_SHAPES = {(1, 1): 0.2, (1, 2): 0.15, (2, 2): 0.25, (3, 2): 0.2, (2, 3): 0.2}
+
+
+def draw_fill_shape(rng):
+    """Rows and columns of a micro-batch of the infilling base."""
+    return list(FILL_SHAPES)[rng.choice(len(FILL_SHAPES), p=list(FILL_SHAPES.values()))]
+
+
+def draw_fill(rng, rows, columns, names, size, dropout):
+    """One grid of unrelated pictures with random holes: what mini's base learns from.
+
+    Any cell may be blank, whole or in part, at least one is; the text tells what the last shows.
+    """
+    nodes = rng.choice(list(NODES), (rows, columns)).tolist()
+    subjects = rng.choice(len(names), (rows, columns), replace=False)
+    mask = np.zeros((rows, columns, size, size), bool)
+    blank = rng.random((rows, columns)) < 0.35
+    blank[rng.integers(rows), rng.integers(columns)] = True
+    for cell in zip(*np.nonzero(blank), strict=True):
+        mask[cell] = draw_part(rng, size) if rng.random() < 0.4 else True
+    content = f"{draw_phrase(rng, nodes[-1][-1])}, {names[subjects[-1, -1]]}"
+    layout = prompts.layout_prompt(rows, columns, template=rng.integers(10))
+    prompt = prompts.join(layout, prompts.CONTENT_PREFIXES[rng.integers(10)] + content)
+    return Sample(nodes, subjects, mask, "" if rng.random() < dropout else prompt)

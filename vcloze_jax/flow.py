@@ -1,0 +1,59 @@
+"""Rectified flow, for any velocity function.
+
+The convention, stated here only: t = 1 is noise, t = 0 is the picture, x_t = (1 - t) x + t noise,
+and the velocity is dx/dt = noise - x. Time is float32 from end to end.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def schedule(num_steps, tokens, c):
+    """Times of N Euler steps: float32 [N + 1], from 1 down to 0, shifted towards noise.
+
+    The shift grows with the number of real image tokens of the whole grid, without a clamp
+    (huggingface/diffusers:pipelines/flux/pipeline_flux_fill.py, calculate_shift).
+    """
+    slope = (c.max_shift - c.base_shift) / (c.max_tokens - c.base_tokens)
+    mu = c.base_shift + slope * (tokens - c.base_tokens)
+    sigma = np.linspace(1, 1 / num_steps, num_steps)
+    sigma = math.exp(mu) / (math.exp(mu) + 1 / sigma - 1)
+    return np.append(sigma, 0).astype(np.float32)
+
+
+def euler(x, velocity, t, t_next):
+    """One step of x float32 [B, S, 64] from t to t_next, float32 [B]."""
+    return x + (t_next - t)[:, None, None] * velocity.astype(jnp.float32)
+
+
+def draw_time(key, batch):
+    """Training times: sigmoid of a standard normal, float32 [B], not shifted.
+
+    Source: lzyhha/VisualCloze:train.py with `--snr_type lognorm`.
+    """
+    return jax.nn.sigmoid(jax.random.normal(key, (batch,)))
+
+
+def draw_guidance(key, batch, bounds):
+    """Guidance values, log-uniform between two bounds, float32 [B]."""
+    low, high = math.log(bounds[0]), math.log(bounds[1])
+    return jnp.exp(jax.random.uniform(key, (batch,), minval=low, maxval=high))
+
+
+def interpolate(x, noise, t):
+    """x_t and its velocity, for x and noise [B, S, 64] and t [B]."""
+    t = t[:, None, None]
+    return (1 - t) * x + t * noise, noise - x
+
+
+def masked_loss(prediction, velocity, weight):
+    """Squared error in float32, averaged over each sample's weighted tokens, then over the batch.
+
+    `weight` float32 [B, S] is the share of a token's pixels that count: tokens of weight 0 get no
+    gradient at all. Every sample counts the same, however large its target.
+    """
+    error = jnp.square(prediction.astype(jnp.float32) - velocity).mean(-1)  # B S
+    return ((error * weight).sum(1) / weight.sum(1)).mean()

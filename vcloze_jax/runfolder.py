@@ -1,0 +1,81 @@
+"""A run's folder: what the run is, its metrics, and how it is asked to stop. Knows no JAX."""
+
+import json
+import signal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vcloze_jax.config import UserError
+from vcloze_jax.images import save_text
+
+FREE = ("mesh", "steps", "save_every", "preview_every")  # may change when a run goes on
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is. All of it but `FREE` is its identity, and must be the same on resume."""
+
+    preset: str
+    weights: str
+    lora: str | None
+    from_scratch: bool
+    data: str
+    rank: int
+    lr: float
+    batch: int
+    micro_batch: int
+    steps: int
+    resolution: int
+    loss_region: str
+    seed: int
+    save_every: int
+    preview_every: int
+    mesh: str
+
+
+def compare(out, settings):
+    """Raise UserError if `out` is not a run's folder, or of another run, naming what differs."""
+    file, new = Path(out) / "config.json", asdict(settings)
+    if file.exists():
+        try:
+            old = json.loads(file.read_text())
+        except ValueError as error:
+            raise UserError(f"{file}: not JSON ({error}); move the folder away") from None
+        for key in new:
+            if key not in FREE and old.get(key) != new[key]:
+                raise UserError(
+                    f"{file}: {key} is {old.get(key)!r}, this command says {new[key]!r}; "
+                    "use the same flags or another --out"
+                )
+        if old["steps"] > new["steps"]:
+            raise UserError(f"{file}: steps is {old['steps']}, and can only grow; raise --steps")
+    elif Path(out).exists() and any(Path(out).iterdir()):
+        raise UserError(f"{out}: not a run of train.py, and not empty; choose another --out")
+
+
+def create(out, settings):
+    """Make the folder, or let the run's free settings follow this command."""
+    (Path(out) / "previews").mkdir(parents=True, exist_ok=True)
+    save_text(Path(out) / "config.json", json.dumps(asdict(settings), indent=1) + "\n")
+
+
+class Log:
+    """metrics.jsonl: one object per step, each once. Lines past the restored step are cut."""
+
+    def __init__(self, path, start):
+        lines = path.read_text().splitlines() if path.exists() else []
+        save_text(path, "".join(line + "\n" for line in lines[:start]))
+        self.file = path.open("a")
+
+    def write(self, record):
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+
+class Stop:
+    """SIGTERM and Ctrl-C ask for a halt at the next step; `code` is then the exit code."""
+
+    def __init__(self):
+        self.code = None
+        for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+            signal.signal(number, lambda *_, code=code: setattr(self, "code", code))

@@ -1,0 +1,104 @@
+"""Where every array lives: the mesh, and one table from a path to a PartitionSpec."""
+
+import os
+import re
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vcloze_jax.config import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+# Path of one layer's leaf -> its spec; the first match wins, the layer axis is never split.
+# The same paths name the adapter, and inside the optimizer state its moments.
+TABLE = (
+    (r"^vae/", P()),  # 84 M parameters at most, and convolutions of 3 channels
+    (r"/(qkv|mlp_in|linear1|mod|q|k|v|wi_0|wi_1|fc1)/kernel$", P("fsdp", "tensor")),
+    (r"/(proj|mlp_out|linear2|o|wo|fc2)/kernel$", P("tensor", "fsdp")),
+    (r"/kernel$", P("fsdp", None)),
+    (r"/lora_a$", P("fsdp", None)),
+    (r"/lora_b$", P(None, "fsdp")),
+    (r"/embed$", P("fsdp", None)),
+    (r"", P()),
+)
+
+
+def parse_mesh(text):
+    """'8' or 'data=2,fsdp=2,tensor=2' -> {axis: size}; needs no JAX device. Raises UserError."""
+    sizes = dict.fromkeys(AXES, 1)
+    parts = [part.partition("=") for part in text.split(",")]
+    if len(parts) == 1 and not parts[0][1]:
+        parts = [("fsdp", "=", parts[0][0])]
+    for axis, _, size in parts:
+        if axis not in sizes or not size.isdecimal() or not 1 <= int(size) <= 65_536:
+            raise UserError(
+                f"--mesh {text}: '{axis}={size}' is not AXIS=SIZE with an axis of "
+                f"{', '.join(AXES)}; write 8, or data=2,fsdp=4"
+            )
+        sizes[axis] = int(size)
+    return sizes
+
+
+def make_mesh(sizes=None):
+    """Mesh of the given axis sizes; None takes all accelerators, or one CPU device.
+
+    Without an accelerator as many virtual CPU devices are made as the mesh needs: this must then
+    be the first thing a process does with JAX. Raises UserError if there are too few accelerators.
+    """
+    wanted = 1
+    for size in (sizes or {}).values():
+        wanted *= size
+    _allow_slow_collectives()
+    if wanted > max(1, jax.config.jax_num_cpu_devices):
+        jax.config.update("jax_num_cpu_devices", wanted)
+    devices = jax.devices()
+    if sizes is None:
+        count = 1 if devices[0].platform == "cpu" else len(devices)
+        sizes = dict(data=1, fsdp=count, tensor=1)
+    elif wanted > len(devices):
+        raise UserError(
+            f"--mesh: {wanted} devices asked for, {len(devices)} {devices[0].platform} here; "
+            f"use --mesh {len(devices)} or fewer"
+        )
+    count = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
+    shape = tuple(sizes[axis] for axis in AXES)
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count])
+
+
+def _allow_slow_collectives():
+    """Eight virtual devices on two cores can miss XLA's 40 s rendezvous."""
+    flag = "--xla_cpu_collective_call_terminate_timeout_seconds=1200"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flag.partition("=")[0] not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+
+
+def shardings(tree, mesh, root=""):
+    """NamedSharding for every leaf of `tree`, by its path under `root`.
+
+    Raises ValueError with path and shape where a dimension does not divide: never a silent copy.
+    """
+
+    def of(path, leaf):
+        name = root + jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = next(spec for pattern, spec in TABLE if re.search(pattern, name))
+        spec = P(*(None,) * (leaf.ndim - len(spec)), *spec)
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ValueError(f"{name} {leaf.shape}: {size} does not divide over {axis}")
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def batch_sharding(mesh):
+    """Sharding of arrays whose first axis is the batch."""
+    return NamedSharding(mesh, BATCH)
+
+
+def put(tree, mesh, root=""):
+    """The tree's arrays, each in its place on the mesh."""
+    return jax.device_put(tree, shardings(tree, mesh, root))
