@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vcloze_jax import cli
 from vcloze_jax.config import PRESETS, UserError
+from vcloze_jax.grid import PATCH
 from vcloze_jax.runfolder import Settings, compare
 
 
@@ -57,9 +58,10 @@ def settle(args, preset):
     s["weights"] = str(args.weights.resolve() if args.weights else "mini")
     s["lora"] = args.lora and str(args.lora.resolve())
     s["micro_batch"] = min(s["micro_batch"], s["batch"])
-    for key in ("batch", "micro_batch", "steps", "resolution", "save_every", "preview_every"):
-        if s[key] < 1:
-            raise UserError(f"--{key.replace('_', '-')} {s[key]}: must be at least 1")
+    lows = dict(batch=1, micro_batch=1, steps=1, resolution=PATCH, save_every=1, preview_every=1)
+    for key, low in lows.items():
+        if s[key] < low:
+            raise UserError(f"--{key.replace('_', '-')} {s[key]}: must be at least {low}")
     if s["rank"] < 0 or not 0 <= s["seed"] < 2**32 or not 0 < s["lr"] < 1:
         raise UserError("--rank from 0, --seed in 0 … 2^32-1, --lr between 0 and 1")
     if s["batch"] % s["micro_batch"]:
@@ -92,6 +94,8 @@ def main(argv):
         preset = replace(preset, vae=weights.read_config(folder, "vae", preset.vae))
     else:
         preset = weights.check(folder)
+        if preset.name != args.preset:
+            raise UserError(f"{folder}: its preset is {preset.name}; add --preset {preset.name}")
     preset = replace(preset, resolution=settings.resolution)
     if args.lora:
         weights.check_lora(args.lora, preset.flux)

@@ -31,8 +31,8 @@ def main():
     """Write tests/data/models.safetensors, all of it made by diffusers.
 
     `flux/KEY`, `vae/KEY`: random weights under diffusers' names, float16 but exact in bfloat16
-    too; `grid/*`: a grid of two rows, what VisualCloze's pipeline makes of it; `row/*`: moments
-    and decoded picture of its second row; `in/*`, `out/*`: inputs of the transformer and its
+    too; `grid/*`: a grid of two rows, what VisualCloze's pipeline makes of it; `row/*`: four rows,
+    their moments and decoded pictures; `in/*`, `out/*`: inputs of the transformer and its
     velocity, by case; `*_bf16`: relative error of diffusers in bfloat16 to its own float32;
     `sigmas/S/N`, `rope/*`, `pack/*`: schedules, tables and the order of packed channels.
     """
@@ -51,9 +51,9 @@ def main():
         )
     )
     arrays = grid(vae)
-    arrays |= transformer(arrays["grid/ids"]) | autoencoder(vae, arrays["grid/pixels1"])
+    arrays |= transformer(arrays["grid/ids"]) | autoencoder(vae)
     arrays |= schedules() | rope() | packing(vae)
-    arrays = {name: np.ascontiguousarray(x) for name, x in sorted(arrays.items())}
+    arrays = {name: np.array(x, order="C") for name, x in sorted(arrays.items())}
     save_file(arrays, DATA / "models.safetensors")
 
 
@@ -174,23 +174,21 @@ def velocity(model, arrays, ids, samples=slice(2)):
     )
 
 
-def autoencoder(vae, pixels):
-    """Raw mean and deviation of a row that is not square, and the picture of that mean."""
-    x = channels_first((pixels / 127.5 - 1).astype(np.float32)[None])
-    arrays, outs = stored("vae", vae), {}
-    for dtype in (torch.float32, torch.bfloat16):
-        vae.to(dtype)
-        posterior = vae.encode(x.to(dtype)).latent_dist
-        mean = posterior.mean if not outs else torch.tensor(arrays["row/mean"]).permute(0, 3, 1, 2)
-        picture = vae.decode(mean.to(dtype), return_dict=False)[0]
-        outs = dict(mean=posterior.mean, std=posterior.std, picture=picture)
-        for name, value in outs.items():
-            value = value.permute(0, 2, 3, 1).float().numpy()
-            if dtype == torch.float32:
-                arrays[f"row/{name}"] = value
-            else:
-                arrays[f"row/{name}_bf16"] = relative(value, arrays[f"row/{name}"])
+def autoencoder(vae):
+    """Raw mean and deviation of four rows that are not square, and the pictures of those means;
+    then the same in bfloat16."""
+    pixels = np.random.default_rng(3).integers(0, 256, (4, 16, 32, 3), np.uint8)
+    arrays = stored("vae", vae) | {"row/pixels": pixels}
+    x = channels_first((pixels / 127.5 - 1).astype(np.float32))
+    posterior = vae.encode(x).latent_dist
+    exact = dict(mean=posterior.mean, std=posterior.std, picture=vae.decode(posterior.mean)[0])
+    vae.bfloat16()
+    rounded = vae.encode(x.bfloat16()).latent_dist
+    picture = vae.decode(posterior.mean.bfloat16())[0]
     vae.float()
+    for name, low in dict(mean=rounded.mean, std=rounded.std, picture=picture).items():
+        low, value = (y.permute(0, 2, 3, 1).float().numpy() for y in (low, exact[name]))
+        arrays |= {f"row/{name}": value, f"row/{name}_bf16": relative(low, value)}
     return arrays
 
 

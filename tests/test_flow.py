@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from tiny import part
+
 from vcloze_jax import flow
 from vcloze_jax.config import FlowConfig
 

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports only from strictly lower floors. config.py lies below all, for its UserError.
 FLOORS = {
+    "vcloze_jax": -2,  # __init__.py: imports nothing of ours before it is asked to
     "vcloze_jax.config": -1,
     "vcloze_jax.grid": 0,
     "vcloze_jax.prompts": 0,
@@ -53,7 +54,7 @@ JAX_FREE = ("config", "grid", "prompts", "images", "cli", "spec", "runfolder")
 
 
 def modules():
-    """{dotted name: file} of all our modules; the empty __init__.py are none."""
+    """{dotted name: file} of all our modules but the packages themselves."""
     files = [*ROOT.glob("vcloze_jax/**/*.py"), *ROOT.glob("ports/*.py"), *ROOT.glob("*.py")]
     names = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in files}
     return {name: file for name, file in names.items() if not name.endswith("__init__")}

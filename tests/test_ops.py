@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from tiny import stored
+
 from vcloze_jax import ops
 
 AXES = (16, 56, 56)  # FLUX's

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
+from flax import nnx
 from tiny import VAE_CONFIG, cast, relative, stored, vae
+
 from vcloze_jax import weights
 from vcloze_jax.config import FLUX_FILL, MINI
 from vcloze_jax.vae import VAE, GroupNorm
@@ -15,30 +16,30 @@ encode = jax.jit(lambda vae, x, key=None: vae.encode(x, key))
 decode = jax.jit(lambda vae, z: vae.decode(z))
 
 
-def row():
-    """The fixture's second row, [1, 16, 64, 3] in [-1, 1]."""
-    return (stored()["grid/pixels1"][None] / 127.5 - 1).astype(np.float32)
+def rows():
+    """The fixture's pictures, [4, 16, 32, 3] in [-1, 1]."""
+    return (stored()["row/pixels"] / 127.5 - 1).astype(np.float32)
 
 
 def model_latent():
-    """The fixture's mean as a model latent."""
+    """The fixture's raw mean as a model latent."""
     return (stored()["row/mean"] - VAE_CONFIG.shift) * VAE_CONFIG.scale
 
 
-def test_moments_and_picture_are_those_of_diffusers():
-    """Mean and deviation of a row of 16 x 64, and the picture of that mean, equal AutoencoderKL's
-    (atol: float32 sums in another order)."""
-    mean, std = moments(vae(), row())
-    np.testing.assert_allclose(mean, stored()["row/mean"], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(std, stored()["row/std"], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(
-        decode(vae(), model_latent()), stored()["row/picture"], rtol=0, atol=1e-5
-    )
+def test_moments_and_pictures_are_those_of_diffusers():
+    """Mean and deviation of rows of 16 x 32, and the pictures of those means, equal AutoencoderKL's
+    (float32 sums in another order)."""
+    mean, std = moments(vae(), rows())
+    np.testing.assert_allclose(mean, stored()["row/mean"], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(std, stored()["row/std"], rtol=2e-5)
+    pictures = decode(vae(), model_latent())
+    np.testing.assert_allclose(pictures, stored()["row/picture"], rtol=0, atol=2e-5)
 
 
 def test_bfloat16_error_budget():
-    """Against diffusers in float32, our bfloat16 is no worse than 1.5 times diffusers' own."""
-    low, x = cast(vae(), jnp.bfloat16), jnp.asarray(row(), jnp.bfloat16)
+    """Against diffusers in float32, our bfloat16 is no worse than 1.5 times diffusers' own; that
+    is over four rows, as the errors of one are a matter of luck."""
+    low, x = cast(vae(), jnp.bfloat16), jnp.asarray(rows(), jnp.bfloat16)
     mean, std = moments(low, x)
     picture = decode(low, jnp.asarray(model_latent(), jnp.bfloat16))
     for name, ours in (("mean", mean), ("std", std), ("picture", picture)):
@@ -54,22 +55,19 @@ def test_counts():
 
 
 def test_shift_and_scale():
-    """encode is (mean - shift) * scale, decode undoes it, and FLUX's constants are 0.1159, 0.3611."""
-    mean, _ = moments(vae(), row())
-    np.testing.assert_allclose(
-        encode(vae(), row()), (mean - VAE_CONFIG.shift) * VAE_CONFIG.scale, atol=1e-6
-    )
-    raw = vae().decoder(mean)
-    np.testing.assert_allclose(decode(vae(), vae().scaled(mean)), raw, atol=1e-5)
+    """encode is (mean - shift) * scale of the raw mean; FLUX's constants are 0.1159 and 0.3611."""
+    np.testing.assert_allclose(encode(vae(), rows()), model_latent(), atol=1e-5)
     assert (FLUX_FILL.vae.shift, FLUX_FILL.vae.scale) == (0.1159, 0.3611)
 
 
-def test_a_key_draws_from_the_posterior():
+def test_a_key_draws_from_the_posterior(monkeypatch):
     """With a key the latent is mean + std * noise, scaled; another key, another draw."""
-    (mean, std), keys = moments(vae(), row()), jax.random.split(jax.random.key(0))
-    first, second = (encode(vae(), row(), key) for key in keys)
-    expected = vae().scaled(mean + std * jax.random.normal(keys[0], std.shape))
-    np.testing.assert_allclose(first, expected, atol=1e-5)
+    mean, std = stored()["row/mean"], stored()["row/std"]
+    monkeypatch.setattr(VAE, "moments", lambda *_: (mean, std))
+    keys = jax.random.split(jax.random.key(0))
+    first, second = (vae().encode(rows(), key) for key in keys)
+    noise = jax.random.normal(keys[0], std.shape)
+    np.testing.assert_allclose(first, vae().scaled(mean + std * noise), atol=1e-6)
     assert np.all(first != second)
 
 
@@ -92,9 +90,9 @@ def test_a_row_is_more_than_its_cells():
     """Cells encoded alone are not the parts of their row encoded whole: convolutions and the
     attention of the middle cross cell borders, norms pool over the row. So a row is encoded and
     decoded in one piece, at its exact width, as the model was trained."""
-    left, right = np.split(row(), 2, 2)
+    left, right = np.split(rows(), 2, 2)
     apart = np.concatenate([encode(vae(), left), encode(vae(), right)], 2)
-    assert np.abs(encode(vae(), row()) - apart).mean() > 0.05
+    assert np.abs(encode(vae(), rows()) - apart).mean() > 0.05
     z = model_latent()
     apart = np.concatenate([decode(vae(), half) for half in np.split(z, 2, 2)], 2)
     assert np.abs(decode(vae(), z) - apart).mean() > 0.05
@@ -102,21 +100,17 @@ def test_a_row_is_more_than_its_cells():
 
 def test_pictures_are_independent():
     """A batch of one is an element of a batch (float32 sums in another order)."""
-    x = np.concatenate([row(), row()[:, ::-1]])
-    both = encode(vae(), x)
-    for i in range(2):
-        np.testing.assert_allclose(encode(vae(), x[i : i + 1])[0], both[i], atol=1e-5)
+    together = encode(vae(), rows())
+    for x, z in zip(rows(), together, strict=True):
+        np.testing.assert_allclose(encode(vae(), x[None])[0], z, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [MINI.vae, FLUX_FILL.vae], ids=["mini", "flux-fill"])
 def test_sides_are_eighths(config):
     """Pictures of h x w have latents of h/8 x w/8 in 16 channels, and come back at h x w."""
-    _, _, base = weights.abstract(VAE, config)
-    graphdef, _, _ = weights.abstract(VAE, config)
+    graphdef, _, base = weights.abstract(VAE, config)
 
     def there_and_back(base, x):
-        import flax.nnx as nnx
-
         vae = nnx.merge(graphdef, base)
         z = vae.encode(x)
         return z, vae.decode(z)

@@ -1,9 +1,12 @@
 """The tiny models of tests/data/models.safetensors, read as users' weights are, and random ones.
 
-scripts/fixtures_models.py describes the file.
+scripts/fixtures_models.py describes the file. TINY is another matter: a whole preset of random
+weights, mini's kind but smaller, for the tests of the commands.
 """
 
+import shutil
 import tempfile
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,8 +17,8 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from vcloze_jax import weights
-from vcloze_jax.config import FluxConfig, VAEConfig
+from vcloze_jax import cli, weights
+from vcloze_jax.config import MINI, FluxConfig, VAEConfig
 from vcloze_jax.mmdit import Flux
 from vcloze_jax.vae import VAE
 
@@ -68,6 +71,18 @@ def load(cls, config, name, tensors):
         return weights.load(cls, config, Path(folder))
 
 
+@cache
+def quick():
+    """Options with which XLA's CPU backend compiles gradients five times faster, for code that
+    runs once; none where the installed one does not know them."""
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda x: x, compiler_options=options)(0)
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
+
+
 def cast(tree, dtype):
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
@@ -95,3 +110,45 @@ def relative(x, reference):
     """Relative error in the Euclidean norm, as the fixture measures it."""
     x = np.asarray(jnp.asarray(x, jnp.float32))
     return np.linalg.norm(x - reference) / np.linalg.norm(reference)
+
+
+TINY = replace(
+    MINI,
+    flux=FluxConfig(
+        width=32,
+        heads=2,
+        double_blocks=1,
+        single_blocks=1,
+        text_width=16,
+        vec_width=16,
+        axes_dim=(4, 6, 6),
+        remat=False,
+    ),
+    vae=replace(MINI.vae, channels=(8, 8, 8, 8)),
+    t5=replace(MINI.t5, width=16, head_dim=8, heads=2, mlp=32, layers=1),
+    clip=replace(MINI.clip, width=16, heads=2, mlp=32, layers=1),
+)
+
+
+def weights_folder(folder, seed=0):
+    """A weights folder of random models of TINY's sizes, which compile fast; it says it is mini."""
+    modules = {
+        name: filled_module(module, getattr(TINY, name), seed)
+        for name, (module, _) in weights.MODELS.items()
+    }
+    weights.save_pipeline(folder, TINY, modules, "float32")
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(cli.MINI / name, folder / name)
+    return folder
+
+
+@contextmanager
+def overflowing(folder):
+    """Within, the transformer of a weights folder is finite, but what it says is not."""
+    file = folder / "transformer/diffusion_pytorch_model.safetensors"
+    sound = file.read_bytes()
+    save_file({key: x * np.float32(1e30) for key, x in load_file(file).items()}, file)
+    try:
+        yield
+    finally:
+        file.write_bytes(sound)

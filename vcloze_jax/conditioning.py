@@ -65,19 +65,23 @@ def encode_training(vae, rows, fill, key, dtype=jnp.float32):
     posteriors = encode_each(vae, clean + blanked)
     of_blanked = dict(zip(masked, posteriors[len(rows) :], strict=True))
 
-    def draw(posterior, key):
-        mean, std = posterior
-        return vae.scaled(mean + std * jax.random.normal(key, std.shape, std.dtype))
+    def tokens(posteriors):
+        """Mean and deviation of all rows as tokens, [2, B, S, 64], in model scale."""
+        parts = [[pack(vae.scaled(mean)), pack(std * vae.config.scale)] for mean, std in posteriors]
+        return jnp.concatenate([jnp.stack(part) for part in parts], 2)
 
-    latents, condition, share = [], [], []
-    for i, x in enumerate(clean):
-        to_latent, to_condition = jax.random.split(jax.random.fold_in(key, i))
-        mask = masked.get(i, jnp.zeros(x.shape[:3], bool))
-        latents.append(pack(draw(posteriors[i], to_latent)))
-        latent = draw(of_blanked.get(i, posteriors[i]), to_condition)
-        condition.append(condition_tokens(latent, mask))
-        share.append(pack_mask(mask.astype(jnp.float32)).mean(-1))
-    return tuple(jnp.concatenate(parts, 1) for parts in (latents, condition, share))
+    clean_tokens = tokens(posteriors[: len(rows)])
+    blanked_tokens = tokens([of_blanked.get(i, posteriors[i]) for i in range(len(rows))])
+    draws = jax.random.normal(key, clean_tokens.shape, dtype)  # one for each of the two
+    latents, condition = (
+        mean + std * draw
+        for (mean, std), draw in zip((clean_tokens, blanked_tokens), draws, strict=True)
+    )
+    no_mask = [jnp.zeros(x.shape[:3], dtype) for x in clean]
+    packed = [pack_mask(masked.get(i, no).astype(dtype)) for i, no in enumerate(no_mask)]
+    mask = jnp.concatenate(packed, 1)  # B S 256
+    share = mask.astype(jnp.float32).mean(-1)
+    return latents, jnp.concatenate([condition, mask], -1), share
 
 
 def encode_each(vae, pictures):

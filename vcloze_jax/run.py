@@ -34,14 +34,14 @@ def build(settings, preset, folder, mesh, dtype):
     The rest is frozen, in the compute dtype, and comes from the weights folder.
     """
     scratch = ("flux", "t5", "clip") if settings.from_scratch else ()
-    preset = replace(preset, flux=replace(preset.flux, rank=settings.rank))
+    ranked = replace(preset, flux=replace(preset.flux, rank=settings.rank))
     chosen = nnx.LoRAParam if settings.rank else lambda path, _: path[0] in (scratch or ("flux",))
 
     def born(key):
-        _, trainable, _ = nnx.split(Models(preset, rngs=nnx.Rngs(params=key)), chosen, ...)
+        _, trainable, _ = nnx.split(Models(ranked, rngs=nnx.Rngs(params=key)), chosen, ...)
         return nnx.to_pure_dict(trainable)
 
-    models = jax.eval_shape(lambda: Models(preset, rngs=nnx.Rngs(0)))
+    models = jax.eval_shape(lambda: Models(ranked, rngs=nnx.Rngs(0)))
     graphdef, _, _ = nnx.split(models, chosen, ...)
     key = jax.random.key(settings.seed)
     trainable = jax.eval_shape(born, key)
@@ -53,8 +53,8 @@ def build(settings, preset, folder, mesh, dtype):
             model = weights.load(module, getattr(preset, name), folder, exact, place)
             frozen[name] = nnx.to_pure_dict(nnx.state(model))
     if settings.lora:
-        adapter = weights.read_lora(settings.lora, preset.flux)
-        rank = weights.fit_lora(settings.lora, adapter, preset.flux).rank
+        adapter = weights.read_lora(Path(settings.lora), preset.flux)
+        rank = weights.fit_lora(Path(settings.lora), adapter, preset.flux).rank
         if rank != settings.rank:
             raise UserError(f"{settings.lora}: its rank is {rank}, not {settings.rank}; set --rank")
         trainable = put({"flux": adapter}, mesh)
@@ -63,6 +63,10 @@ def build(settings, preset, folder, mesh, dtype):
     else:
         trainable = {"flux": frozen.pop("flux")}
     return graphdef, trainable, frozen
+
+
+def zeros(tree):
+    return jax.tree.map(jnp.zeros_like, tree)
 
 
 class Run:
@@ -75,7 +79,6 @@ class Run:
         self.out, self.settings, self.preset = Path(out), settings, preset
         self.folder, self.mesh, self.source = folder, mesh, source
         self.dtype = weights.compute_dtype(mesh)
-        create(self.out, settings)
         self.tokenizers = Tokenizers(folder, preset.t5, preset.clip)
         self.graphdef, trainable, self.frozen = build(settings, preset, folder, mesh, self.dtype)
         self.rate = learning_rate(settings.lr, preset.train.warmup)
@@ -90,8 +93,10 @@ class Run:
         places = shardings((trainable, jax.eval_shape(tx.init, trainable)), mesh)
         self.accumulate, self.update = make_step(tx, loss, places)
         self.state = trainable, jax.jit(tx.init, out_shardings=places[1])(trainable)
+        self.grads = jax.jit(zeros, out_shardings=places[0])(trainable)
+        create(self.out, settings)  # after all that the user may have to correct
         self.step, self.pending = self.resume(), None
-        self.stop = Stop()
+        self.saved, self.reported = self.step, time.perf_counter()
         self.log = Log(self.out / "metrics.jsonl", self.step)
         self.examples = micro_batch(held_out, seed=0, index=0, size=PREVIEWS)
         self.painter = Painter(preset, None, self.tokenizers, mesh)
@@ -112,26 +117,33 @@ class Run:
         if self.step == s.steps:
             print(f"{self.out}: finished at step {self.step}; a larger --steps goes on")
             return 0
-        if self.step == 0:
-            self.preview()
+        bar = tqdm(total=s.steps, initial=self.step, unit="step", dynamic_ncols=True)
+        with Stop() as stop, bar as self.bar:
+            if self.step == 0:
+                self.preview()
+            self.loop(stop)
+            if self.step == s.steps:
+                self.finish()
+            self.save()  # after all else: a run whose last step is saved is complete
+        if self.step == s.steps:
+            print(f"{self.out}: finished, {'lora.safetensors' if s.rank else 'weights'} written")
+            return 0
+        print(f"{self.out}: stopped at step {self.step}, saved; the same command resumes")
+        return stop.code
+
+    def loop(self, stop):
+        """Steps, previews and saves, to the last step or the next after a signal."""
+        s = self.settings
         first, last = (step * s.batch // s.micro_batch for step in (self.step, s.steps))
         batches = micro_batches(self.source, s.seed, s.micro_batch, first, last)
-        self.grads = jax.tree.map(jnp.zeros_like, self.state[0])
-        self.bar = tqdm(total=s.steps, initial=self.step, unit="step", dynamic_ncols=True)
-        while self.step < s.steps and self.stop.code is None:
+        while self.step < s.steps and stop.code is None:
             before, self.pending = self.pending, self.advance(batches)
             self.report(before)  # while the devices work on the step just sent
-            if self.step % s.save_every == 0:
-                self.save()
             if self.step % s.preview_every == 0 or self.step == s.steps:
                 self.preview()
-        self.save()
-        self.bar.close()
-        if self.step < s.steps:
-            print(f"{self.out}: stopped at step {self.step}, saved; the same command resumes")
-            return self.stop.code
-        self.finish()
-        return 0
+            if self.step % s.save_every == 0 and self.step < s.steps:
+                self.save()
+        self.flush()
 
     def advance(self, batches):
         """Send one optimizer step to the devices; returns what `report` needs of it."""
@@ -146,16 +158,21 @@ class Run:
         self.state, self.step = (trainable, opt), self.step + 1
         return self.step, loss, norm, start
 
-    def save(self):
-        """Write the last step's metrics, then its checkpoint, unless that is done."""
-        if self.pending:
-            self.report(self.pending)
-            self.pending = None
-            checkpoint.save(self.out / "checkpoints", self.step, self.state)
-
     def to_devices(self, examples):
         any_row = getattr(self.source, "fill", False)
         return make_batch(examples, self.tokenizers, self.preset, self.mesh, any_row)
+
+    def flush(self):
+        """Wait for the step just sent and write its metrics."""
+        self.report(self.pending)
+        self.pending = None
+
+    def save(self):
+        """Write a checkpoint, of a step whose metrics are written, unless that is done."""
+        self.flush()
+        if self.saved < self.step:
+            checkpoint.save(self.out / "checkpoints", self.step, self.state)
+            self.saved = self.step
 
     def report(self, pending):
         """Write one step's metrics; stop the run if they are not finite."""
@@ -168,8 +185,10 @@ class Run:
                 f"{self.out}: step {step}: loss {loss}, gradient norm {norm}; nothing of this "
                 "step was kept: lower --lr, or look at the data of that step"
             )
+        # The step was sent while the one before it ran: its own time begins where that ended.
+        start, self.reported = max(start, self.reported), time.perf_counter()
         record = dict(step=step, loss=loss, grad_norm=norm, lr=float(self.rate(step - 1)))
-        self.log.write(record | dict(seconds=round(time.perf_counter() - start, 4)))
+        self.log.write(record | dict(seconds=round(self.reported - start, 4)))
         self.bar.set_postfix(loss=f"{loss:.4f}", grad=f"{norm:.3f}", refresh=False)
         self.bar.update()
 
@@ -178,6 +197,7 @@ class Run:
 
     def preview(self):
         """Paint the same held-out grids from the same noise: painted left, truth right."""
+        self.flush()
         self.painter.models = self.models()
         c = self.preset
         jobs = [
@@ -195,11 +215,9 @@ class Run:
         """Write what was trained: the adapter, or the models as a weights folder."""
         if self.settings.rank:
             weights.write_lora(self.out / "lora.safetensors", self.state[0]["flux"])
-            print(f"{self.out}/lora.safetensors")
             return
         models = self.models()
         parts = {name: getattr(models, name) for name in weights.MODELS}
         weights.save_pipeline(self.out / "weights", self.preset, parts)
         for name in ("tokenizer", "tokenizer_2"):
             shutil.copytree(self.folder / name, self.out / "weights" / name, dirs_exist_ok=True)
-        print(f"{self.out}/weights")

@@ -10,7 +10,6 @@ import optax
 from flax import nnx
 
 from vcloze_jax import conditioning, flow
-from vcloze_jax.ops import rope_table
 from vcloze_jax.sharding import batch_sharding
 
 
@@ -32,8 +31,8 @@ def make_batch(examples, tokenizers, preset, mesh, any_row):
         mask = np.stack([x.mask for x in row]) if may else None
         rows.append((np.stack([x.pixels for x in row]), mask))
     t5_ids, clip_ids, _ = tokenizers([example.prompt for example in examples])
-    ids = np.concatenate([np.zeros((preset.t5.max_length, 3)), grids[0].ids()])
-    pe = rope_table(ids[None], preset.flux.axes_dim, preset.flux.theta)
+    T, S = preset.t5.max_length, grids[0].tokens
+    pe = conditioning.position_table(grids[:1], preset.flux, T, S)
     batch = jax.device_put((tuple(rows), t5_ids, clip_ids), batch_sharding(mesh))
     return Batch(*batch, pe)
 
@@ -88,7 +87,7 @@ def make_step(tx, loss, places):
     )
     def update(trainable, opt, grads, losses):
         mean = jax.tree.map(lambda g: g / len(losses), grads)
-        norm, value = optax.global_norm(mean), jnp.stack(losses).mean()
+        norm, value = optax.tree.norm(mean), jnp.stack(losses).mean()
         updates, new = tx.update(mean, opt, trainable)
         new = optax.apply_updates(trainable, updates), new
         fine = jnp.isfinite(norm) & jnp.isfinite(value)

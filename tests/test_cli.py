@@ -1,0 +1,283 @@
+"""Laws of the commands: a mistake costs one line on stderr and exit code 2, and is found early."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sample
+import train
+from vcloze_jax import cli
+from vcloze_jax.config import MINI, PRESETS, UserError
+from vcloze_jax.images import save_png
+from vcloze_jax.runfolder import FREE, Settings, compare, create
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Specs: fox.json is good, bad.json is not; an empty weights folder; a file that is none."""
+    save_png(tmp_path / "a.png", np.zeros((64, 64, 3), np.uint8))
+    (tmp_path / "fox.json").write_text(json.dumps({"image": [["a.png", None]]}))
+    (tmp_path / "bad.json").write_text(json.dumps({"image": [["a.png", "missing.png"]]}))
+    (tmp_path / "none").mkdir()
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/vcloze.json").write_text('{"preset": "maxi"}')
+    (tmp_path / "file").write_text("text")
+    return tmp_path
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a command as cli.run does: exit code, stdout and stderr. JAX cannot be imported."""
+
+    def call(main, argv, jax=False):
+        with monkeypatch.context() as patch:
+            if not jax:
+                patch.setitem(sys.modules, "jax", None)
+            patch.setattr(sys, "argv", ["command", *argv.split()])
+            with pytest.raises(SystemExit) as exit:
+                cli.run(main)
+        return exit.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+def assert_refused(answer, message):
+    """Exit code 2 and exactly one line on stderr, which says `message`."""
+    code, out, err = answer
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert message in err
+
+
+# --- sample.py ---
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("", "--grid SPEC.json is needed"),
+        ("--grid", "--grid: expected at least one argument"),
+        ("--gird fox.json", "unrecognized arguments: --gird"),
+        ("--gri fox.json", "unrecognized arguments: --gri"),
+        ("--grid fox.json --lora a.safetensors:nan", "the scale must be finite"),
+        ("--grid missing.json", "missing.json: "),
+        ("--grid bad.json", "bad.json: image[0][1]: "),
+        ("--grid fox.json bad.json", "bad.json: image[0][1]: "),
+        ("--grid fox.json fox.json", "output 'fox' is also that of"),
+        ("--grid a.png", "a.png: "),
+        ("--grid fox.json --weights odd", "odd/vcloze.json: must say"),
+        ("--grid fox.json --out .", "fox.json is an input"),
+        ("--grid fox.json --out file", "--out file: File exists"),
+        ("--grid fox.json --out file/deeper", "--out file/deeper: Not a directory"),
+    ],
+)
+def test_sample_refuses(folder, call, monkeypatch, argv, message):
+    """Wrong flags and specs are told before JAX is imported."""
+    monkeypatch.chdir(folder)
+    assert_refused(call(sample.main, argv), message)
+    assert not (folder / "outputs").exists() or not any((folder / "outputs").iterdir())
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("--weights nowhere", "nowhere: "),
+        ("--weights none", "none: no weights folder"),
+        ("--weights file", "file: "),
+        ("--mesh eight", "--mesh eight: "),
+        ("--mesh 0", "--mesh 0: "),
+        ("--mesh data=2,model=4", "'model=4' is not AXIS=SIZE"),
+    ],
+)
+def test_sample_refuses_weights_and_meshes(folder, call, monkeypatch, argv, message):
+    """So are weights that are not there and a mesh that is none, when JAX is."""
+    monkeypatch.chdir(folder)
+    assert_refused(call(sample.main, f"--grid fox.json {argv}", jax=True), message)
+    assert not any((folder / "outputs").iterdir())
+
+
+def test_list_tasks(call):
+    """--list-tasks needs no spec, and names what a spec may say."""
+    code, out, _ = call(sample.main, "--list-tasks")
+    assert code == 0 and "depth-to-image (2 columns): In each row" in out
+
+
+@pytest.mark.parametrize("main", [sample.main, train.main])
+def test_help(call, main):
+    """--help needs no JAX and shows the commands that the file begins with."""
+    code, out, _ = call(main, "--help")
+    assert code == 0 and "    python " in out and "--mesh" in out
+
+
+# --- train.py ---
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("--steps 0", "--steps 0: must be at least 1"),
+        ("--steps many", "argument --steps: invalid int value"),
+        ("--batch -1", "--batch -1: must be at least 1"),
+        ("--batch 8 --micro-batch 3", "--batch 8: not a multiple of --micro-batch 3"),
+        ("--resolution 8", "--resolution 8: must be at least 16"),
+        ("--lr nan", "--lr between 0 and 1"),
+        ("--seed -1", "--seed in 0"),
+        ("--rank -1", "--rank from 0"),
+        ("--preset maxi", "argument --preset: invalid choice: 'maxi'"),
+        ("--preset flux-fill", "--preset flux-fill: its weights are yours; add --weights DIR"),
+        ("--from-scratch --rank 4", "--from-scratch trains every weight"),
+        ("--out file", "file: not a run of train.py"),
+        ("--out .", ".: not a run of train.py, and not empty"),
+        ("--out odd", "odd: not a run of train.py, and not empty"),
+    ],
+)
+def test_train_refuses(folder, call, monkeypatch, argv, message):
+    """Wrong flags are told before JAX is imported, and no run is begun."""
+    monkeypatch.chdir(folder)
+    assert_refused(call(train.main, argv), message)
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("--weights nowhere", "nowhere: "),
+        ("--mesh 3", "a multiple of 3, please"),
+        ("--mesh x", "--mesh x: "),
+    ],
+)
+def test_train_refuses_weights_and_meshes(folder, call, monkeypatch, argv, message):
+    """So are weights that are not there and a mesh that does not fit, when JAX is."""
+    monkeypatch.chdir(folder)
+    assert_refused(call(train.main, f"--batch 4 --data file {argv}", jax=True), message)
+    assert not (folder / "runs").exists()
+
+
+# --- the identity of a run ---
+
+OTHER = Settings(**(dict.fromkeys(Settings.__dataclass_fields__, "other") | {"steps": 300}))
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """The folder of mini's run, as its first second leaves it, and its settings."""
+    settings = train.settle(train.parse([]), MINI)
+    create(tmp_path / "run", settings)
+    return tmp_path / "run", settings
+
+
+@pytest.mark.parametrize("key", [key for key in asdict(OTHER) if key not in FREE])
+def test_identity(begun, key):
+    """Any setting but the free ones is the run's identity: another value is an error by name."""
+    out, settings = begun
+    compare(out, settings)
+    with pytest.raises(UserError, match=rf"config.json: {key} is .*, this command says 'other'"):
+        compare(out, replace(settings, **{key: "other"}))
+
+
+@pytest.mark.parametrize("key", FREE)
+def test_free_settings(begun, key):
+    """Mesh and intervals may change when a run goes on; steps may grow, and never shrink."""
+    out, settings = begun
+    compare(out, replace(settings, **{key: getattr(OTHER, key)}))
+    with pytest.raises(UserError, match="steps is 200, and can only grow"):
+        compare(out, replace(settings, steps=199))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "7", '{"steps": 3}', "{"])
+def test_broken_identity(begun, text):
+    """A config.json that is not a run's is told, whatever it holds."""
+    out, settings = begun
+    (out / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json: not a run's settings"):
+        compare(out, settings)
+
+
+def test_identity_as_a_command(begun, call):
+    """A run that is another one is refused before JAX is imported."""
+    out, _ = begun
+    assert_refused(call(train.main, f"--out {out} --lr 0.5"), "lr is 0.001, this command says 0.5")
+
+
+# --- what the commands share ---
+
+
+@pytest.mark.parametrize(
+    "text, file, scale",
+    [
+        ("a.safetensors", "a.safetensors", 1.0),
+        ("a.safetensors:0.5", "a.safetensors", 0.5),
+        ("a.safetensors:-1e-1", "a.safetensors", -0.1),
+        ("C:a.safetensors", "C:a.safetensors", 1.0),
+        ("C:a:2", "C:a", 2.0),
+        ("a.safetensors:", "a.safetensors:", 1.0),
+        ("there:2", "there:2", 1.0),
+    ],
+)
+def test_file_and_scale(tmp_path, monkeypatch, text, file, scale):
+    """The last colon splits only if its tail is a number and the whole is not a file."""
+    monkeypatch.chdir(tmp_path)
+    Path("there:2").touch()
+    assert cli.file_and_scale(text) == (Path(file), scale)
+
+
+def test_named_preset(tmp_path):
+    """A folder is of the preset that it names, else of FLUX.1-Fill."""
+    assert cli.named_preset(tmp_path).name == "flux-fill"
+    for name, preset in PRESETS.items():
+        (tmp_path / "vcloze.json").write_text(json.dumps({"preset": name}))
+        assert cli.named_preset(tmp_path) is preset
+
+
+@pytest.mark.parametrize(
+    "result, code",
+    [
+        (None, 0),
+        (0, 0),
+        (143, 143),
+        (UserError("mine"), 2),
+        (FloatingPointError("step 3: loss nan"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes(call, result, code):
+    """0 done, 2 the user's mistake, 1 not finite, 130 Ctrl-C, and what a command answers."""
+
+    def main(_):
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    exit_code, _, err = call(main, "")
+    assert exit_code == code
+    assert err == (f"error: {result}\n" if isinstance(result, Exception) else "")
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("sample.py --grid bad.json", "error: bad.json: image[0][1]: "),
+        ("train.py --steps 0", "error: --steps 0: must be at least 1"),
+    ],
+)
+def test_as_commands(folder, command, message):
+    """All of it as a process, where importing JAX would fail."""
+    (folder / "jax.py").write_text("raise ImportError('jax is poisoned')\n")
+    script, *argv = command.split()
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *argv],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1

@@ -1,0 +1,354 @@
+"""Laws of the task graph and of the loader: what is drawn, how often, and from what."""
+
+import json
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vcloze_jax.config import MINI, UserError
+from vcloze_jax.data import conditions
+from vcloze_jax.data.graph import (
+    CONDITIONS,
+    GROUPS,
+    HELD_OUT_COMPOSITIONS,
+    HELD_OUT_TASKS,
+    NODES,
+    STYLES,
+    TRAIN,
+    draw_fill,
+    draw_mask,
+    draw_part,
+    draw_prompt,
+    draw_sample,
+    draw_shape,
+    draw_task,
+    parse_task,
+)
+from vcloze_jax.data.loader import GraphEmojiGrids, micro_batch, micro_batches, open_data
+from vcloze_jax.prompts import CONTENT_PREFIXES
+
+NAMES = [f"subject {i}" for i in range(20)]
+DRAWS = 4000
+
+
+def generator(*seed):
+    return np.random.default_rng(seed)
+
+
+def share(count, p, draws=DRAWS):
+    """A count of draws within 5 deviations of the binomial."""
+    assert abs(count - p * draws) < 5 * np.sqrt(draws * p * (1 - p)) + 1e-9, (count / draws, p)
+
+
+# --- tasks ---
+
+
+def test_graph_and_pictures_have_the_same_nodes():
+    """Every node of the graph is drawn or derived, every picture has its phrases."""
+    assert set(NODES) == set(conditions.NODES)
+    assert set(STYLES) == set(conditions.VIEWS) and set(CONDITIONS) == set(conditions.NAMES)
+    phrases = [phrase for node in NODES.values() for phrase in node]
+    assert all(phrases) and len(phrases) == len(set(phrases))
+
+
+def test_tasks_are_paths_of_two_to_four_cells():
+    """Every task, trained or held out, leads from one to three other nodes to its target, is named
+    after them, and stands in one group."""
+    grouped = Counter(task for _, tasks in GROUPS for task in tasks)
+    assert set(grouped.values()) == {1}
+    for task in {*grouped, *HELD_OUT_TASKS, *HELD_OUT_COMPOSITIONS}:
+        assert 2 <= task.columns <= 4 and task.target not in task.conditions
+        assert len(set(task.conditions)) == len(task.conditions)
+        assert parse_task(task.name) == task
+
+
+@pytest.mark.parametrize("name", ["", "gray", "gray->", "gray->x", "gray+->noto", "a->b->c"])
+def test_unknown_tasks_are_refused(name):
+    """What is no task is an error that lists the nodes."""
+    with pytest.raises(ValueError, match="nodes of fluent_3d"):
+        parse_task(name)
+
+
+def test_held_out_tasks_are_never_trained():
+    """No task that is held out is in the training table; each of its nodes is, elsewhere, as a
+    condition or as a target, so that only the way between them is new."""
+    held_out = {*HELD_OUT_TASKS, *HELD_OUT_COMPOSITIONS}
+    assert parse_task(MINI.train.data.partition(":")[2]) in held_out  # mini learns it in the end
+    assert held_out.isdisjoint(TRAIN) and all(task.columns == 2 for task in HELD_OUT_TASKS)
+    for task in held_out:
+        assert any(task.target == other.target for other in TRAIN)
+        for condition in task.conditions:
+            assert any(condition in other.conditions for other in TRAIN)
+
+
+def test_shares_of_tasks():
+    """Groups share the draws as the table says (they sum to 1), tasks inside a group equally; each
+    task's count lies within 5 deviations."""
+    np.testing.assert_allclose(sum(weight for weight, _ in GROUPS), 1)
+    rng = generator(0)
+    counts = Counter(draw_task(rng) for _ in range(DRAWS))
+    assert counts.keys() <= TRAIN.keys()
+    for task, weight in TRAIN.items():
+        share(counts[task], weight / sum(TRAIN.values()))
+
+
+def test_shapes_of_micro_batches():
+    """1, 2 and 3 rows with p 0.3, 0.4, 0.3 (the authors'), columns as often as tasks have them; of
+    one task its own."""
+    rng = generator(1)
+    shapes = [draw_shape(rng) for _ in range(DRAWS)]
+    for rows, p in ((1, 0.3), (2, 0.4), (3, 0.3)):
+        share(sum(r == rows for r, _ in shapes), p)
+    for columns in (2, 3, 4):
+        weight = sum(w for task, w in TRAIN.items() if task.columns == columns)
+        share(sum(c == columns for _, c in shapes), weight / sum(TRAIN.values()))
+    only = {parse_task("edges+blur->fluent_3d"): 1.0}
+    assert {draw_shape(rng, only)[1] for _ in range(20)} == {3}
+
+
+# --- masks ---
+
+
+@pytest.mark.parametrize("columns", [2, 3, 4])
+def test_reverse_masking(columns):
+    """Only the query is masked. Of the draws that mask one cell, the last is it with p 0.5 + 0.5/L,
+    every other with p 0.5/L (the authors'); with p 0.1 two cells or more are blank, with p 0.1 one
+    is blank in part only."""
+    rng = generator(2, columns)
+    masks = [draw_mask(rng, 2, columns, 16) for _ in range(DRAWS)]
+    assert not any(mask[0].any() for mask in masks)
+    query = np.array([mask[-1].mean((1, 2)) for mask in masks])  # share of each cell
+    several = (query > 0).sum(1) > 1
+    assert (query.max(1) > 0).all() and (query[several] % 1 == 0).all()
+    share(several.sum(), 0.1)
+    share(((query > 0) & (query < 1)).any(1).sum(), 0.1)
+    column = query[~several].argmax(1)
+    for i in range(columns):
+        p = 0.5 / columns + 0.5 * (i == columns - 1)
+        share((column == i).sum(), p, len(column))
+
+
+def test_parts_are_neither_empty_nor_whole():
+    """A part covers between a tenth and nine tenths of its cell."""
+    rng = generator(3)
+    covered = [draw_part(rng, 64).mean() for _ in range(1000)]
+    assert 0.1 <= min(covered) < 0.25 and 0.7 < max(covered) <= 0.9
+
+
+# --- samples ---
+
+
+def test_samples_are_grids_of_one_task():
+    """All rows show the same nodes, of subjects that are all different; the target is last, its
+    conditions in any order; the mask has the grid's shape."""
+    tasks, orders = set(), set()
+    for seed in range(300):
+        rng = generator(4, seed)
+        rows, columns = draw_shape(rng)
+        nodes, subjects, mask, _ = draw_sample(rng, rows, columns, NAMES, 16, 0.1)
+        assert len(nodes) == rows and all(row == nodes[0] for row in nodes)
+        assert len(set(subjects.tolist())) == rows and mask.shape == (rows, columns, 16, 16)
+        task = next(
+            t for t in TRAIN if t.target == nodes[0][-1] and {*t.conditions} == {*nodes[0][:-1]}
+        )
+        tasks.add(task)
+        orders.add((task, *nodes[0]))
+    assert len(orders) > len(tasks) > 30
+
+
+def test_samples_depend_on_the_generator_only():
+    """The same generator draws the same sample, with text, mask and all; another one another."""
+    for draw in (draw_sample, draw_fill):
+        first, again, other = (draw(generator(s), 2, 2, NAMES, 16, 0.1) for s in (5, 5, 6))
+        assert first.nodes == again.nodes and first.prompt == again.prompt
+        np.testing.assert_array_equal(first.subjects, again.subjects)
+        np.testing.assert_array_equal(first.mask, again.mask)
+        assert first.prompt != other.prompt
+
+
+def test_sentences():
+    """The layout is always there, the task with p 0.8, the content with p 0.8 where the target is a
+    style; without it never; the subject named is the last row's. Every sentence is one of ours."""
+    rng, nodes = generator(7), ("edges", "fluent_3d")
+    prompts = [draw_prompt(rng, nodes, 2, "red fox") for _ in range(DRAWS)]
+    assert all("2" in prompt for prompt in prompts)
+    content = [prompt.endswith("red fox") for prompt in prompts]
+    share(sum(content), 0.8)
+    share(sum("[IMAGE1]" in prompt and "[IMAGE2]" in prompt for prompt in prompts), 0.8)
+    for prompt, named in zip(prompts, content, strict=True):
+        assert named == any(prompt.endswith(prefix + "red fox") for prefix in CONTENT_PREFIXES)
+    phrases = {p for p in NODES["edges"] if any(p in prompt for prompt in prompts)}
+    assert phrases == set(NODES["edges"])
+    backwards = [draw_prompt(rng, nodes[::-1], 2, "red fox") for _ in range(100)]
+    assert not any("red fox" in prompt for prompt in backwards)
+
+
+def test_caption_dropout():
+    """With p `dropout` a sample has no text at all; with 0 it always has some."""
+    for dropout in (0.0, 0.1):
+        rng = generator(8)
+        empty = sum(not draw_sample(rng, 1, 2, NAMES, 16, dropout).prompt for _ in range(1000))
+        share(empty, dropout, 1000)
+
+
+def test_fill_grids():
+    """The infilling base's grids: no subject twice, a blank cell at least, holes in any row."""
+    blank_rows = Counter()
+    for seed in range(300):
+        nodes, subjects, mask, _ = draw_fill(generator(9, seed), 3, 2, NAMES, 16, 0.1)
+        assert {node for row in nodes for node in row} <= set(NODES)
+        assert len(set(subjects.ravel().tolist())) == 6
+        blank_rows.update(np.flatnonzero(mask.any((1, 2, 3))).tolist())
+        assert mask.any()
+    assert min(blank_rows[row] for row in range(3)) > 100
+
+
+# --- loader ---
+
+
+@pytest.fixture(scope="module")
+def source():
+    """The held-out split: 128 subjects, derived in a second."""
+    return GraphEmojiGrids("held_out")
+
+
+@pytest.fixture(scope="module")
+def filling(source):
+    """The same pictures as grids of the infilling base."""
+    grids = object.__new__(GraphEmojiGrids)
+    vars(grids).update(vars(source), fill=True)
+    return grids
+
+
+def same(one, other):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.prompt == b.prompt and a.grid.shape == b.grid.shape
+        for row, again in zip(a.grid.rows, b.grid.rows, strict=True):
+            np.testing.assert_array_equal(row.pixels, again.pixels)
+            np.testing.assert_array_equal(row.mask, again.mask)
+
+
+@pytest.mark.parametrize("kind", ["source", "filling"])
+def test_micro_batches_depend_on_seed_and_number_only(kind, request):
+    """A micro-batch is a function of (seed, number), whatever was asked before, and its first
+    elements do not depend on how many there are; its grids share one shape."""
+    grids = request.getfixturevalue(kind)
+    first = micro_batch(grids, 3, 7, 4)
+    micro_batch(grids, 0, 0, 2)
+    same(micro_batch(grids, 3, 7, 4), first)
+    same(micro_batch(grids, 3, 7, 2), first[:2])
+    assert len({example.grid.shape for example in first}) == 1
+    others = [micro_batch(grids, *args, 4) for args in ((3, 8), (4, 7))]
+    assert all(first[0].prompt != other[0].prompt for other in others)
+
+
+@pytest.mark.parametrize("start", [0, 3, 5])
+def test_a_restart_continues(source, start):
+    """Begun at any number, the stream is the rest of the whole one, and ends where it should."""
+    rest = list(micro_batches(source, 1, 2, start, 6))
+    assert len(rest) == 6 - start
+    for number, batch in enumerate(rest, start):
+        same(batch, micro_batch(source, 1, number, 2))
+
+
+def test_streams_need_not_be_read_to_the_end(source):
+    """What is made ahead is no obligation: a reader that stops early gets the same batches."""
+    for number, batch in enumerate(islice(micro_batches(source, 1, 2, 0, 1000), 2)):
+        same(batch, micro_batch(source, 1, number, 2))
+
+
+def test_cells_show_what_the_sample_says(source):
+    """Row r, column c of a grid is the picture of the sample's subject and node there, for tasks
+    (a subject a row) and for the infilling base (a subject a cell); masks lie on their cells."""
+    args = (2, 3, source.names, 64, 0.0)
+    for sample in (draw_sample(generator(10), *args), draw_fill(generator(10), *args)):
+        grid = source.picture(sample).grid
+        for r, row in enumerate(grid.rows):
+            for c in range(3):
+                subject = sample.subjects[r] if sample.subjects.ndim == 1 else sample.subjects[r, c]
+                picture = source.pictures[subject, conditions.NODES.index(sample.nodes[r][c])]
+                np.testing.assert_array_equal(row.pixels[:, 64 * c : 64 * c + 64], picture)
+                np.testing.assert_array_equal(row.mask[:, 64 * c : 64 * c + 64], sample.mask[r, c])
+
+
+def test_names_are_those_of_the_pictures(source):
+    """The content sentence of a task names the subject of the last row, whose picture is there."""
+    for seed in range(20):
+        sample = draw_sample(generator(11, seed), 2, 2, source.names, 64, 0.0)
+        prefix = next((p for p in CONTENT_PREFIXES if p in sample.prompt), None)
+        if prefix:
+            assert sample.prompt.endswith(prefix + source.names[sample.subjects[-1]])
+
+
+# --- the user's own grids ---
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """Write records as a JSON-lines file beside four pictures, and open it."""
+    for i, size in enumerate([(64, 64), (64, 64), (96, 48), (96, 48)]):
+        Image.new("RGB", size, (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
+
+    def open_lines(*records):
+        text = [r if isinstance(r, str) else json.dumps(r) for r in records]
+        (tmp_path / "mine.jsonl").write_text("\n".join(text))
+        return open_data(str(tmp_path / "mine.jsonl"), MINI)
+
+    return open_lines
+
+
+PAIR = {"image": [["0.png", "1.png"], ["0.png", "1.png"]]}
+
+
+def test_own_grids(lines):
+    """The last cell of the last row is the target, with its truth; sentences are a spec's; a
+    micro-batch shares a shape, and shapes come as often as lines have them."""
+    wide = {"image": [["2.png", "3.png"]], "task_prompt": "T", "content_prompt": "a fox"}
+    grids = lines(PAIR, PAIR, PAIR, wide | {"layout_prompt": ""})
+    batches = [micro_batch(grids, 0, i, 2) for i in range(400)]
+    for batch in batches:
+        for grid, prompt in batch:
+            assert grid.shape == batch[0].grid.shape and grid.targets == [1]
+            assert not prompt or prompt.startswith("A grid" if len(grid.rows) == 2 else "T ")
+            assert grid.query.mask[:, grid.query.width // 2 :].all() and grid.query.pixels[0, -1, 0]
+    share(sum(len(batch[0].grid.rows) == 2 for batch in batches), 0.75, 400)
+    share(sum(not e.prompt for batch in batches for e in batch), 0.1, 800)
+    assert "T The last image of the last row depicts: a fox" in {b[0].prompt for b in batches}
+
+
+BAD = {
+    "no JSON": ("{", "line 2: "),
+    "no object": ("[]", "line 2: "),
+    "no image": ({"task_prompt": "T"}, "line 2: 'image'"),
+    "empty": ({"image": []}, "line 2: 'image'"),
+    "unknown key": (PAIR | {"prompt": "x"}, "line 2: 'prompt'"),
+    "no file": ({"image": [["0.png", "9.png"]]}, "9.png"),
+    "hole": ({"image": [["0.png", None]]}, "line 2: "),
+    "text": ({"image": "0.png"}, "line 2: "),
+    "ragged": ({"image": [["0.png"], ["0.png", "1.png"]]}, "line 2: "),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_wrong_lines_are_refused(lines, kind):
+    """A line that is no grid is the user's error, with file and line; no file is one too."""
+    record, words = BAD[kind]
+    with pytest.raises(UserError, match=f"mine.jsonl: .*{words}"):
+        lines(PAIR, record)
+
+
+@pytest.mark.parametrize("name", ["graph200k", "nowhere.jsonl", "graphemoji:gray->x", ""])
+def test_unknown_data_is_refused(name):
+    """What --data does not name is one line that says what it could."""
+    with pytest.raises(UserError, match="^--data "):
+        open_data(name, MINI)
+
+
+def test_an_empty_file_is_refused(lines):
+    """A file without a grid is an error, not an endless wait."""
+    with pytest.raises(UserError, match="no grid in it"):
+        lines()

@@ -1,0 +1,267 @@
+"""Laws of sample.py and of the Painter behind it: what is written, and what a picture depends on.
+
+Tiny random models paint; the last test is of the shipped ones.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import sample
+from vcloze_jax import paint, weights
+from vcloze_jax.config import UserError
+from vcloze_jax.sharding import make_mesh, parse_mesh
+from vcloze_jax.spec import read_specs
+
+ROOT = Path(__file__).parents[1]
+PICTURES = ROOT / "examples/pictures"
+CRAB, ROCKET = (
+    [f"{PICTURES}/{name}_{view}.png" for view in ("edges", "fluent_3d")]
+    for name in ("crab", "rocket")
+)
+HALF = {"image": ROCKET[1], "mask": f"{PICTURES}/right_half.png"}
+TOKENS = 16  # of a grid of two rows of two cells of 32 x 32
+
+# What is asked of most tests: an example, and a query with its target blank or half blank.
+BLANK = {"image": [CRAB, [ROCKET[0], None]]}
+PARTLY = {"image": [CRAB, [None, HALF]], "task_prompt": "Draw.", "seed": 7}
+SMALL = {"resolution": 32, "num_inference_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.weights_folder(tmp_path_factory.mktemp("weights") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def painters(folder):
+    """Painters of the same models on 1 and on 8 devices."""
+    meshes = {size: make_mesh(parse_mesh(str(size))) for size in (1, 8)}
+    preset = weights.check(folder)
+    return {
+        size: paint.Painter(*weights.load_models(folder, preset, [], mesh), mesh)
+        for size, mesh in meshes.items()
+    }
+
+
+@pytest.fixture
+def run(folder, tmp_path):
+    """Write specs {name: content}, run sample.py on them all, and return its output folder."""
+
+    def run(specs, out="out", *more):
+        files = [tmp_path / f"{name}.json" for name in specs]
+        for file, content in zip(files, specs.values(), strict=True):
+            small = [SMALL | c for c in content] if isinstance(content, list) else SMALL | content
+            file.write_text(json.dumps(small))
+        argv = ["--grid", *files, "--weights", folder, "--out", tmp_path / out, *more]
+        assert sample.main([str(arg) for arg in argv]) in (None, 0)
+        return tmp_path / out
+
+    return run
+
+
+def jobs(tmp_path, *specs):
+    """Specs as the Painter's jobs."""
+    (tmp_path / "jobs.json").write_text(json.dumps([SMALL | spec for spec in specs]))
+    return [
+        paint.Job(s.grid, s.prompt, s.num_inference_steps, s.guidance_scale, s.seed, s.latents)
+        for s in read_specs([tmp_path / "jobs.json"], tiny.TINY)
+    ]
+
+
+def pixels(file):
+    return np.asarray(Image.open(file))
+
+
+def names(out):
+    return sorted(file.name for file in out.iterdir())
+
+
+# --- what is written ---
+
+
+def test_outputs(run):
+    """A spec gives its grid, its targets in column order and its record, and nothing else."""
+    out = run({"fox": PARTLY, "owl": BLANK})
+    fox = ["fox.json", "fox.png", "fox_target0.png", "fox_target1.png"]
+    assert names(out) == [*fox, "owl.json", "owl.png", "owl_target0.png"]
+
+
+def test_record(run):
+    """The record holds the spec with its defaults filled in and what the painting took; read as
+    a spec again, it is the same spec."""
+    record = json.loads((run({"fox": PARTLY}) / "fox.json").read_text())
+    assert record["spec"]["guidance_scale"] == 30 and record["spec"]["seed"] == 7
+    assert record["prompt"].endswith(" Draw.")
+    assert record["sizes"] == [[32, 32], [32, 32]]
+    assert record["tokens"] == {"image": TOKENS, "text": 96, "bucket": 2 * TOKENS}
+    assert record["dropped_tokens"] == {"t5": 0, "clip": 0}
+    assert set(record["seconds"]) == {"encode", "paint", "decode"}
+    assert record["compiles"] > 0
+    assert record["versions"]["jax"] == jax.__version__
+    again = record["spec"] | {"num_inference_steps": 1}
+    assert json.loads((run({"fox": again}) / "fox.json").read_text())["spec"] == again
+
+
+def test_boxes(run):
+    """The boxes are where the cells lie in the sheet: given cells are the resized inputs,
+    painted ones the targets; all else is white but for the marks in the gutters."""
+    out = run({"fox": PARTLY})
+    sheet, record = pixels(out / "fox.png").copy(), json.loads((out / "fox.json").read_text())
+    boxes = record["boxes"]
+    cut = [[sheet[y : y + h, x : x + w].copy() for x, y, w, h in row] for row in boxes]
+    grid = read_specs([out.parent / "fox.json"], tiny.TINY)[0].grid
+    assert np.array_equal(np.concatenate(cut[0], 1), grid.rows[0].pixels)
+    for i in (0, 1):
+        assert np.array_equal(cut[1][i], pixels(out / f"fox_target{i}.png"))
+    for x, y, w, h in sum(boxes, []):
+        sheet[y : y + h, x : x + w] = 255
+    colours = {tuple(colour) for colour in sheet.reshape(-1, 3).tolist()}
+    assert colours == {(255, 255, 255), (226, 88, 34)}
+
+
+def test_kept_pixels(run):
+    """The kept part of a partly masked cell is the input's, exactly; the rest is painted."""
+    out = run({"fox": PARTLY})
+    target, given = pixels(out / "fox_target1.png"), pixels(ROCKET[1])
+    given = np.asarray(Image.fromarray(given).resize((32, 32), Image.Resampling.LANCZOS))
+    assert np.array_equal(target[:, :16], given[:, :16])
+    assert (target[:, 16:] != given[:, 16:]).mean() > 0.9
+
+
+def test_a_list_of_specs(run):
+    """The i-th spec of a list is named so, also in a list of one."""
+    out = run({"fox": [PARTLY, BLANK], "owl": [BLANK]})
+    sheets = [name for name in names(out) if name.endswith(".png") and "target" not in name]
+    assert sheets == ["fox-0.png", "fox-1.png", "owl-0.png"]
+    assert (out / "fox-1.png").read_bytes() == (out / "owl-0.png").read_bytes()
+
+
+def test_cut_short(run, tmp_path, monkeypatch):
+    """A kill leaves whole files only, and no record: the record is what is written last."""
+    replaced, rename = [], os.replace
+
+    def killed(source, target):
+        if len(replaced) == 2:
+            raise KeyboardInterrupt
+        replaced.append(target.name)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run({"fox": PARTLY})
+    assert replaced == names(tmp_path / "out") == ["fox.png", "fox_target0.png"]
+
+
+def test_outputs_never_replace_a_spec(run, tmp_path):
+    """An output folder in which a record would replace the spec itself is an error."""
+    with pytest.raises(UserError, match="fox.json is an input"):
+        run({"fox": BLANK}, ".")
+
+
+# --- what a picture depends on ---
+
+
+def test_repeated(run):
+    """The same spec is the same file, to the byte; seed 0 is a seed and the default one."""
+    specs = {"fox": BLANK, "zero": BLANK | {"seed": 0}, "one": BLANK | {"seed": 1}}
+    first, second = run(specs, "first"), run(specs, "second")
+    for name in names(first):
+        if name.endswith(".png"):
+            assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    sheets = [(first / f"{name}.png").read_bytes() for name in specs]
+    assert sheets[0] == sheets[1] != sheets[2]
+
+
+def test_latents(run, tmp_path):
+    """Given noise is the noise: that of a seed paints what the seed paints, in any batch."""
+    noise = np.asarray(jax.random.normal(jax.random.key(3), (TOKENS, 64)))
+    np.save(tmp_path / "noise.npy", noise)
+    np.save(tmp_path / "other.npy", -noise)
+    given = {"latents": "noise.npy", "seed": 9}
+    specs = {"seed": {"seed": 3}, "given": given, "other": given | {"latents": "other.npy"}}
+    out = run({name: BLANK | change for name, change in specs.items()})
+    sheets = [(out / f"{name}.png").read_bytes() for name in specs]
+    assert sheets[0] == sheets[1] != sheets[2]
+
+
+def test_alone_is_in_a_batch(painters, tmp_path):
+    """A grid's latents do not depend on who is painted beside it, nor on padding: 1e-5 of their
+    size, since sums of another length are ordered otherwise."""
+    small = {"image": [[CRAB[0], None]]}  # half the tokens: padded beside the others if they share
+    batch = jobs(tmp_path, BLANK, PARTLY, BLANK | {"guidance_scale": 3}, small)
+    painter = painters[1]
+    together = painter.paint_batch(batch, bucket=2 * TOKENS, steps=range(2))
+    for job, painted in zip(batch, together, strict=True):
+        (alone,) = painter([job])
+        assert alone.latents.shape == painted.latents.shape == (job.grid.tokens, 64)
+        assert tiny.relative(painted.latents, alone.latents) < 1e-5
+
+
+def test_mesh(painters, tmp_path):
+    """Eight devices paint what one paints: 1e-5, since sums are ordered otherwise."""
+    batch = jobs(tmp_path, BLANK, PARTLY, BLANK | {"seed": 5})
+    for one, eight in zip(painters[1](batch), painters[8](batch), strict=True):
+        assert tiny.relative(eight.latents, one.latents) < 1e-5
+
+
+def test_compiles(painters, tmp_path):
+    """Grids of the same bucket, rows and number of steps share their programs."""
+    painter = painters[1]
+    first = jobs(tmp_path, BLANK)
+    painter(first)
+    before = painter.compiles
+    painter(jobs(tmp_path, BLANK | {"seed": 5, "guidance_scale": 2, "content_prompt": "an owl"}))
+    assert painter.compiles == before
+
+
+# --- never a black picture, never a picture of wrong inputs ---
+
+
+def test_not_finite(run, folder, tmp_path):
+    """Weights that overflow are told, and no picture is written."""
+    with tiny.overflowing(folder), pytest.raises(FloatingPointError, match="not finite"):
+        run({"fox": BLANK})
+    assert names(tmp_path / "out") == []
+
+
+def test_nan_in_a_file(run, folder, tmp_path):
+    """A NaN in a weights file is the user's error, and names the tensor."""
+    file = folder / "vae/diffusion_pytorch_model.safetensors"
+    sound = file.read_bytes()
+    tensors = load_file(file)
+    tensors["decoder.conv_in.bias"][3] = np.nan
+    save_file(tensors, file)
+    try:
+        with pytest.raises(UserError, match="vae: decoder.conv_in.bias holds NaN"):
+            run({"fox": BLANK})
+    finally:
+        file.write_bytes(sound)
+    assert names(tmp_path / "out") == []
+
+
+def test_check(run):
+    """--check validates and paints nothing."""
+    assert names(run({"fox": BLANK}, "out", "--check")) == []
+
+
+# --- the shipped model ---
+
+
+def test_mini(tmp_path, capsys):
+    """Out of the box a rocket's edges and a crab's example become a rocket in colours: nearer to
+    the truth than a copy of the edges, or a white cell, would be."""
+    spec = ROOT / "examples/2_one_example.json"
+    sample.main(["--grid", str(spec), "--out", str(tmp_path)])
+    assert "1 grids painted" in capsys.readouterr().out
+    painted = pixels(tmp_path / "2_one_example_target0.png").astype(float)
+    truth, edges = (pixels(PICTURES / f"rocket_{v}.png") for v in ("fluent_3d", "edges"))
+    error = np.square(painted - truth).mean()
+    assert error < np.square(edges - truth).mean() and error < np.square(255.0 - truth).mean()
