@@ -402,7 +402,7 @@ def test_wrong_folders_are_refused(folder, tmp_path_factory):
     errors that say so."""
     for name in ("big", [], 3):
         weights.write_json(folder / "vcloze.json", {"preset": name})
-        with pytest.raises(UserError, match="no preset"):
+        with pytest.raises(UserError, match="with a name of mini, flux-fill"):
             weights.check(folder)
     with pytest.raises(UserError, match="a weights folder, not an adapter"):
         weights.check_lora(folder, FLUX)

@@ -141,7 +141,7 @@ def test_finished(unbroken, home, capsys):
 def test_stopped_is_unbroken(unbroken, home, tmp_path, monkeypatch, capsys):
     """A run of 3 steps that is asked for 6, and is stopped by SIGTERM on the way, is the run of 6
     steps, to the bit. SIGTERM saves the step that was sent to the devices, and exits 143."""
-    out, write = tmp_path / "run", Log.write
+    out, write, before = tmp_path / "run", Log.write, signal.getsignal(signal.SIGTERM)
     assert train.main(flags(home, out, steps=3, save_every=100)) == 0
 
     def terminate(log, record):
@@ -153,7 +153,7 @@ def test_stopped_is_unbroken(unbroken, home, tmp_path, monkeypatch, capsys):
         assert train.main(flags(home, out, save_every=100)) == 143
     assert "stopped at step 5, saved" in capsys.readouterr().out
     assert checkpoint.latest(out / "checkpoints") == len(metrics(out)) == 5
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
     assert train.main(flags(home, out)) == 0
     assert_same_run(out, unbroken)
 
@@ -203,6 +203,12 @@ def test_not_finite(unbroken, home, tmp_path):
             train.main(flags(home, tmp_path / "new"))
     assert train.main(flags(home, out)) == 0
     assert_same_run(out, unbroken)
+
+
+def test_preset_of_the_weights(home, tmp_path):
+    """Weights that name another preset than the command are refused: its recipe is not theirs."""
+    with pytest.raises(UserError, match="its preset is mini; add --preset mini"):
+        train.main(flags(home, tmp_path / "run", preset="flux-fill"))
 
 
 def test_failed_start_is_no_run(unbroken, home, tmp_path):

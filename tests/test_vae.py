@@ -1,19 +1,22 @@
 """The autoencoder: parity with diffusers (stored), and why a row is encoded in one piece."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import VAE_CONFIG, cast, relative, stored, vae
+from tiny import VAE_CONFIG, cast, quick, relative, stored, vae
 
 from vcloze_jax import weights
 from vcloze_jax.config import FLUX_FILL, MINI
 from vcloze_jax.vae import VAE, GroupNorm
 
-moments = jax.jit(lambda vae, x: vae.moments(x))
-encode = jax.jit(lambda vae, x, key=None: vae.encode(x, key))
-decode = jax.jit(lambda vae, z: vae.decode(z))
+jit = partial(jax.jit, compiler_options=quick())
+moments = jit(lambda vae, x: vae.moments(x))
+encode = jit(lambda vae, x: vae.encode(x))
+decode = jit(lambda vae, z: vae.decode(z))
 
 
 def rows():

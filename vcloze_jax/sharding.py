@@ -33,7 +33,8 @@ def parse_mesh(text):
     if len(parts) == 1 and not parts[0][1]:
         parts = [("fsdp", "=", parts[0][0])]
     for axis, _, size in parts:
-        if axis not in sizes or not size.isdecimal() or not 1 <= int(size) <= 65_536:
+        once = axis in sizes and text.count(axis) < 2
+        if not once or not size.isdecimal() or not 1 <= int(size) <= 65_536:
             raise UserError(
                 f"--mesh {text}: '{axis}={size}' is not AXIS=SIZE with an axis of "
                 f"{', '.join(AXES)}; write 8, or data=2,fsdp=4"
@@ -79,7 +80,7 @@ def _allow_slow_collectives():
 def shardings(tree, mesh, root=""):
     """NamedSharding for every leaf of `tree`, by its path under `root`.
 
-    Raises ValueError with path and shape where a dimension does not divide: never a silent copy.
+    Raises UserError with path and shape where a dimension does not divide: never a silent copy.
     """
 
     def of(path, leaf):
@@ -88,7 +89,10 @@ def shardings(tree, mesh, root=""):
         spec = P(*(None,) * (leaf.ndim - len(spec)), *spec)
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
-                raise ValueError(f"{name} {leaf.shape}: {size} does not divide over {axis}")
+                raise UserError(
+                    f"--mesh: {name} {leaf.shape}: {size} does not divide over "
+                    f"{axis}={mesh.shape[axis]}; choose a power of two"
+                )
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(of, tree)
