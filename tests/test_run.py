@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -158,19 +157,32 @@ def test_stopped_is_unbroken(unbroken, home, tmp_path, monkeypatch, capsys):
     assert_same_run(out, unbroken)
 
 
+DIE = """
+import os, signal
+import train
+from vcloze_jax.runfolder import Log
+
+write = Log.write
+
+def write_and_die(log, record):
+    write(log, record)
+    if record["step"] == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Log.write = write_and_die
+train.cli.run(train.main)
+"""
+
+
 def test_killed_is_unbroken(unbroken, home, tmp_path):
-    """The command, killed at its last step, has saved the fourth; the run that goes on from there
-    in another process is the unbroken one, to the bit, and no torn line of its log remains."""
+    """A process that is killed at its fifth step has saved the fourth; the run that goes on from
+    there in another process is the unbroken one, to the bit, without a torn line in its log."""
     out = tmp_path / "run"
-    argv = [sys.executable, ROOT / "train.py", *flags(home, out)]
-    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        file = out / "metrics.jsonl"
-        while process.poll() is None and not (file.exists() and len(metrics(out)) == 5):
-            time.sleep(0.01)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
-    assert checkpoint.latest(out / "checkpoints") == 4
-    with file.open("a") as torn:
+    command = [sys.executable, "-c", DIE, *flags(home, out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert checkpoint.latest(out / "checkpoints") == 4 and len(metrics(out)) == 5
+    with (out / "metrics.jsonl").open("a") as torn:
         torn.write('{"step": 6, "lo')
     assert train.main(flags(home, out)) == 0
     assert_same_run(out, unbroken)

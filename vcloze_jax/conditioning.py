@@ -62,7 +62,7 @@ def encode_training(vae, rows, fill, key, dtype=jnp.float32):
     clean = [to_model(pixels, dtype) for pixels, _ in rows]
     masked = {i: mask for i, (_, mask) in enumerate(rows) if mask is not None}
     blanked = [blank(clean[i], mask, fill) for i, mask in masked.items()]
-    posteriors = encode_each(vae, clean + blanked)
+    posteriors = encode_each(vae, clean + blanked)  # of all clean rows, then of the blanked ones
     of_blanked = dict(zip(masked, posteriors[len(rows) :], strict=True))
 
     def tokens(posteriors):

@@ -231,7 +231,9 @@ def _fit(
         raise UserError(f"{where}: {error}") from None
     if mask is None:
         return pixels, np.zeros((height, width), bool)
-    mask = np.asarray(cover(Image.fromarray(mask), width, height, Image.Resampling.NEAREST))
+    levels = Image.fromarray(np.uint8(255) * mask)
+    # Not as a picture of mode "1": its True is the byte 255, which XLA reads as -1.
+    mask = np.asarray(cover(levels, width, height, Image.Resampling.NEAREST)) >= 128
     if not mask.any():
         raise UserError(f"{where}: the mask is all black; paint white what is to be generated")
     return pixels, mask

@@ -27,8 +27,8 @@ def make_batch(examples, tokenizers, preset, mesh, any_row):
     grids = [example.grid for example in examples]
     rows = []
     for r, row in enumerate(zip(*(grid.rows for grid in grids), strict=True)):
-        may = any_row or r == len(grids[0].rows) - 1
-        mask = np.stack([x.mask for x in row]) if may else None
+        maskable = any_row or r == len(grids[0].rows) - 1
+        mask = np.stack([x.mask for x in row]) if maskable else None
         rows.append((np.stack([x.pixels for x in row]), mask))
     t5_ids, clip_ids, _ = tokenizers([example.prompt for example in examples])
     T, S = preset.t5.max_length, grids[0].tokens

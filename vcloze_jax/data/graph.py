@@ -135,7 +135,11 @@ def draw_task(rng, columns=None, tasks=TRAIN):
 
 
 def draw_shape(rng, tasks=TRAIN):
-    """Rows and columns of a micro-batch: R is 1, 2 or 3 with p 0.3, 0.4, 0.3."""
+    """Rows and columns of a micro-batch: R is 1, 2 or 3 with p 0.3, 0.4, 0.3.
+
+    The columns are those of a drawn task; each element then draws a task of that width, so that
+    over many batches every task keeps its share.
+    """
     return 1 + int(rng.choice(3, p=(0.3, 0.4, 0.3))), draw_task(rng, tasks=tasks).columns
 
 
