@@ -1,6 +1,6 @@
 """Train VisualCloze: an adapter (or, with --rank 0, the MMDiT) on grids, by masked flow matching.
 
-    python train.py --mesh 8                                 # mini learns a task it never saw
+    python train.py --mesh 8                                 # mini, on a task it never saw
     python train.py --mesh 8 --data graphemoji               # the visual cloze on mini's base
     python train.py --preset flux-fill --weights FLUX.1-Fill-dev --data mine.jsonl --mesh 8
 
