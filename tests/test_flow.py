@@ -129,12 +129,13 @@ def test_loss_is_float32(losing):
     assert loss == flow.masked_loss(low.astype(jnp.float32), velocity, weight)
 
 
-def test_training_times():
-    """Times are sigmoids of a standard normal: float32 inside (0, 1), quartiles at the sigmoids of
-    -0.674, 0 and 0.674 (5 deviations of a quantile of 10,000 draws: 0.011)."""
-    t = np.asarray(flow.draw_time(jax.random.key(0), 10_000))
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_training_times(mean):
+    """Times are sigmoids of a normal: float32 inside (0, 1), quartiles at the sigmoids of its mean
+    and of 0.674 below and above (5 deviations of a quantile of 10,000 draws: 0.011)."""
+    t = np.asarray(flow.draw_time(jax.random.key(0), 10_000, mean))
     assert t.dtype == np.float32 and 0 < t.min() and t.max() < 1
-    expected = 1 / (1 + np.exp([0.6745, 0, -0.6745]))
+    expected = 1 / (1 + np.exp(np.array([0.6745, 0, -0.6745]) - mean))
     np.testing.assert_allclose(np.quantile(t, [0.25, 0.5, 0.75]), expected, atol=0.02)
 
 

@@ -1,17 +1,16 @@
 """Laws of the task graph and of the loader: what is drawn, how often, and from what."""
 
-import json
 from collections import Counter
 from itertools import islice
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from vcloze_jax.config import MINI, UserError
 from vcloze_jax.data import conditions
 from vcloze_jax.data.graph import (
     CONDITIONS,
+    FILL_KINDS,
     GROUPS,
     HELD_OUT_COMPOSITIONS,
     HELD_OUT_TASKS,
@@ -195,15 +194,29 @@ def test_caption_dropout():
 
 
 def test_fill_grids():
-    """The infilling base's grids: no subject twice, a blank cell at least, holes in any row."""
-    blank_rows = Counter()
+    """The infilling base's grids: at most one blank cell a row and at least one in all, in any
+    row; unrelated pictures, or rows of one subject: one picture again and again, or two nodes that
+    a trained task joins and no held-out task does."""
+    blank_rows, kinds = Counter(), Counter()
+    trained = {frozenset((*task.conditions, task.target)) for task in TRAIN}
+    held_out = {frozenset((*task.conditions, task.target)) for task in HELD_OUT_TASKS}
     for seed in range(300):
         nodes, subjects, mask, _ = draw_fill(generator(9, seed), 3, 2, NAMES, 16, 0.1)
-        assert {node for row in nodes for node in row} <= set(NODES)
-        assert len(set(subjects.ravel().tolist())) == 6
-        blank_rows.update(np.flatnonzero(mask.any((1, 2, 3))).tolist())
-        assert mask.any()
+        blank = mask.any((2, 3))
+        assert blank.any() and blank.sum(1).max() == 1
+        blank_rows.update(np.flatnonzero(blank.any(1)).tolist())
+        if len(np.unique(subjects)) == 6:
+            kinds["unrelated"] += 1
+            continue
+        assert (subjects == subjects[:, :1]).all() and len(np.unique(subjects)) == 3
+        if all(a == b for a, b in nodes):
+            kinds["repeats"] += 1
+        else:
+            kinds["sheet"] += 1
+            assert nodes == [nodes[0]] * 3 and frozenset(nodes[0]) in trained - held_out
     assert min(blank_rows[row] for row in range(3)) > 100
+    for kind, p in FILL_KINDS.items():
+        share(kinds[kind], p, 300)
 
 
 # --- loader ---
@@ -263,7 +276,7 @@ def test_streams_need_not_be_read_to_the_end(source):
 
 def test_cells_show_what_the_sample_says(source):
     """Row r, column c of a grid is the picture of the sample's subject and node there, for tasks
-    (a subject a row) and for the infilling base (a subject a cell); masks lie on their cells."""
+    (subjects by row) and for the infilling base (subjects by cell); masks lie on their cells."""
     args = (2, 3, source.names, 64, 0.0)
     for sample in (draw_sample(generator(10), *args), draw_fill(generator(10), *args)):
         grid = source.picture(sample).grid
@@ -284,61 +297,7 @@ def test_names_are_those_of_the_pictures(source):
             assert sample.prompt.endswith(prefix + source.names[sample.subjects[-1]])
 
 
-# --- the user's own grids ---
-
-
-@pytest.fixture
-def lines(tmp_path):
-    """Write records as a JSON-lines file beside four pictures, and open it."""
-    for i, size in enumerate([(64, 64), (64, 64), (96, 48), (96, 48)]):
-        Image.new("RGB", size, (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
-
-    def open_lines(*records):
-        text = [r if isinstance(r, str) else json.dumps(r) for r in records]
-        (tmp_path / "mine.jsonl").write_text("\n".join(text))
-        return open_data(str(tmp_path / "mine.jsonl"), MINI)
-
-    return open_lines
-
-
-PAIR = {"image": [["0.png", "1.png"], ["0.png", "1.png"]]}
-
-
-def test_own_grids(lines):
-    """The last cell of the last row is the target, with its truth; sentences are a spec's; a
-    micro-batch shares a shape, and shapes come as often as lines have them."""
-    wide = {"image": [["2.png", "3.png"]], "task_prompt": "T", "content_prompt": "a fox"}
-    grids = lines(PAIR, PAIR, PAIR, wide | {"layout_prompt": ""})
-    batches = [micro_batch(grids, 0, i, 2) for i in range(400)]
-    for batch in batches:
-        for grid, prompt in batch:
-            assert grid.shape == batch[0].grid.shape and grid.targets == [1]
-            assert not prompt or prompt.startswith("A grid" if len(grid.rows) == 2 else "T ")
-            assert grid.query.mask[:, grid.query.width // 2 :].all() and grid.query.pixels[0, -1, 0]
-    share(sum(len(batch[0].grid.rows) == 2 for batch in batches), 0.75, 400)
-    share(sum(not e.prompt for batch in batches for e in batch), 0.1, 800)
-    assert "T The last image of the last row depicts: a fox" in {b[0].prompt for b in batches}
-
-
-BAD = {
-    "no JSON": ("{", "line 2: "),
-    "no object": ("[]", "line 2: "),
-    "no image": ({"task_prompt": "T"}, "line 2: 'image'"),
-    "empty": ({"image": []}, "line 2: 'image'"),
-    "unknown key": (PAIR | {"prompt": "x"}, "line 2: 'prompt'"),
-    "no file": ({"image": [["0.png", "9.png"]]}, "9.png"),
-    "hole": ({"image": [["0.png", None]]}, "line 2: "),
-    "text": ({"image": "0.png"}, "line 2: "),
-    "ragged": ({"image": [["0.png"], ["0.png", "1.png"]]}, "line 2: "),
-}
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_wrong_lines_are_refused(lines, kind):
-    """A line that is no grid is the user's error, with file and line; no file is one too."""
-    record, words = BAD[kind]
-    with pytest.raises(UserError, match=f"mine.jsonl: .*{words}"):
-        lines(PAIR, record)
+# --- what --data names ---
 
 
 @pytest.mark.parametrize("name", ["graph200k", "nowhere.jsonl", "graphemoji:gray->x", ""])
@@ -346,9 +305,3 @@ def test_unknown_data_is_refused(name):
     """What --data does not name is one line that says what it could."""
     with pytest.raises(UserError, match="^--data "):
         open_data(name, MINI)
-
-
-def test_an_empty_file_is_refused(lines):
-    """A file without a grid is an error, not an endless wait."""
-    with pytest.raises(UserError, match="no grid in it"):
-        lines()

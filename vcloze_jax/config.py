@@ -52,6 +52,15 @@ class VAEConfig:
     scale: float = 0.3611
     shift: float = 0.1159
 
+    def __post_init__(self):
+        if len(self.channels) != 4:
+            raise ValueError(f"channels {self.channels} must be 4: a latent is an eighth in size")
+        if any(width % self.groups for width in self.channels):
+            raise ValueError(
+                f"channels {self.channels} are not divisible by {self.groups} groups; "
+                f"the autoencoder's config.json says how many it has"
+            )
+
 
 @dataclass(frozen=True)
 class T5Config:
@@ -93,6 +102,7 @@ class FlowConfig:
     max_shift: float = 1.15
     base_tokens: int = 256
     max_tokens: int = 4096
+    time_mean: float = 0.0  # of the training times' logit; above 0 is noisier
     guidance_range: tuple[float, float] = (1.0, 1.0)  # log-uniform in training
     mask_fill: float = 0.0
     caption_dropout: float = 0.1
@@ -148,7 +158,7 @@ MINI = Preset(
     vae=VAEConfig(channels=(8, 16, 32, 64), layers=1, groups=1, scale=1.0, shift=0.0),
     t5=T5Config(vocab=2048, width=128, head_dim=32, heads=4, mlp=256, layers=2, max_length=96),
     clip=CLIPConfig(vocab=2048, width=64, heads=2, mlp=256, layers=2, eos=2047),
-    flow=FlowConfig(guidance_range=(1.0, 50.0), mask_fill=-1.0),
+    flow=FlowConfig(time_mean=1.0, guidance_range=(1.0, 50.0), mask_fill=-1.0),
     train=TrainConfig(
         lr=1e-3,
         batch=24,

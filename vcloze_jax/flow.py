@@ -11,17 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def schedule(num_steps, tokens, c):
+def schedule(num_steps, tokens, c, strength=1.0):
     """Times of N Euler steps: float32 [N + 1], from 1 down to 0, shifted towards noise.
 
-    The shift grows with the number of real image tokens of the whole grid, without a clamp
-    (huggingface/diffusers:pipelines/flux/pipeline_flux_fill.py, calculate_shift).
+    The shift grows with the number of real image tokens of the whole grid, without a clamp. A
+    `strength` below 1 leaves out the first steps, at least one stays: the start then holds a
+    picture (huggingface/diffusers:pipelines/flux/pipeline_flux_fill.py, calculate_shift and
+    get_timesteps).
     """
     slope = (c.max_shift - c.base_shift) / (c.max_tokens - c.base_tokens)
     mu = c.base_shift + slope * (tokens - c.base_tokens)
     sigma = np.linspace(1, 1 / num_steps, num_steps)
     sigma = math.exp(mu) / (math.exp(mu) + 1 / sigma - 1)
-    return np.append(sigma, 0).astype(np.float32)
+    first = min(int(num_steps - num_steps * strength), num_steps - 1)
+    return np.append(sigma, 0)[first:].astype(np.float32)
 
 
 def euler(x, velocity, t, t_next):
@@ -29,12 +32,13 @@ def euler(x, velocity, t, t_next):
     return x + (t_next - t)[:, None, None] * velocity.astype(jnp.float32)
 
 
-def draw_time(key, batch):
-    """Training times: sigmoid of a standard normal, float32 [B], not shifted.
+def draw_time(key, batch, mean=0.0):
+    """Training times: sigmoid of a normal of this mean and deviation 1, float32 [B], not shifted.
 
-    Source: lzyhha/VisualCloze:train.py with `--snr_type lognorm`.
+    Source: lzyhha/VisualCloze:train.py with `--snr_type lognorm`, whose mean is 0. In little noise
+    a small picture is seen as it is, and nothing is learned from its neighbours.
     """
-    return jax.nn.sigmoid(jax.random.normal(key, (batch,)))
+    return jax.nn.sigmoid(mean + jax.random.normal(key, (batch,)))
 
 
 def draw_guidance(key, batch, bounds):

@@ -49,7 +49,7 @@ def loss_fn(trainable, frozen, graphdef, preset, region, dtype, batch, key):
     )
     x, condition = jax.lax.stop_gradient((x.astype(jnp.float32), condition))
     noise = jax.random.normal(for_noise, x.shape)
-    t = flow.draw_time(for_time, len(x))
+    t = flow.draw_time(for_time, len(x), preset.flow.time_mean)
     guidance = flow.draw_guidance(for_guidance, len(x), preset.flow.guidance_range)
     x_t, target = flow.interpolate(x, noise, t)
     mod = models.flux.modulation(t, guidance, pooled)

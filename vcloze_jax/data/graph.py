@@ -207,7 +207,16 @@ def draw_phrase(rng, node):
 
 
 # Rows and columns of the infilling base's grids, with their share; 1 x 1 is a single picture.
-FILL_SHAPES = {(1, 1): 0.2, (1, 2): 0.15, (2, 2): 0.25, (3, 2): 0.2, (2, 3): 0.2}
+FILL_SHAPES = {(1, 1): 0.05, (2, 2): 0.5, (3, 2): 0.45}
+FILL_KINDS = {"repeats": 0.4, "sheet": 0.55, "unrelated": 0.05}
+# Tasks between aligned nodes; a sheet has no direction, so none that is held out either way round.
+SHEETS = {
+    task: weight
+    for task, weight in TRAIN.items()
+    if {*task.conditions, task.target} <= set(ALIGNED)
+    and Task((task.target,), task.conditions[0]) not in HELD_OUT_TASKS
+    and len(task.conditions) == 1
+}
 
 
 def draw_fill_shape(rng):
@@ -216,18 +225,27 @@ def draw_fill_shape(rng):
 
 
 def draw_fill(rng, rows, columns, names, size, dropout):
-    """One grid of unrelated pictures with random holes: what mini's base learns from.
+    """One grid with random holes: what mini's base, its FLUX-Fill, learns from.
 
-    Any cell may be blank, whole or in part, at least one is; the text tells what the last shows.
+    The web is full of repeated pictures and of sheets that draw a few subjects in a few manners:
+    here rows that repeat one picture, rows of one subject in two nodes, and unrelated pictures.
+    Any cell may be blank, whole or in part, but one of a row at most, so that there is something
+    to go by; the text tells what the last cell shows, and never names a task.
     """
-    nodes = rng.choice(list(NODES), (rows, columns)).tolist()
+    kind = list(FILL_KINDS)[rng.choice(len(FILL_KINDS), p=list(FILL_KINDS.values()))]
+    nodes = rng.choice(ALIGNED, (rows, columns))
     subjects = rng.choice(len(names), (rows, columns), replace=False)
+    if kind != "unrelated":
+        nodes, subjects = (np.repeat(x[:, :1], columns, 1) for x in (nodes, subjects))
+    if kind == "sheet" and columns > 1:
+        task = draw_task(rng, columns, SHEETS)
+        nodes[:] = rng.permutation((*task.conditions, task.target))
     mask = np.zeros((rows, columns, size, size), bool)
-    blank = rng.random((rows, columns)) < 0.35
-    blank[rng.integers(rows), rng.integers(columns)] = True
-    for cell in zip(*np.nonzero(blank), strict=True):
-        mask[cell] = draw_part(rng, size) if rng.random() < 0.4 else True
-    content = f"{draw_phrase(rng, nodes[-1][-1])}, {names[subjects[-1, -1]]}"
+    blank = rng.random(rows) < 0.6
+    blank[rng.integers(rows)] = True
+    for row in np.flatnonzero(blank):
+        mask[row, rng.integers(columns)] = draw_part(rng, size) if rng.random() < 0.15 else True
+    content = f"{draw_phrase(rng, nodes[-1, -1])}, {names[subjects[-1, -1]]}"
     layout = prompts.layout_prompt(rows, columns, template=rng.integers(10))
     prompt = prompts.join(layout, prompts.CONTENT_PREFIXES[rng.integers(10)] + content)
-    return Sample(nodes, subjects, mask, "" if rng.random() < dropout else prompt)
+    return Sample(nodes.tolist(), subjects, mask, "" if rng.random() < dropout else prompt)
