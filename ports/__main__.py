@@ -1,7 +1,8 @@
 """`python -m ports SRC --out DST`: weights of any kind that is known, as a folder of ours.
 
-Our folder is diffusers' layout in bfloat16, every key checked, at most 10 GB a file: it loads
-onto a mesh as it is, in diffusers too.
+SRC is a folder in diffusers' layout, or one with Black Forest Labs' single files beside the text
+encoders' folders. Ours is diffusers' layout in bfloat16, every key checked, at most 5 GB a file: it
+loads onto a mesh as it is, in diffusers too. `python -m ports lora --help` is for adapters.
 """
 
 import argparse
@@ -9,10 +10,15 @@ import shutil
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from vcloze_jax.config import UserError
 
 
 def main(argv=None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["lora"]:
+        return lora(argv[1:])
     parser = argparse.ArgumentParser("python -m ports", description=__doc__)
     parser.add_argument("source", type=Path, metavar="SRC", help="a weights folder")
     parser.add_argument("--out", type=Path, metavar="DST", required=True, help="a new folder")
@@ -26,25 +32,78 @@ def main(argv=None) -> int:
     return 0
 
 
+def lora(argv) -> int:
+    """`python -m ports lora FILE --to NAMING --out FILE`: an adapter in another naming."""
+    from ports import exchange, namings
+    from ports.read import PortError
+
+    parser = argparse.ArgumentParser("python -m ports lora", description=exchange.__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE", help="an adapter in any naming that is known")
+    add("--to", choices=namings.TARGETS, required=True, help="the naming to write")
+    add("--out", type=Path, metavar="FILE", required=True)
+    args = parser.parse_args(argv)
+    suffix = ".pth" if args.to == "visualcloze" else ".safetensors"
+    try:
+        if args.out.suffix != suffix:
+            raise UserError(f"--out {args.out}: --to {args.to} writes a file that ends in {suffix}")
+        count = exchange.convert(args.file, args.to, args.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (PortError, OSError) as error:
+        print(f"error: {args.file}: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {count} linear layers in {namings.NAMINGS[args.to].title}")
+    return 0
+
+
+COPIED = "", ".json", ".md", ".model", ".txt"  # what lies beside the tensors: tokenizers, licences
+
+
 def convert(source: Path, out: Path):
-    """Write `out` from the weights folder `source`; UserError if either is not as it must be."""
+    """Write `out` from the weights folder `source`; UserError if either is not as it must be. The
+    JSON files that the source has are kept, those that it lacks are written."""
     from ports import read
     from vcloze_jax import weights
 
     if out.exists():
         raise UserError(f"{out}: exists already; name a new folder")
+    if source.resolve() in out.resolve().parents:
+        raise UserError(f"{out}: is inside of {source}; name a folder beside it")
     preset = weights.check(source)
+    print(f"weights: {weights.summary(source, preset)}")
     part_of = out.with_name(out.name + ".part")
     shutil.rmtree(part_of, ignore_errors=True)
-    names = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.msgpack", "*.gguf"]
-    shutil.copytree(source, part_of, ignore=shutil.ignore_patterns(*names, ".*"))
-    for field, (module, part) in weights.MODELS.items():
-        file, _, _, leaves = weights.plan(module, getattr(preset, field), source)
-        with weights.told(file.path):
-            arrays = ((leaf.path, read.fetch(leaf, file)) for leaf in leaves)
-            tensors = read.export(part.table, arrays)
-            read.write(part_of / part.folder, part.stem, tensors, "bfloat16")
-    part_of.rename(out)
+    try:
+        shutil.copytree(source, part_of, ignore=left_out)
+        for file, entries in weights.described(preset, weights.MODELS).items():
+            if not (part_of / file).exists():
+                weights.write_json(part_of / file, entries)
+        for field, (module, part) in weights.MODELS.items():
+            file, _, _, leaves = weights.plan(module, getattr(preset, field), source)
+            tensors = read.convert(part.table, leaves, file)
+            read.write(part_of / part.folder, part.stem, tensors, "bfloat16", 5 * 10**9)
+        part_of.rename(out)
+    except read.PortError as error:
+        raise UserError(f"{file.path}: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(part_of, ignore_errors=True)
+
+
+def left_out(folder, names):
+    """Of the names in a folder those that are not copied: tensors, their indices, hidden files."""
+    files = [Path(folder, name) for name in names]
+    return [
+        file.name
+        for file in files
+        if file.name.startswith(".")
+        or file.name.endswith(".safetensors.index.json")
+        or (not file.is_dir() and file.suffix.lower() not in COPIED)
+    ]
 
 
 if __name__ == "__main__":

@@ -92,13 +92,22 @@ HINTS = (
     ("x_embedder", "64 input channels are those of FLUX.1-dev, 384 those of FLUX.1-Fill"),
     ("img_in", "64 input channels are those of FLUX.1-dev, 384 those of FLUX.1-Fill"),
 )
-BFL = Table(tuple((ours, bfl) for ours, bfl, _ in ROWS), hints=HINTS)
-DIFFUSERS = Table(tuple((ours, theirs) for ours, _, theirs in ROWS), hints=HINTS)
+BFL = Table(
+    tuple((ours, bfl) for ours, bfl, _ in ROWS),
+    sign=r"double_blocks\.\d+\.img_attn\.qkv\.weight",
+    hints=HINTS,
+)
+DIFFUSERS = Table(
+    tuple((ours, theirs) for ours, _, theirs in ROWS),
+    sign=r"transformer_blocks\.\d+\.attn\.to_q\.weight",
+    hints=HINTS,
+)
 
 PART = Part(
     "transformer",
+    "transformer",
     "diffusion_pytorch_model",
-    DIFFUSERS,
+    (DIFFUSERS, BFL),
     config={
         "in_channels": "in_channels",
         "out_channels": "out_channels",

@@ -1,8 +1,9 @@
-"""The engine behind the tables: NumPy and safetensors only, one tensor at a time."""
+"""The engine behind the tables: NumPy and safetensors only, a part of one tensor at a time."""
 
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (makes bfloat16 a dtype of NumPy)
@@ -10,11 +11,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ports import pipeline
 from ports.rows import Leaf, Table, leaf
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' and of transformers' folders
 SHOWN = 10  # keys that an error names
+BLOCK = 128  # outputs of a matrix copied at once: it stays in the cache while it is transposed
 
 
 class PortError(Exception):
@@ -30,29 +33,37 @@ class Source:
 
     def __init__(self, path: Path):
         self.path = path
-        self.header, self.metadata, self.home, self.files = {}, {}, {}, {}
+        self.header, self.metadata, self.home = {}, {}, {}
         names, listed = shards(path) if path.is_dir() else ([path], None)
         for name in names:
-            header = read_header(name)
+            header, start = read_header(name)
             self.metadata |= header.pop("__metadata__", None) or {}
             for key, entry in header.items():
                 if key in self.header:
-                    raise PortError(f"{key} is in {self.home[key].name} and in {name.name}")
+                    raise PortError(f"{key} is in {self.home[key][0].name} and in {name.name}")
                 self.header[key] = tuple(entry["shape"]), entry["dtype"]
-                self.home[key] = name
+                self.home[key] = name, start + entry["data_offsets"][0]
         if listed is not None and listed != set(self.header):
             odd = sorted(listed ^ set(self.header))
             raise PortError(f"the index and its shards disagree about {several(odd)}")
 
+    def map(self, key: str) -> np.ndarray:
+        """One tensor, mapped from the file: only what is used of it is read, and it is held only as
+        long as it is referred to (safetensors would map the whole file, as long as it is open)."""
+        (shape, dtype), (name, offset) = self.header[key], self.home[key]
+        if 0 in shape:
+            return np.empty(shape, DTYPES[dtype])
+        return np.asarray(np.memmap(name, DTYPES[dtype], "r", offset, shape))
+
     def read(self, key: str) -> np.ndarray:
         """One tensor; PortError if it holds NaN or infinity."""
-        name = self.home[key]
-        if name not in self.files:
-            self.files[name] = safe_open(name, "numpy")
-        tensor = self.files[name].get_tensor(key)
-        if not np.isfinite(tensor).all():
-            raise PortError(f"{key} holds NaN or infinity; fetch or train it again")
-        return tensor
+        return finite(np.array(self.map(key)), key)
+
+
+def finite(tensor, key):
+    if not np.isfinite(tensor).all():
+        raise PortError(f"{key} holds NaN or infinity; fetch or train it again")
+    return tensor
 
 
 def shards(folder: Path):
@@ -69,12 +80,15 @@ def shards(folder: Path):
                 names = sorted({folder / Path(name).name for name in listed.values()})
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise PortError(f"{index.name} is no index of shards; fetch it again") from error
+            for name in names:
+                if not name.is_file():
+                    raise PortError(f"{index.name} names {name.name}, which is not there")
             return names, set(listed)
     raise PortError(f"holds no {' or '.join(f'{stem}.safetensors' for stem in STEMS)}")
 
 
-def read_header(path: Path) -> dict:
-    """The JSON header of a safetensors file that is whole; no tensor is read."""
+def read_header(path: Path) -> tuple[dict, int]:
+    """The JSON header of a safetensors file that is whole, and where its tensors begin."""
 
     def once(pairs):
         if len(dict(pairs)) < len(pairs):
@@ -83,10 +97,12 @@ def read_header(path: Path) -> dict:
         return dict(pairs)
 
     try:
+        if other := magic(path):
+            raise PortError(f"{path.name} is {other}; take the model's safetensors")
         safe_open(path, "numpy")  # checks sizes, offsets and types
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            return json.loads(file.read(size), object_pairs_hook=once)
+            return json.loads(file.read(size), object_pairs_hook=once), 8 + size
     except (OSError, SafetensorError, ValueError) as error:
         raise PortError(f"{path.name} is not a whole safetensors file ({error})") from error
 
@@ -109,8 +125,29 @@ def plan(table: Table, wanted: dict[str, tuple[int, ...]], source: Source) -> li
             faults.append(misshapen(table, key, shape, brackets(piece.shape)))
         elif dtype not in DTYPES:
             faults.append(f"{key} is of type {dtype}, not {' or '.join(DTYPES)}")
-    refuse(faults + unknown(table, source, pieces))
+    faults += unknown(table, source, pieces)
+    if faults:
+        other = seems(source.header, table.sign)
+        raise PortError((f"seems to be {other}: " if other else "") + several(faults))
     return leaves
+
+
+def magic(path: Path) -> str:
+    """What a file is by its first bytes, or nothing where that is not known."""
+    with open(path, "rb") as file:
+        start = file.read(32)
+    if start[8:9] == b"{":  # safetensors, whatever the eight bytes of its header's length look like
+        return ""
+    return next((kind for sign, kind in pipeline.MAGIC if re.match(sign, start)), "")
+
+
+def seems(header, expected: str = "") -> str:
+    """What a file is by its keys and types; nothing where that is not known, or its sign is the
+    one expected."""
+    names = [f"{key} {dtype}" for key, (_, dtype) in header.items()]
+    kinds = (row for row in pipeline.KINDS if any(re.match(row[0], key) for key in names))
+    sign, kind = next(kinds, ("", ""))
+    return "" if sign == expected else kind
 
 
 def spelled(table: Table, source: Source) -> Table:
@@ -146,21 +183,54 @@ def brackets(shape):
     return f"[{', '.join(map(str, shape))}]"
 
 
-def fetch(leaf: Leaf, source: Source, dtype=None) -> np.ndarray:
-    """Our array of a planned leaf, in `dtype` or that of the source."""
-    dtype = dtype or DTYPES[source.header[leaf.pieces[0].key][1]]
-    array = np.empty(leaf.shape, np.dtype(dtype))
+def fetch(leaf: Leaf, source: Source, dtype=None, cut: tuple[slice, ...] = ()) -> np.ndarray:
+    """Our array of a planned leaf in `dtype` or that of the source; with a `cut`, a slice for each
+    axis, that part of it, and no more is read. PortError if it holds NaN or infinity."""
+    dtype = np.dtype(dtype or DTYPES[source.header[leaf.pieces[0].key][1]])
+    wanted = [range(n)[span] for n, span in zip(leaf.shape, cut or leaf.whole, strict=True)]
+    array = np.empty([len(span) for span in wanted], dtype)
     for piece in leaf.pieces:
-        array[piece.index] = leaf.to_ours(source.read(piece.key))
+        place = [range(n)[span] for n, span in zip(leaf.shape, leaf.span(piece), strict=True)]
+        both = [
+            range(max(a.start, b.start), min(a.stop, b.stop))
+            for a, b in zip(place, wanted, strict=True)
+        ]
+        if all(both):
+            tensor = leaf.to_ours(source.map(piece.key)).reshape([len(span) for span in place])
+            copy(tensor[within(both, place)], array[within(both, wanted)], piece.key)
     return array
 
 
-def export(table: Table, arrays):
-    """(our path, array) pairs -> foreign (key, array) pairs, by the same rows; lazy."""
+def within(spans, whole):
+    """The index of some ranges in an array that covers other ranges."""
+    pairs = zip(spans, whole, strict=True)
+    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in pairs)
+
+
+def copy(tensor, array, key):
+    """tensor -> array in its dtype, block by block along the axis that is slowest in the file."""
+    axis = max(range(tensor.ndim), key=lambda i: (tensor.shape[i] > 1, tensor.strides[i]))
+    for start in range(0, tensor.shape[axis], BLOCK):
+        block = (slice(None),) * axis + (slice(start, start + BLOCK),)
+        array[block] = finite(tensor[block].astype(array.dtype), key)
+
+
+def export(table: Table, arrays) -> Iterator[tuple[str, np.ndarray]]:
+    """(our path, array) pairs -> foreign (key, array) pairs, by the rows that read them; lazy."""
     for path, array in arrays:
         place = leaf(table, path, array.shape)
         for piece in place.pieces:
-            yield piece.key, place.to_foreign(array[piece.index])
+            yield piece.key, place.to_foreign(array[piece.index]).reshape(piece.shape)
+
+
+def convert(table: Table, leaves: list[Leaf], source: Source) -> Iterator[tuple[str, np.ndarray]]:
+    """Planned leaves of a source -> foreign (key, array) pairs of another table; lazy, and no more
+    in memory than one tensor."""
+    for ours in leaves:
+        place = leaf(table, ours.path, ours.shape)
+        for piece in place.pieces:
+            array = fetch(ours, source, cut=place.span(piece))
+            yield piece.key, place.to_foreign(array).reshape(piece.shape)
 
 
 def write(folder: Path, stem: str, tensors, dtype: str, max_bytes: int = 10**10):

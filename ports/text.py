@@ -25,6 +25,7 @@ T5_TABLE = Table(
         ("blocks/{qkvo}", f"{ATTENTION}.SelfAttention.{{qkvo}}"),
         ("norm", "encoder.final_layer_norm"),
     ),
+    sign=r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.q\.weight",
     ignored=((r"encoder\.embed_tokens\.weight", "a second name of shared.weight"),),
 )
 
@@ -40,14 +41,16 @@ CLIP_TABLE = Table(
         ("blocks/{qkv}", f"{LAYER}.self_attn.{{qkv}}_proj"),
         ("norm", "final_layer_norm"),
     ),
+    sign=r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.q_proj\.weight",
     prefix="text_model.",
     ignored=((r"(text_model\.)?embeddings\.position_ids", "the numbers 0, 1, 2, ..."),),
 )
 
 T5 = Part(
+    "T5 encoder",
     "text_encoder_2",
     "model",
-    T5_TABLE,
+    (T5_TABLE,),
     config={
         "vocab_size": "vocab",
         "d_model": "width",
@@ -63,9 +66,10 @@ T5 = Part(
 )
 
 CLIP = Part(
+    "CLIP text encoder",
     "text_encoder",
     "model",
-    CLIP_TABLE,
+    (CLIP_TABLE,),
     config={
         "vocab_size": "vocab",
         "hidden_size": "width",

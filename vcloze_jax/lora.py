@@ -1,4 +1,5 @@
-"""Adapters as trees: pure nested dicts that hold only lora_a, lora_b and lora_bias.
+"""Adapters as trees: pure nested dicts that hold only lora_a, lora_b and lora_bias (and norms,
+where a foreign file replaces them).
 
 The frozen base and the adapter are two trees; a model is their union. No function here knows
 which model it is.
@@ -31,6 +32,7 @@ def init(make, key):
 def fold(base, adapter, scale=1.0):
     """W + scale * A B and b + scale * b_B wherever `adapter` has a branch; the rest as it is.
 
+    A norm that the adapter gives whole takes the place of the base's, by `scale` of the way.
     Computed in float32, returned in the dtype of the base. ValueError if the base lacks a layer
     of the adapter.
     """
@@ -38,8 +40,12 @@ def fold(base, adapter, scale=1.0):
         raise ValueError(f"the base has no {', '.join(map(str, sorted(strange)))}")
     out = dict(base)
     for name, branch in adapter.items():
-        put = fold_dense if "lora_a" in branch else fold
-        out[name] = put(base[name], branch, scale)
+        if isinstance(branch, dict):
+            put = fold_dense if "lora_a" in branch else fold
+            out[name] = put(base[name], branch, scale)
+        else:
+            norm = (1 - scale) * base[name].astype(jnp.float32) + scale * branch
+            out[name] = norm.astype(base[name].dtype)
     return out
 
 

@@ -1,0 +1,94 @@
+"""Adapter files of the tiny transformer in every naming, for the tests of adapters."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import tiny
+from safetensors.numpy import load_file, save_file
+
+from ports import exchange, torchfile
+from vcloze_jax import adapters, weights
+from vcloze_jax.mmdit import Flux
+
+PLAIN = tiny.FLUX
+RANKED = replace(PLAIN, rank=11)  # between the widths 10 and 12 of two layers: ranks are mixed
+NAMINGS = {  # of ports/namings.py -> a file's name
+    "diffusers": "diffusers.safetensors",
+    "kohya": "kohya.safetensors",
+    "visualcloze": "visualcloze.pth",
+}
+LORA = "lora_adapter_metadata"
+
+
+def key_list(name):
+    """{key: shape} of a list of tests/data."""
+    lines = (Path(__file__).parent / f"data/keys_{name}.txt").read_text().splitlines()
+    words = [line.split() for line in lines if not line.startswith("#")]
+    return {key: tuple(map(int, shape)) for key, *shape in words}
+
+
+def base(seed=1):
+    """A random base as a tree, of integers / 8, so that sums of few products are exact."""
+    return integers(weights.abstract(Flux, PLAIN)[2], seed)
+
+
+def adapter(bias=True, seed=0):
+    """A random adapter in every layer as a tree; integers / 8. Without a bias, it is 0."""
+    tree = integers(weights.abstract(Flux, RANKED)[1], seed)
+    keep = lambda path, x: x * (bias or "lora_bias" not in str(path[-1]))  # noqa: E731
+    return jax.tree_util.tree_map_with_path(keep, tree)
+
+
+def integers(tree, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: np.float32(rng.integers(-8, 9, x.shape) / 8), tree)
+
+
+def written(folder, tree, bias=True):
+    """The adapter as diffusers' file; without a bias, no tensor of one is in it."""
+    file = folder / NAMINGS["diffusers"]
+    adapters.save(file, tree)
+    if not bias:
+        edited(file, lambda d: {key: x for key, x in d.items() if not key.endswith(".bias")})
+    return file
+
+
+def edited(file, change, **header):
+    """Rewrite a safetensors file with other tensors, and a LoraConfig as its header."""
+    header = {LORA: json.dumps({f"transformer.{k}": v for k, v in header.items()})}
+    save_file(change(load_file(file)), file, metadata=header)
+    return file
+
+
+def renamed(file, to):
+    """A file in another naming, beside it."""
+    out = file.with_name(NAMINGS[to])
+    exchange.convert(file, to, out)
+    return out
+
+
+def tensors(file):
+    """{key: array} of a file of either kind."""
+    if file.suffix == ".pth":
+        source = torchfile.Source(file)
+        return {key: source.read(key) for key in source.header}
+    return load_file(file)
+
+
+def same_tensors(left, right):
+    """Equal keys, shapes, types and bits."""
+    assert left.keys() == right.keys(), left.keys() ^ right.keys()
+    for key in left:
+        assert left[key].dtype == right[key].dtype and left[key].shape == right[key].shape, key
+        assert left[key].tobytes() == right[key].tobytes(), key
+
+
+def same_trees(left, right):
+    """Equal paths and values; 0 and -0 are equal."""
+    left, right = weights.flat(left), weights.flat(right)
+    assert left.keys() == right.keys()
+    for path in left:
+        np.testing.assert_array_equal(left[path], right[path], err_msg=path)

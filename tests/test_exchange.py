@@ -1,0 +1,370 @@
+"""One adapter in every naming: the same to the last bit, or refused by name."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import lorafiles
+import ml_dtypes
+import numpy as np
+import pytest
+from lorafiles import NAMINGS, PLAIN, edited, renamed, same_tensors, same_trees, tensors
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from ports import __main__ as command
+from ports import exchange
+from ports import lora as files
+from ports.read import PortError
+from vcloze_jax import adapters, lora, weights
+from vcloze_jax.config import FLUX_FILL
+from vcloze_jax.mmdit import Flux
+
+ROOT = Path(__file__).parents[1]
+Q, V = (f"transformer.transformer_blocks.1.attn.to_{part}" for part in "qv")
+
+
+@pytest.fixture(scope="module")
+def tree():
+    """An adapter without biases, which every naming can hold."""
+    return lorafiles.adapter(bias=False)
+
+
+@pytest.fixture
+def file(tree, tmp_path):
+    return lorafiles.written(tmp_path, tree, bias=False)
+
+
+def respelled(file, spell):
+    """A safetensors file with other keys, beside it."""
+    out = file.with_name("respelled.safetensors")
+    save_file({spell(key): x for key, x in tensors(file).items()}, out)
+    return out
+
+
+def flat(key):
+    """A key of diffusers as OneTrainer writes it."""
+    module, suffix = re.fullmatch(r"transformer\.(.+)(\.lora_[AB]\.weight)", key).groups()
+    return "lora_transformer_" + module.replace(".", "_") + down_up(suffix)
+
+
+def down_up(key):
+    return key.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
+
+
+SPELLINGS = {  # naming it starts from, what is done to its keys
+    "PEFT": ("diffusers", lambda key: "base_model.model." + key.removeprefix("transformer.")),
+    "diffusers, old": ("diffusers", down_up),
+    "OneTrainer": ("diffusers", flat),
+    "BFL": ("visualcloze", str),
+    "ComfyUI": ("visualcloze", lambda key: f"diffusion_model.{key}"),
+    "ComfyUI, old": ("visualcloze", lambda key: f"diffusion_model.{down_up(key)}"),
+}
+
+
+def test_every_naming_folds_alike(tree, file):
+    """In each of the three namings that we write and each of those that others write, at scale 1
+    and 0.5, an adapter gives the same folded weights, bit for bit; at scale 1 the exact ones."""
+    base = lorafiles.base()
+    exact = base["double"]["txt"]["qkv"]["kernel"].astype(np.float64)
+    branch = tree["double"]["txt"]["qkv"]
+    exact = exact + branch["lora_a"].astype(np.float64) @ branch["lora_b"]
+    found = {"diffusers": file} | {to: renamed(file, to) for to in ("kohya", "visualcloze")}
+    wanted = {scale: lora.fold(base, tree, scale) for scale in (1, 0.5)}
+    np.testing.assert_array_equal(wanted[1]["double"]["txt"]["qkv"]["kernel"], exact)
+    for scale in wanted:
+        for one in found.values():
+            same_trees(lora.fold(base, adapters.load(one, PLAIN), scale), wanted[scale])
+    for start, spell in SPELLINGS.values():
+        same_trees(adapters.load(respelled(found[start], spell), PLAIN), tree)
+
+
+def test_training_goes_on_from_every_naming(tree, file):
+    """An adapter of one rank in every layer can be trained on, whatever its naming."""
+    for one in (file, renamed(file, "kohya"), renamed(file, "visualcloze")):
+        assert adapters.fit(one, adapters.load(one, PLAIN), PLAIN) == lorafiles.RANKED
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_round_trips_are_bit_identical(tmp_path, dtype, bias):
+    """There and back through each naming, every tensor and the header are as they were; a bias on B
+    goes through those namings that have one, and kohya's refuses it by name."""
+    file = lorafiles.written(tmp_path, lorafiles.adapter(bias), bias)
+    save_file({k: x.astype(dtype) for k, x in load_file(file).items()}, file)
+    renamed(file, "visualcloze")
+    start = renamed(file.with_name(NAMINGS["visualcloze"]), "diffusers")
+    before, header = tensors(start), metadata(start)
+    for through in NAMINGS:
+        if through == "kohya" and bias:
+            with pytest.raises(PortError, match="lora_unet_img_in has a bias on B, which kohya's"):
+                renamed(start, through)
+            assert not (tmp_path / "kohya.safetensors").exists()
+            continue
+        there = renamed(start, through)
+        again = tensors(there)
+        back = renamed(there, "diffusers")
+        same_tensors(tensors(back), before)
+        assert metadata(back) == header
+        same_tensors(tensors(renamed(back, through)), again)
+
+
+def metadata(file):
+    with safe_open(file, "numpy") as f:
+        return json.loads(f.metadata()[lorafiles.LORA])
+
+
+def parts(rank_q=3, rank_v=2, alphas=(None, None), dtype=np.float32):
+    """q and v of one block, each with an A and a rank of its own, as most adapters have them."""
+    rng = np.random.default_rng(3)
+    out = {}
+    for stem, rank, alpha in zip((Q, V), (rank_q, rank_v), alphas, strict=True):
+        out[f"{stem}.lora_A.weight"] = rng.standard_normal((rank, 16)).astype(dtype)
+        out[f"{stem}.lora_B.weight"] = rng.standard_normal((16, rank)).astype(dtype)
+        if alpha is not None:
+            out[f"{stem}.alpha"] = np.array(alpha, np.float32)
+    return out
+
+
+@pytest.mark.parametrize("to", ["kohya", "visualcloze"])
+def test_an_a_of_its_own_for_each_part(tmp_path, to):
+    """q and v that share no A become one fused layer, A side by side and B block-diagonal: ours is
+    the same to the last bit, and they come apart again as they were."""
+    file = tmp_path / NAMINGS["diffusers"]
+    save_file(parts(), file)
+    before, tree = load_file(file), adapters.load(file, PLAIN)
+    there = renamed(file, to)
+    assert sorted(x.shape for x in tensors(there).values() if x.ndim) == [(5, 16), (48, 5)]
+    same_trees(adapters.load(there, PLAIN), tree)
+    same_tensors(tensors(renamed(there, "diffusers")), before)
+
+
+def test_alphas(tmp_path):
+    """Alphas of equal alpha / r add up with the ranks, and come back; so does every layer's scale
+    in float32, and a rank-stabilised one."""
+    file = tmp_path / NAMINGS["diffusers"]
+    save_file(parts(alphas=(1.5, 1.0)), file)
+    tree = adapters.load(file, PLAIN)
+    there = renamed(file, "kohya")
+    assert load_file(there)["lora_unet_double_blocks_1_img_attn_qkv.alpha"] == 2.5
+    same_trees(adapters.load(there, PLAIN), tree)
+    back = renamed(there, "diffusers")
+    patterns = metadata(back)["transformer.alpha_pattern"] | metadata(back)
+    assert {
+        patterns["transformer.lora_alpha"],
+        *metadata(back)["transformer.alpha_pattern"].values(),
+    }
+    same_trees(adapters.load(back, PLAIN), tree)
+    save_file(parts(rank_v=3), file)
+    edited(file, lambda d: d, lora_alpha=7, use_rslora=True)
+    tree = adapters.load(file, PLAIN)
+    for to in ("kohya", "diffusers"):
+        file = renamed(file, to)
+        same_trees(adapters.load(file, PLAIN), tree)
+
+
+def test_alphas_that_no_naming_holds(tmp_path):
+    """VisualCloze's naming, and a fused layer of parts of different alpha / r, take alpha / r into
+    B where that is exact, in float32 if the file's own type has not the bits; else an error."""
+    file = tmp_path / NAMINGS["diffusers"]
+    for alphas, exact in (((1.5, 1.0), True), ((3.0, 1.0), True), ((1.0, 2.0), False)):
+        save_file(parts(alphas=alphas), file)
+        tree = adapters.load(file, PLAIN)
+        for to in ("visualcloze", "kohya"):
+            if exact:
+                same_trees(adapters.load(renamed(file, to), PLAIN), tree)
+            else:
+                with pytest.raises(PortError, match=r"to_q has alpha / rank 1 / 3, which cannot"):
+                    renamed(file, to)
+    small = parts(4, 4, (2.0**-9, 2.0**-9), np.float16)
+    save_file(small, file)
+    tree = adapters.load(file, PLAIN)
+    there = renamed(file, "visualcloze")
+    assert {x.dtype for x in tensors(there).values()} == {np.dtype("f2"), np.dtype("f4")}
+    same_trees(adapters.load(there, PLAIN), tree)
+
+
+def control(file):
+    """VisualCloze's file as a control adapter of BFL: safetensors, with all norms of q and k."""
+    norms = {
+        f"{block}.{side}_norm.scale": np.float32(np.arange(8) + i)
+        for i, block in enumerate(
+            [f"double_blocks.{n}.{x}_attn.norm" for n in range(2) for x in ("img", "txt")]
+            + [f"single_blocks.{n}.norm" for n in range(2)]
+        )
+        for side in ("query", "key")
+    }
+    out = file.with_name("control.safetensors")
+    save_file(tensors(file) | norms, out)
+    return out, norms
+
+
+def test_control_adapters(tmp_path):
+    """A control adapter of BFL replaces norms besides; ours holds them, diffusers' naming too, and
+    kohya's refuses them. It cannot be trained on. Some norms without the others are an error."""
+    tree = lorafiles.adapter()
+    file, norms = control(renamed(lorafiles.written(tmp_path, tree), "visualcloze"))
+    got = adapters.load(file, PLAIN)
+    for i in range(2):
+        scale = got["double"]["txt"]["k_norm"]["scale"][i]
+        np.testing.assert_array_equal(
+            scale, norms[f"double_blocks.{i}.txt_attn.norm.key_norm.scale"]
+        )
+    back = renamed(renamed(file, "diffusers"), "visualcloze")
+    same_trees(adapters.load(back, PLAIN), got)
+    same_tensors(dict(sorted(tensors(back).items())), dict(sorted(load_file(file).items())))
+    with pytest.raises(adapters.UserError, match="cannot be trained on"):
+        adapters.fit(file, got, PLAIN)
+    bare = edited(file, lambda d: {k: x for k, x in d.items() if not k.endswith("bias")})
+    with pytest.raises(PortError, match="query_norm.scale is a whole norm, which kohya's"):
+        renamed(bare, "kohya")
+    edited(file, lambda d: {k: x for k, x in d.items() if "single_blocks.1.norm.key" not in k})
+    with pytest.raises(adapters.UserError, match="single_blocks.1.norm.key_norm.scale is missing"):
+        adapters.check(file, PLAIN)
+
+
+def test_full_size_key_list():
+    """The authors' adapter at full size: 942 tensors, 1,241,012,288 numbers: A, B and a bias on B
+    of every linear layer of BFL's transformer. Each is used once, and without a base its own
+    tensors tell the shapes of FLUX.1-Fill."""
+    keys = lorafiles.key_list("visualcloze")
+    assert len(keys) == 942 and sum(np.prod(shape) for shape in keys.values()) == 1_241_012_288
+    linear = {
+        key.removesuffix(".weight"): shape
+        for key, shape in lorafiles.key_list("flux_bfl").items()
+        if key.endswith(".weight") and len(shape) == 2
+    }
+    for module, (fan_out, fan_in) in linear.items():
+        rank = 64 if module == "final_layer.linear" else 256
+        assert keys[f"{module}.lora_A.weight"] == (rank, fan_in)
+        assert keys[f"{module}.lora_B.weight"] == (fan_out, rank)
+        assert keys[f"{module}.lora_B.bias"] == (fan_out,)
+    assert len(keys) == 3 * len(linear)
+    header = {key: (shape, "BF16") for key, shape in keys.items()}
+    base = weights.shapes(weights.abstract(Flux, FLUX_FILL.flux)[2])
+    kernels = {path: shape for path, shape in base.items() if path.endswith("/kernel")}
+    for shapes in (base, None):
+        found = files.checked(SimpleNamespace(header=header, metadata={}), shapes)
+        assert {leaf.path: leaf.shape for leaf, _ in found.linear} == kernels
+        used = [key for _, factors in found.linear for one in factors for key in one.keys if key]
+        assert sorted(used) == sorted(keys)
+
+
+def test_command_needs_no_jax(file, tmp_path):
+    """`python -m ports lora` converts where JAX cannot be imported, and says what it wrote."""
+    (tmp_path / "poison").mkdir()
+    (tmp_path / "poison/jax.py").write_text("raise ImportError('jax is poisoned')\n")
+    out = tmp_path / "out.pth"
+    done = subprocess.run(
+        [sys.executable, "-m", "ports", "lora", file, "--to", "visualcloze", "--out", out],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "poison")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{out}: 36 linear layers in VisualCloze's (BFL's) naming\n"
+    same_tensors(tensors(out), tensors(renamed(file, "visualcloze")))
+
+
+def test_command_errors(file, tmp_path, capsys):
+    """A wrong ending, a file that is none and one that is no adapter: one line, exit 2, no file."""
+    broken = tmp_path / "broken.safetensors"
+    save_file({"wte.weight": np.zeros(1)}, broken)
+    for source, to, out, words in (
+        (file, "visualcloze", "a.safetensors", "ends in .pth"),
+        (file, "kohya", "a.pth", "ends in .safetensors"),
+        (tmp_path / "nowhere", "kohya", "a.safetensors", "nowhere"),
+        (tmp_path, "kohya", "a.safetensors", str(tmp_path)),
+        (broken, "kohya", "a.safetensors", "no adapter of FLUX"),
+    ):
+        arguments = ["lora", str(source), "--to", to, "--out", str(tmp_path / out)]
+        assert command.main(arguments) == 2
+        assert re.fullmatch(rf"error: [^\n]*{re.escape(words)}[^\n]*\n", capsys.readouterr().err)
+        assert not (tmp_path / out).exists()
+
+
+def full_size(rank=2):
+    """The tensors of the authors' adapter, of rank 2 and integers / 8, and the norms of BFL's."""
+    rng, out = np.random.default_rng(4), {}
+    for key, shape in lorafiles.key_list("visualcloze").items():
+        shape = (rank, shape[1]) if "lora_A" in key else (shape[0], rank)[: len(shape)]
+        out[key] = np.float32(rng.integers(-8, 9, shape) / 8)
+    for key, shape in lorafiles.key_list("flux_bfl").items():
+        if key.endswith("_norm.scale"):
+            out[key] = np.float32(rng.random(shape))
+    return out
+
+
+@pytest.mark.parity
+def test_diffusers_converts_control_adapters_alike(tmp_path):
+    """diffusers' converter of BFL's control adapters takes every key of the list, and gives tensor
+    for tensor what we write in its naming; but for the A of the last modulation, whose rows it
+    swaps though they are no outputs (huggingface/diffusers#13998)."""
+    utils = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+    torch = pytest.importorskip("torch")
+    mine = full_size()
+    save_file(mine, tmp_path / "control.safetensors")
+    ours = load_file(renamed(tmp_path / "control.safetensors", "diffusers"))
+    theirs = utils._convert_bfl_flux_control_lora_to_diffusers(
+        {key: torch.tensor(x) for key, x in mine.items()}
+    )
+    theirs = {key: x.contiguous().numpy() for key, x in theirs.items()}
+    a = "transformer.norm_out.linear.lora_A.weight"
+    if not np.array_equal(theirs[a], ours[a]):
+        theirs[a] = np.roll(theirs[a], len(theirs[a]) // 2, 0)
+    same_tensors(dict(sorted(ours.items())), dict(sorted(theirs.items())))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("slope", [1, 4])
+def test_diffusers_converts_kohya_adapters_alike(tmp_path, slope):
+    """diffusers' converter of kohya's naming, from what we write in it, gives B A as ours, exactly;
+    alpha = r, tensor for tensor. (It forgets the prefix of layers outside the blocks, and the alpha
+    of the last two.)"""
+    utils = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+    torch = pytest.importorskip("torch")
+    tail = ("bias", "scale")
+    save_file(
+        {key: x for key, x in full_size().items() if not key.endswith(tail)},
+        tmp_path / "a.safetensors",
+    )
+    kohya = renamed(tmp_path / "a.safetensors", "kohya")
+    mine = load_file(kohya)
+    mine |= {
+        key: np.asarray(x * slope, np.float32)
+        for key, x in mine.items()
+        if key.endswith("alpha") and "final" not in key
+    }
+    save_file(mine, kohya)
+    ours = load_file(renamed(kohya, "diffusers"))
+    theirs = utils._convert_kohya_flux_lora_to_diffusers(
+        {key: torch.tensor(x) for key, x in mine.items()}
+    )
+    theirs = {
+        "transformer." + key.removeprefix("transformer."): x.contiguous().numpy()
+        for key, x in theirs.items()
+    }
+    if slope == 1:
+        same_tensors(dict(sorted(ours.items())), dict(sorted(theirs.items())))
+    assert theirs.keys() == ours.keys()
+    header = metadata(tmp_path / "diffusers.safetensors")
+    assert header["transformer.lora_alpha"] == 2 * slope
+    for stem in ("x_embedder", "transformer_blocks.7.attn.to_k", "norm_out.linear") + (
+        "single_transformer_blocks.30.proj_mlp",
+    ):
+        a, b = (f"transformer.{stem}.lora_{x}.weight" for x in "AB")
+        scale = 1 if stem == "norm_out.linear" else slope
+        np.testing.assert_array_equal(theirs[b] @ theirs[a], scale * (ours[b] @ ours[a]))
+
+
+def test_exchange_keeps_types(file):
+    """bfloat16 stays bfloat16 in the authors' format."""
+    save_file({k: x.astype(ml_dtypes.bfloat16) for k, x in load_file(file).items()}, file)
+    out = file.with_name("out.pth")
+    assert exchange.convert(file, "visualcloze", out) == 36
+    assert {x.dtype for x in tensors(out).values()} == {np.dtype(ml_dtypes.bfloat16)}

@@ -1,0 +1,300 @@
+"""What is no weights folder of ours is refused in one line: the table of all that was tried."""
+
+import json
+import re
+import struct
+
+import folders
+import ml_dtypes
+import numpy as np
+import pytest
+from folders import FLUX, SINGLES, arrays, change, refusal
+from safetensors.numpy import load_file, save_file
+
+from ports import flux, read
+from vcloze_jax import weights
+from vcloze_jax.mmdit import Flux
+
+FILE = "transformer/diffusion_pytorch_model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+X, OUT, KEY = "x_embedder.weight", "proj_out.weight", "transformer_blocks.1.attn.to_k.weight"
+QKV = "double_blocks.1.img_attn.qkv.weight"
+
+
+def rename(old, new):
+    return lambda d: {new if key == old else key: x for key, x in d.items()}
+
+
+def alter(key, f):
+    return lambda d: d | {key: np.ascontiguousarray(f(d[key]))}
+
+
+def drop(key):
+    return lambda d: {k: x for k, x in d.items() if k != key}
+
+
+def put(*keys, shape=(2, 2), dtype=np.float32):
+    """Other tensors in the place of all."""
+    return lambda d: {key: np.ones(shape, dtype) for key in keys}
+
+
+def fp8(d):
+    return {key: x.astype(ml_dtypes.float8_e4m3fn) if x.ndim == 2 else x for key, x in d.items()}
+
+
+def nf4(d):
+    x = d.pop(KEY)
+    d |= {KEY: np.zeros((x.size // 2, 1), np.uint8), f"{KEY}.absmax": np.zeros(9, np.float32)}
+    return d | {f"{KEY}.quant_state.bitsandbytes__nf4": np.zeros(5, np.uint8)}
+
+
+def adapter(d):
+    return {f"transformer.{KEY[:-7]}.lora_{x}.weight": np.ones((2, 24), np.float32) for x in "AB"}
+
+
+# What a transformer's file holds in the place of the right tensors -> what the error says.
+TENSORS = {
+    "missing": (drop(KEY), f"{KEY} [24, 24] is missing"),
+    "missing layer": (drop("single_transformer_blocks.2.proj_mlp.bias"), "2.proj_mlp.bias [96]"),
+    "extra": (lambda d: d | {"more.weight": d[X]}, "more.weight [24, 384] is unknown"),
+    "extra layer": (
+        lambda d: d | {KEY.replace("1", "2"): d[KEY]},
+        f"{KEY.replace('1', '2')} [24, 24] is unknown",
+    ),
+    "renamed": (rename(X, "x_embed.weight"), f"{X} [24, 384] is missing; x_embed.weight [24, 384]"),
+    "prefixed": (
+        lambda d: {f"model.{key}": x for key, x in d.items()},
+        "transformer_blocks.0.attn.norm_k.weight [12] is missing; .* more",
+    ),
+    "transposed": (alter(X, np.transpose), f"{X} is [384, 24], expected [24, 384]"),
+    "mis-shaped": (alter(KEY, lambda x: x[:-1]), f"{KEY} is [23, 24], expected [24, 24]"),
+    "flattened": (alter(OUT, np.ravel), f"{OUT} is [1536], expected [64, 24]"),
+    "a dimension of 0": (alter(KEY, lambda x: x[:0]), f"{KEY} is [0, 24], expected [24, 24]"),
+    "another base": (alter(X, lambda x: x[:, :64]), f"{X} is [24, 64], .*FLUX.1-dev.*FLUX.1-Fill"),
+    "integers": (alter(X, lambda x: x.astype(np.int32)), f"{X} is of type I32, not F32 or F16 or"),
+    "doubles": (alter(X, lambda x: x.astype(np.float64)), f"{X} is of type F64"),
+    "fp8": (fp8, "seems to be quantised to 8 bits: .* is of type F8_E4M3"),
+    "int8": (alter(KEY, lambda x: x.astype(np.int8)), f"to 8 bits: {KEY} is of type I8"),
+    "nf4": (nf4, f"seems to be quantised by bitsandbytes .*: {KEY} is [288, 1], expected [24, 24]"),
+    "empty": (lambda d: {}, "is missing; .* more"),
+    "Stable Diffusion 3": (
+        put("pos_embed.proj.weight", "transformer_blocks.0.attn.to_q.weight"),
+        "seems to be of Stable Diffusion 3: .*pos_embed.proj.weight|.* more",
+    ),
+    "Stable Diffusion XL": (put("down_blocks.0.resnets.0.conv1.weight"), "seems to be a U-Net"),
+    "FLUX.2": (
+        put("double_stream_modulation_img.lin.weight", "double_blocks.0.img_mlp.0.weight"),
+        "seems to be of FLUX.2: ",
+    ),
+    "Chroma": (put("distilled_guidance_layer.in_proj.weight", QKV), "seems to be of Chroma: "),
+    "ComfyUI": (put(f"model.diffusion_model.{QKV}"), "seems to be a whole checkpoint of ComfyUI: "),
+    "an adapter": (adapter, "seems to be an adapter, for --lora: .*more"),
+    "T5": (
+        put("encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"),
+        "seems to be a T5 encoder: .* is missing",
+    ),
+    "CLIP": (put("text_model.encoder.layers.0.self_attn.q_proj.weight"), "a CLIP text encoder: "),
+    "autoencoder": (put("encoder.down.0.block.0.conv1.weight"), "an autoencoder in BFL's naming: "),
+}
+
+
+def says(message, words):
+    """Whether a message has these words; .* and | are patterns, all else is as it stands."""
+    pattern = re.escape(words).replace(r"\.\*", ".*").replace(r"\|", "|")
+    return re.search(pattern, message)
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_wrong_tensors(saved, tmp_path, kind):
+    """A transformer that does not fit is one line that names up to ten keys, what they are and
+    should be and what the file seems to be, and that before a tensor is read."""
+    spoil, words = TENSORS[kind]
+    folder = folders.copy(saved, tmp_path)
+    change(folder / FILE, spoil)
+    message = refusal(folder)
+    assert message.startswith(f"{folder}/transformer: ") and says(message, words), message
+
+
+def bfl(f):
+    """Change the tensors of BFL's single file of the transformer."""
+    return lambda folder: change(folder / SINGLES["flux"], f)
+
+
+def bytes_of(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def cut(folder):
+    file = folder / SINGLES["vae"]
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def another(folder):
+    tensors = dict(read.export(flux.BFL, arrays("flux", FLUX).items()))
+    save_file(tensors, folder / "flux1-dev.safetensors")
+
+
+def gguf(folder):
+    (folder / SINGLES["flux"]).unlink()
+    (folder / "flux1-fill-dev-Q4.gguf").write_bytes(b"GGUF" + bytes(60))
+
+
+# What is done to a folder of BFL's single files -> what the error says.
+FILES = {
+    "missing": (bfl(drop(QKV)), f"{SINGLES['flux']}: {QKV} [72, 24] is missing"),
+    "missing size": (bfl(drop("img_in.weight")), "img_in.weight is missing; the model's sizes"),
+    "missing layer": (
+        bfl(lambda d: {k: x for k, x in d.items() if "single_blocks.1." not in k}),
+        "single_blocks.1.linear1.weight [168, 24] is missing",
+    ),
+    "gap": (
+        bfl(lambda d: d | {"single_blocks.7.linear1.weight": d[QKV]}),
+        "single_blocks.3.*is missing",
+    ),
+    "no heads": (
+        bfl(alter("double_blocks.0.img_attn.norm.query_norm.scale", lambda x: x[:0])),
+        "query_norm.scale is [0]; the model's sizes",
+    ),
+    "odd heads": (
+        bfl(alter("double_blocks.0.img_attn.norm.query_norm.scale", lambda x: x[:7])),
+        "query_norm.scale is [7], which does not divide the width 24",
+    ),
+    "split": (
+        bfl(alter(QKV, lambda x: x[:24])),
+        f"{QKV} is [24, 24], expected [72, 24]",
+    ),
+    "fp8": (bfl(fp8), "seems to be quantised to 8 bits: "),
+    "cut": (cut, "ae.safetensors is not a whole safetensors file"),
+    "nothing": (bytes_of(SINGLES["vae"], b""), "ae.safetensors is not a whole safetensors file"),
+    "garbage": (bytes_of(SINGLES["vae"], b"\xff" * 99), "ae.safetensors is not a whole"),
+    "pickle": (bytes_of(SINGLES["vae"], b"PK\x03\x04" + bytes(60)), "ae.safetensors is a pickle"),
+    "git-lfs": (
+        bytes_of(SINGLES["vae"], b"version https://git-lfs.github.com/spec/v1\n"),
+        "a pointer of git-lfs, not the file itself: run git lfs pull",
+    ),
+    "web page": (bytes_of(SINGLES["vae"], b"<!doctype html>"), "is a web page"),
+    "gguf": (gguf, "holds no transformer: .*flux1-fill-dev-Q4.gguf is a GGUF file, of quantised"),
+    "gone": (lambda folder: (folder / SINGLES["vae"]).unlink(), "holds no autoencoder: no vae/"),
+    "two": (
+        another,
+        "more than one transformer: flux1-dev.safetensors; flux1-fill-dev.safetensors; leave one",
+    ),
+    "older autoencoder": (
+        lambda folder: change(
+            folder / SINGLES["vae"], lambda d: d | {"quant_conv.bias": np.ones(8, np.float32)}
+        ),
+        "seems to be an older autoencoder: quant_conv.bias [8] is unknown",
+    ),
+    "groups": (
+        lambda folder: (folder / "vcloze.json").unlink() or (folder / "vae/config.json").unlink(),
+        "channels (4, 8, 8, 12) are not divisible by 32 groups; the autoencoder's config.json",
+    ),
+    "levels": (
+        lambda folder: (
+            change(folder / SINGLES["vae"], drop("encoder.down.3.block.0.conv1.bias"))
+            or (folder / "vae/config.json").unlink()
+        ),
+        "channels (4, 8, 8) must be 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_wrong_single_files(bfl, tmp_path, kind):
+    """BFL's files that do not fit, or are no such files, are one line that says so."""
+    spoil, words = FILES[kind]
+    folder = folders.copy(bfl, tmp_path)
+    spoil(folder)
+    message = refusal(folder)
+    assert says(message, words), message
+
+
+def index(entries):
+    """Put this in the place of the autoencoder's index of shards, or change it by a function."""
+
+    def spoil(folder):
+        file = folder / f"{VAE}.index.json"
+        new = entries(json.loads(file.read_text())["weight_map"]) if callable(entries) else entries
+        file.write_text(new if isinstance(new, str) else json.dumps(new))
+
+    return spoil
+
+
+def shard(folder, n=-1):
+    return sorted((folder / "vae").glob("*-of-*.safetensors"))[n]
+
+
+def doubled(folder):
+    first = load_file(shard(folder, 0))
+    change(shard(folder), lambda d: d | first)
+
+
+SHARDS = {
+    "a key too many": (
+        index(lambda where: {"weight_map": where | {"ghost": next(iter(where.values()))}}),
+        "the index and its shards disagree about ghost",
+    ),
+    "a key too few": (
+        index(lambda where: {"weight_map": dict(list(where.items())[1:])}),
+        "the index and its shards disagree about decoder.conv_in.bias",
+    ),
+    "a missing shard": (
+        lambda folder: shard(folder).unlink(),
+        "index.json names diffusion_pytorch_model-.*, which is not there",
+    ),
+    "a shard elsewhere": (
+        index(lambda where: {"weight_map": dict.fromkeys(where, "../../etc/passwd")}),
+        "index.json names passwd, which is not there",
+    ),
+    "no map": (index({"weights": 1}), "index.json is no index of shards"),
+    "a list": (index([]), "index.json is no index of shards"),
+    "no JSON": (index("{"), "index.json is no index of shards"),
+    "a key twice": (doubled, " is in .* and in "),
+    "a cut shard": (
+        lambda folder: shard(folder).write_bytes(shard(folder).read_bytes()[:-9]),
+        "is not a whole safetensors file",
+    ),
+    "one file besides": (
+        lambda folder: save_file({"a": np.zeros(1)}, folder / VAE),
+        "remove the one that is old",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SHARDS)
+def test_wrong_shards(saved, tmp_path, kind):
+    """Shards that disagree with their index or among each other are one line that says so."""
+    folder = folders.copy(saved, tmp_path)
+    tensors = load_file(folder / VAE).items()
+    read.write(folder / "vae", "diffusion_pytorch_model", tensors, "float32", 20_000)
+    spoil, words = SHARDS[kind]
+    spoil(folder)
+    message = refusal(folder)
+    assert message.startswith(f"{folder}: vae/: ") and says(message, words), message
+
+
+def test_a_key_twice(saved, tmp_path):
+    """A header that lists a key twice, which safetensors would read, is refused by its name."""
+    folder = folders.copy(saved, tmp_path)
+    whole = (folder / VAE).read_bytes()
+    header = json.loads(whole[8 : 8 + struct.unpack("<Q", whole[:8])[0]])
+    key = next(iter(header.keys() - {"__metadata__"}))
+    text = json.dumps(header)
+    text = f"{text[:-1]}, {json.dumps(key)}: {json.dumps(header[key])}}}".encode()
+    text += b" " * (-len(text) % 8)
+    (folder / VAE).write_bytes(struct.pack("<Q", len(text)) + text + whole[-tail(header) :])
+    assert f"{key} is there twice" in refusal(folder)
+
+
+def tail(header):
+    return max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_non_finite_tensors(saved, tmp_path, value):
+    """NaN and infinity are refused by name when tensors are read, and only then."""
+    folder = folders.copy(saved, tmp_path)
+    change(folder / FILE, lambda d: d | {KEY: np.full_like(d[KEY], value)})
+    weights.check(folder)
+    message = refusal(folder, lambda folder: weights.load(Flux, FLUX, folder))
+    assert f"transformer: {KEY} holds NaN or infinity" in message

@@ -1,0 +1,291 @@
+"""Pickles of torch: read as data, never run."""
+
+import copyreg
+import io
+import os
+import pickle
+import re
+import struct
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from ports import lora, torchfile
+from ports.read import PortError
+
+ROOT = Path(__file__).parents[1]
+STATE = {
+    "img_in.lora_A.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "img_in.lora_B.weight": np.arange(6, dtype=ml_dtypes.bfloat16).reshape(2, 3),
+    "img_in.lora_B.bias": np.arange(2, dtype=np.float16),
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    torchfile.save(tmp_path / "lora.pth", STATE)
+    return tmp_path / "lora.pth"
+
+
+def read(file):
+    source = torchfile.Source(file)
+    return {key: source.read(key) for key in source.header}
+
+
+def equal(left, right):
+    assert list(left) == list(right)
+    for key, x in left.items():
+        assert x.dtype == right[key].dtype and x.shape == right[key].shape, key
+        assert x.tobytes() == right[key].tobytes(), key
+
+
+def repacked(file, program=None, drop=(), compression=zipfile.ZIP_STORED, **entries):
+    """A zip of torch with another pickle, or with other entries."""
+    with zipfile.ZipFile(file) as zipped:
+        old = {name: zipped.read(name) for name in zipped.namelist()}
+    old |= {"adapter/data.pkl": program} if program is not None else {}
+    old |= {f"adapter/{name}": data for name, data in entries.items()}
+    with zipfile.ZipFile(file, "w", compression) as zipped:
+        for name, data in old.items():
+            if name.removeprefix("adapter/") not in drop:
+                zipped.writestr(name, data)
+    return file
+
+
+def unrolled(file, program, storages=()):
+    """A file as torch before 1.6 wrote it."""
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"int": 4}}
+    parts = [pickle.dumps(x, 2) for x in (torchfile.MAGIC, torchfile.PROTOCOL, system)]
+    parts += [program, pickle.dumps([str(i) for i in range(len(storages))], 2)]
+    parts += [struct.pack("<q", x.size) + x.tobytes() for x in storages]
+    file.write_bytes(b"".join(parts))
+    return file
+
+
+def program(file):
+    with zipfile.ZipFile(file) as zipped:
+        return zipped.read("adapter/data.pkl")
+
+
+def test_what_is_written_is_read(file, tmp_path):
+    """A state dict comes back to the last bit, from a zip and from the old layout."""
+    equal(read(file), STATE)
+    old = program(file).replace(b"tQ", b"NtQ")  # which names the view of a storage, here none
+    equal(read(unrolled(tmp_path / "old.pth", old, list(STATE.values()))), STATE)
+
+
+class Call:
+    """What pickles as a call of a function with arguments."""
+
+    def __init__(self, function, *arguments, state=None):
+        self.parts = function, arguments, state
+
+    def __reduce__(self):
+        return self.parts if self.parts[2] is not None else self.parts[:2]
+
+
+EVIL = {
+    "os.system": lambda c: Call(os.system, f"touch {c}"),
+    "eval": lambda c: Call(eval, f"open({str(c)!r}, 'w')"),
+    "exec": lambda c: Call(exec, f"open({str(c)!r}, 'w')"),
+    "open": lambda c: Call(open, str(c), "w"),
+    "getattr": lambda c: Call(getattr, Call(__import__, "os"), "system"),
+    "inside a list": lambda c: {"a": [1, (2, Call(os.system, f"touch {c}"))]},
+    "as a key": lambda c: {Call(os.system, f"touch {c}"): 1},
+    "in a state": lambda c: Call(OrderedDict, state={"x": Call(os.system, f"touch {c}")}),
+    "arguments of a dict": lambda c: Call(OrderedDict, [("a", Call(os.system, f"touch {c}"))]),
+    "setstate": lambda c: Call(Path, str(c), state=(None, {"x": 1})),
+    "numpy": lambda c: np.ones(3),
+    "copyreg": lambda c: Call(copyreg._reconstructor, Path, object, None),
+    "class": lambda c: Call,
+}
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 4])
+@pytest.mark.parametrize("kind", EVIL)
+def test_nothing_runs(file, tmp_path, kind, protocol):
+    """A pickle that calls anything is refused in one line, in both layouts and bare, and whatever
+    it wanted to do is not done."""
+    canary = tmp_path / "canary"
+    evil = pickle.dumps(EVIL[kind](canary), protocol)
+    for spoiled in (
+        repacked(file, evil),
+        unrolled(tmp_path / "old.pth", evil),
+        bare(tmp_path / "bare.pth", evil),
+    ):
+        with pytest.raises(PortError) as error:
+            lora.opened(spoiled)
+        assert "\n" not in str(error.value)
+        if protocol > 1 and "bare" not in spoiled.name:
+            assert re.search(r"names '[\w.]+', which is no part|is no tensor", str(error.value))
+    assert not canary.exists()
+
+
+def bare(file, data):
+    file.write_bytes(data)
+    return file
+
+
+def op(text):
+    return b"\x80\x02" + text + b"."
+
+
+RAW = {
+    "INST": b"(S'touch canary'\nios\nsystem\n",
+    "OBJ": b"(cos\nsystem\nS'touch canary'\no",
+    "NEWOBJ of a dict": b"ccollections\nOrderedDict\n)\x81",
+    "EXT1": b"\x82\x01",
+    "PERSID": b"Pkey\n",
+    "call of a number": b"K\x01)R",
+    "call of a text": b"X\x0b\x00\x00\x00collections)R",
+    "a storage called": b"ctorch\nFloatStorage\n)R",
+    "tensor of no storage": b"ctorch._utils\n_rebuild_tensor_v2\n(K\x01K\x00))tR",
+    "text as a storage": b"(X\x07\x00\x00\x00storageX\x05\x00\x00\x00torchtQ",
+    "empty stack": b"R",
+    "no mark": b"t",
+    "memo that is not": b"h\x07",
+    "dict of itself": b"}q\x00h\x00h\x00s",
+    "itself as a value": b"}q\x00X\x01\x00\x00\x00ah\x00s",
+    "more than there is": b"X\xff\xff\xff\x7fa",
+    "4 EiB": b"\x96" + b"\xff" * 7 + b"\x3f",
+    "a tuple": b"K\x01\x85",
+    "no tensor": b"}X\x01\x00\x00\x00aK\x01s",
+    "number as key": b"}K\x01K\x01s",
+    "twice": b"}(X\x01\x00\x00\x00aNX\x01\x00\x00\x00aNu",
+}
+
+
+@pytest.mark.parametrize("kind", RAW)
+def test_other_programs_are_refused(file, kind):
+    """Opcodes beyond those of data, calls of what is no name and programs that fail are errors."""
+    with pytest.raises(PortError):
+        torchfile.Source(repacked(file, op(RAW[kind])))
+
+
+def one_tensor(offset=0, shape=(3, 4), strides=(4, 1), size=12, key="0", kind="Float"):
+    """The pickle of {"a": a tensor of storage `key`}."""
+    numbers = b"".join(torchfile.opcodes(x) for x in (offset, shape, strides))
+    name = b"ctorch\n" + kind.encode() + b"Storage\n"
+    place = torchfile.opcodes("storage") + name + torchfile.opcodes(key) + torchfile.opcodes("cpu")
+    place = b"(" + place + torchfile.opcodes(size) + b"tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + place + numbers + b"\x89"
+    return op(b"}" + torchfile.opcodes("a") + tensor + b"ccollections\nOrderedDict\n)RtRs")
+
+
+def test_views(file):
+    """Transposed tensors and parts of a storage are read as torch shows them."""
+    data = np.arange(12, dtype=np.float32)
+    got = read(repacked(file, one_tensor(1, (2, 3), (1, 4))))
+    np.testing.assert_array_equal(got["a"], data[:12].reshape(3, 4).T[1:3])
+    assert read(repacked(file, one_tensor(0, (), ())))["a"].shape == ()
+    assert read(repacked(file, one_tensor(0, (0, 4), (4, 1))))["a"].shape == (0, 4)
+
+
+VIEWS = {
+    "beyond": dict(shape=(4, 4)),
+    "offset": dict(offset=1),
+    "strides": dict(strides=(5, 1)),
+    "negative stride": dict(strides=(-4, 1)),
+    "negative offset": dict(offset=-1),
+    "negative size": dict(shape=(-3, 4)),
+    "4 TiB": dict(shape=(1 << 20, 1 << 20), strides=(0, 0)),
+    "huge": dict(shape=(1 << 60, 1 << 60), strides=(0, 0)),
+    "ranks differ": dict(strides=(1,)),
+    "boolean": dict(shape=(True, 4)),
+    "text": dict(shape="ab"),
+    "storage too long": dict(size=13),
+    "storage too short": dict(size=11),
+    "no storage": dict(key="9"),
+    "doubles": dict(kind="Double"),
+    "other type": dict(kind="Half"),
+}
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_tensors_stay_inside_their_storage(file, kind):
+    """No shape, stride or offset reaches beyond the bytes that are there, and none makes memory out
+    of nothing."""
+    with pytest.raises(PortError):
+        torchfile.Source(repacked(file, one_tensor(**VIEWS[kind])))
+
+
+def test_damaged_files(file, tmp_path):
+    """Packed, big-endian, cut, without pickle or with a wrong checksum: errors; NaN is named."""
+    whole = file.read_bytes()
+    for change in (
+        dict(compression=zipfile.ZIP_DEFLATED),
+        dict(byteorder=b"big"),
+        dict(drop=("data.pkl",)),
+        dict(drop=("data/1",)),
+    ):
+        file.write_bytes(whole)
+        with pytest.raises(PortError):
+            torchfile.Source(repacked(file, **change))
+    for length in (0, 4, 40, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(PortError):
+            torchfile.Source(file)
+    at = whole.index(STATE["img_in.lora_A.weight"].tobytes())
+    file.write_bytes(whole[: at + 5] + b"\xff" + whole[at + 6 :])
+    with pytest.raises(PortError, match="img_in.lora_A.weight is damaged"):
+        read(file)
+    torchfile.save(file, STATE | {"img_in.lora_B.bias": np.float32([np.nan, 0])})
+    with pytest.raises(PortError, match="img_in.lora_B.bias holds NaN"):
+        read(file)
+    old = unrolled(tmp_path / "old.pth", program(file).replace(b"tQ", b"NtQ"), STATE.values())
+    with pytest.raises(PortError):
+        read(bare(old, old.read_bytes()[:-1]))
+
+
+def test_fuzz(file, tmp_path):
+    """A file with some bytes changed is refused, or it gives finite tensors: no other end."""
+    rng = np.random.default_rng(0)
+    old = unrolled(tmp_path / "old.pth", program(file).replace(b"tQ", b"NtQ"), STATE.values())
+    for whole in (file.read_bytes(), old.read_bytes()):
+        for _ in range(150):
+            data = np.frombuffer(whole, np.uint8).copy()
+            data[rng.integers(len(data), size=rng.integers(1, 4))] = rng.integers(256)
+            try:
+                got = read(bare(tmp_path / "fuzzed.pth", data.tobytes()))
+            except PortError as error:
+                assert "\n" not in str(error)
+            else:
+                assert all(np.isfinite(x).all() for x in got.values())
+
+
+def test_no_unpickler():
+    """Nothing of ours unpickles, evaluates or loads pickled arrays."""
+    bad = re.compile(r"pickle\.(load|Unpickler)|allow_pickle=True|\b(eval|exec)\(|os\.system")
+    for file in (*ROOT.glob("ports/*.py"), *ROOT.glob("vcloze_jax/**/*.py"), *ROOT.glob("*.py")):
+        assert not bad.search(file.read_text()), file
+
+
+@pytest.mark.parity
+def test_torch_reads_and_writes_them(file, tmp_path):
+    """torch.load(weights_only=True) reads what we write, mapped too; we read what torch.save
+    writes, in both layouts, with a module's versions, shared and transposed storages."""
+    torch = pytest.importorskip("torch")
+    for options in ({}, {"mmap": True}):
+        theirs = torch.load(file, weights_only=True, **options)
+        for key, x in STATE.items():
+            np.testing.assert_array_equal(theirs[key].float().numpy(), x.astype(np.float32))
+            assert str(theirs[key].dtype) == f"torch.{x.dtype}"
+    state = torch.nn.Linear(5, 3).state_dict()
+    assert state._metadata
+    state["t"] = torch.arange(12.0).reshape(3, 4).T[1:]
+    state["half"] = state["weight"][1:].to(torch.bfloat16)
+    state["shared"] = state["weight"][:, 2]
+    for new in (True, False):
+        torch.save(state, tmp_path / "a.pth", _use_new_zipfile_serialization=new)
+        got = read(tmp_path / "a.pth")
+        assert list(got) == list(state)
+        for key, x in state.items():
+            np.testing.assert_array_equal(got[key].astype(np.float32), x.float().numpy())
+        buffer = io.BytesIO()
+        torch.save([state], buffer, _use_new_zipfile_serialization=new)
+        with pytest.raises(PortError, match="no state dict|no whole file"):
+            read(bare(tmp_path / "a.pth", buffer.getvalue()))

@@ -1,0 +1,199 @@
+"""Weights folders of every layout: told by their content, filled with the same bits."""
+
+import re
+import shutil
+from dataclasses import replace
+from functools import partial
+
+import folders
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from folders import FLUX, PRESET, SINGLES, arrays, leaves, module
+from safetensors.numpy import load_file, save_file
+
+from ports import __main__ as command
+from ports import pipeline, read
+from vcloze_jax import weights
+from vcloze_jax.config import UserError
+from vcloze_jax.sharding import make_mesh, shardings
+
+
+def tensors(folder, preset, dtype="float32", place=None):
+    """{field/path: array} of all models of a folder; `place` is as sharding.shardings."""
+    found = {}
+    for field, (cls, _) in weights.MODELS.items():
+        there = place and partial(place, root=f"{field}/")
+        model = weights.load(cls, getattr(preset, field), folder, dtype, there)
+        found |= {f"{field}/{path}": leaf for path, leaf in leaves(model).items()}
+    return found
+
+
+def same(left, right):
+    assert left.keys() == right.keys()
+    for path, array in left.items():
+        np.testing.assert_array_equal(array, right[path], strict=True, err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def loaded(saved):
+    """What every layout of the tiny models must fill our trees with."""
+    return tensors(saved, PRESET)
+
+
+def test_save_and_load_is_the_identity(saved, loaded):
+    """A saved folder gives back every array and every size; bfloat16 rounds once."""
+    assert weights.check(saved) == PRESET
+    mine = {
+        f"{field}/{path}": array
+        for field in weights.MODELS
+        for path, array in arrays(field, getattr(PRESET, field)).items()
+    }
+    same(loaded, mine)
+    rounded = tensors(saved, PRESET, "bfloat16")
+    same(rounded, {path: array.astype("bfloat16") for path, array in mine.items()})
+
+
+def test_bfls_files_fill_the_same_bits(bfl, loaded):
+    """Single files in BFL's naming are the same preset, sizes from their shapes, and the same bits
+    in every leaf, as the folder in diffusers' layout."""
+    assert weights.check(bfl) == replace(PRESET, flow=weights.check(bfl).flow)
+    same(tensors(bfl, PRESET), loaded)
+
+
+def test_names_mean_nothing(bfl, loaded, tmp_path):
+    """A single file is told by its keys, whatever its name and whether it lies beside the folders
+    or in one; a file of another kind beside it is left alone."""
+    folder = folders.copy(bfl, tmp_path)
+    (folder / SINGLES["flux"]).rename(folder / "ae.sft")
+    (folder / "transformer").mkdir()
+    (folder / SINGLES["vae"]).rename(folder / "transformer" / "flux1-dev.safetensors")
+    shutil.move(folder / "transformer" / "flux1-dev.safetensors", folder / "vae" / "x.safetensors")
+    adapter = {"double_blocks.0.img_attn.qkv.lora_A.weight": np.zeros(1)}
+    save_file(adapter, folder / "flux1-fill-dev.safetensors")
+    weights.check(folder)
+    same(tensors(folder, PRESET), loaded)
+
+
+def test_shards_and_one_file_fill_the_same_bits(saved, loaded, tmp_path):
+    """Shards with an index, as diffusers and transformers write large models, read as one file."""
+    folder = folders.copy(saved, tmp_path)
+    for part in pipeline.PARTS.values():
+        file = folder / part.folder / f"{part.stem}.safetensors"
+        read.write(folder / part.folder, part.stem, load_file(file).items(), "float32", 5_000)
+        assert len(list(file.parent.glob("*-of-*.safetensors"))) > 1
+    weights.check(folder)
+    same(tensors(folder, PRESET), loaded)
+
+
+def test_shards_of_the_mesh(bfl, loaded):
+    """On a mesh every leaf lies as the table of shardings says and holds the same bits; a shard is
+    read once for all devices that hold it, and never more than one shard at a time."""
+    mesh, asked, fetch = make_mesh(dict(data=2, fsdp=2, tensor=2)), [], read.fetch
+
+    def watched(leaf, source, dtype, cut):
+        asked.append((leaf.path, tuple(str(span) for span in cut)))
+        return fetch(leaf, source, dtype, cut)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read, "fetch", watched)
+        there = tensors(bfl, PRESET, place=partial(shardings, mesh=mesh))
+    same(there, loaded)
+    for (path, array), leaf in zip(there.items(), loaded.values(), strict=True):
+        assert array.sharding == shardings({path: leaf}, mesh)[path], path
+    counts = {path: sum(1 for name, _ in asked if f"flux/{name}" == path) for path in there}
+    assert counts["flux/single/linear1/kernel"] == 4 and counts["flux/img_in/bias"] == 1
+
+
+def test_summary(saved, bfl):
+    """One line says what a folder is: layout, base, size, input channels."""
+    line = weights.summary(saved, weights.check(saved))
+    assert re.fullmatch(r".*: diffusers' layout, mini, 0\.\d M parameters, 384 input chan.*", line)
+    fill = replace(PRESET, name="flux-fill")
+    assert "BFL's single files, FLUX.1-Fill, " in weights.summary(bfl, fill)
+
+
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+def test_clip_with_and_without_prefix(saved, tmp_path, prefix):
+    """CLIP files of transformers 4 (with a prefix, and position ids) and 5 (without) both load."""
+    folder = folders.copy(saved, tmp_path)
+    file = folder / "text_encoder" / "model.safetensors"
+    good = {key.removeprefix("text_model."): x for key, x in load_file(file).items()}
+    good["embeddings.position_ids"] = np.arange(77)[None]
+    save_file({prefix + key: x for key, x in good.items()}, file)
+    weights.check(folder)
+
+
+def test_flux_dev(saved, tmp_path):
+    """FLUX.1-dev, of 64 input channels, loads from either layout and says what it is."""
+    dev = replace(PRESET, name="flux-fill", flux=replace(FLUX, in_channels=64))
+    folder = folders.copy(saved, tmp_path / "diffusers")
+    weights.save_pipeline(folder, dev, {"flux": module("flux", dev.flux)}, "float32")
+    folders.save_bfl(folder, tmp_path / "bfl", dev)
+    for path, layout in ((folder, "diffusers' layout"), (tmp_path / "bfl", "BFL's single files")):
+        assert weights.check(path).flux.in_channels == 64
+        assert f"{layout}, FLUX.1-dev, " in weights.summary(path, weights.check(path))
+
+
+def files(folder):
+    return {file.relative_to(folder) for file in folder.rglob("*.*") if file.is_file()}
+
+
+def test_command(saved, bfl, tmp_path, capsys):
+    """`python -m ports` makes the same folder of ours, in bfloat16, of any layout, with all that
+    lay beside the tensors and the JSON files that lacked; doing it twice changes no byte."""
+    (loose := folders.copy(bfl, tmp_path / "loose")).joinpath("old.pth").write_bytes(b"x")
+    kinds = {"first": saved, "second": tmp_path / "first", "third": loose}
+    for name, source in kinds.items():
+        assert command.main([str(source), "--out", str(tmp_path / name)]) == 0
+        assert files(tmp_path / name) == files(saved)
+        assert "weights: " in capsys.readouterr().out
+        assert weights.check(tmp_path / name).flux == FLUX
+    for file in files(saved):
+        if file.suffix == ".safetensors":
+            first, *others = ((tmp_path / name / file).read_bytes() for name in kinds)
+            assert all(first == other for other in others), file
+            assert {x.dtype for x in load_file(tmp_path / "first" / file).values()} == {
+                np.dtype(ml_dtypes.bfloat16)
+            }
+
+
+def test_command_refuses(saved, tmp_path, capsys):
+    """Errors of the command are one line and exit code 2, and leave nothing behind."""
+    source = folders.copy(saved, tmp_path / "source")
+    for file in source.rglob("vae/*.safetensors"):
+        folders.change(file, lambda d: d | {"encoder.conv_in.bias": np.full(4, np.nan, np.float32)})
+    for path, out, words in (
+        (saved, source, "exists already"),
+        (tmp_path / "nowhere", tmp_path / "new", "no such folder"),
+        (source, source / "new", "is inside of"),
+        (source, tmp_path / "new", "source/vae: encoder.conv_in.bias holds NaN"),
+    ):
+        assert command.main([str(path), "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert re.fullmatch(r"error: [^\n]+\n", error) and words in error, error
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["source"]
+
+
+def test_no_weights_folder(saved, tmp_path):
+    """What is no folder of weights at all says what it is."""
+    file = saved / "vae" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(UserError, match="an autoencoder in diffusers' naming; give the folder"):
+        weights.check(file)
+    with pytest.raises(UserError, match="holds no transformer: .* and no single file"):
+        weights.check(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        weights.check(tmp_path / "nowhere")
+    for name in ("big", [], 3):
+        folder = folders.copy(saved, tmp_path / "folder")
+        weights.write_json(folder / "vcloze.json", {"preset": name})
+        with pytest.raises(UserError, match="with a name of mini, flux-fill"):
+            weights.check(folder)
+
+
+def test_default_device(saved):
+    """Without a sharding a leaf lies on the first device."""
+    model = weights.load(weights.MODULES["vae"], PRESET.vae, saved)
+    assert {x.device for x in jax.tree.leaves(nnx.state(model))} == {jax.devices()[0]}

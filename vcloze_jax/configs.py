@@ -1,0 +1,119 @@
+"""The preset of a weights folder: every size, from its JSON files or from its tensors' shapes.
+
+What those cannot say, the defaults of sampling and training, is of the preset that `vcloze.json`
+names; without that file, of FLUX.1-Fill.
+"""
+
+import json
+import math
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from ports import pipeline, read
+from ports.folder import SIZES, locate, what
+from vcloze_jax.cli import named_preset
+from vcloze_jax.config import PRESETS, Preset, UserError
+
+
+@contextmanager
+def told(path):
+    """Errors of ports and of files become the user's, with the path in front."""
+    try:
+        yield
+    except (read.PortError, OSError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def load_preset(folder: Path) -> Preset:
+    """The preset that a weights folder names, with all sizes that its files give. UserError if it
+    is no weights folder of a kind that we read, or a file or entry cannot be ours."""
+    with told(folder):
+        if folder.is_file():
+            raise UserError(f"{folder}: {what(folder)}; give the folder that holds all models")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder")
+    preset = named_preset(folder)
+    configs = {
+        field: read_config(folder, field, getattr(preset, field)) for field in pipeline.PARTS
+    }
+    file, limit = folder / "tokenizer_2" / "tokenizer_config.json", preset.t5.max_length
+    length = typed(file, "model_max_length", read_json(file).get("model_max_length", limit), limit)
+    configs["t5"] = replace(configs["t5"], max_length=min(length, limit))
+    file = folder / "scheduler" / "scheduler_config.json"
+    shift = read_fields(file, pipeline.SHIFT, preset.flow) if file.is_file() else {}
+    return replace(preset, flow=replace(preset.flow, **shift), **configs)
+
+
+def read_config(folder: Path, field: str, default):
+    """One model's sizes as our dataclass: from its config.json, where an entry that is absent keeps
+    the default; without that file from its tensors' shapes, where they tell."""
+    part = pipeline.PARTS[field]
+    file = folder / part.folder / "config.json"
+    if file.is_file():
+        entries = read_json(file)
+        for name, value in part.fixed.items():
+            if entries.get(name, value) != value:
+                raise UserError(f"{file}: {name} is {entries[name]!r}, only {value!r} can be read")
+        ours = read_fields(file, part.config, default)
+    else:
+        file = folder
+        with told(folder):
+            ours = SIZES[field](*locate(folder, part)) if field in SIZES else {}
+    if field == "flux":
+        ours.setdefault("out_channels", ours.get("in_channels", default.in_channels))
+        head_dim = ours.pop("head_dim", default.head_dim)
+        ours["width"] = head_dim * ours.get("heads", default.heads)
+        ours.setdefault("axes_dim", axes(head_dim, default))
+    if field == "clip" and ours.get("eos") == 2:  # transformers: then it pools at the highest id
+        ours["eos"] = ours.get("vocab", default.vocab) - 1
+    try:
+        return replace(default, **ours)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def axes(head_dim, default):
+    """The RoPE axes (row, y, x) of a head where no config.json gives them: those of the named
+    preset, of a preset with such heads, or else in the proportions of FLUX, 1 : 3.5 : 3.5."""
+    known = (default.axes_dim, *(preset.flux.axes_dim for preset in PRESETS.values()))
+    side = head_dim * 7 // 32 * 2
+    return next(
+        (dims for dims in known if sum(dims) == head_dim), (head_dim - 2 * side, side, side)
+    )
+
+
+def read_fields(file, names, default):
+    """The entries of a JSON file that `names` pairs with our fields, as {field: value}."""
+    entries = read_json(file)
+    return {
+        field: typed(file, name, entries[name], getattr(default, field))
+        for name, field in names.items()
+        if entries.get(name) is not None
+    }
+
+
+def read_json(file):
+    """A JSON object, or UserError."""
+    try:
+        entries = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as JSON ({error})") from error
+    if not isinstance(entries, dict):
+        raise UserError(f"{file}: holds no JSON object")
+    return entries
+
+
+def typed(file, name, value, example):
+    """`value` as the type of `example` (positive where that is an integer), or UserError."""
+    if isinstance(example, tuple) and isinstance(value, list):
+        return tuple(typed(file, name, item, example[0]) for item in value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = {
+        bool: isinstance(value, bool),
+        int: number and isinstance(value, int) and value > 0,
+        float: number and math.isfinite(value),
+    }
+    if not fits.get(type(example), False):
+        raise UserError(f"{file}: {name} cannot be {value!r}; {example!r} is one that can")
+    return type(example)(value)
