@@ -8,13 +8,10 @@ A spec holds rows of pictures; in its last row, null is what will be painted:
 For fox.json, --out gets fox.png (the grid), fox_target0.png … and fox.json (the record).
 """
 
-import json
 from pathlib import Path
 
 from vcloze_jax import cli, prompts
-from vcloze_jax.config import UserError
-from vcloze_jax.images import save_png, save_text
-from vcloze_jax.spec import read_specs
+from vcloze_jax.spec import check_outputs, read_specs
 
 
 def parse(argv):
@@ -24,6 +21,7 @@ def parse(argv):
     p.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR")
     p.add_argument("--list-tasks", action="store_true", help='names for "task" in a spec')
     p.add_argument("--check", action="store_true", help="validate everything, paint nothing")
+    p.add_argument("--plan", action="store_true", help="print tokens, FLOPs and bytes, and exit")
     args = p.parse_args(argv)
     if not args.grid and not args.list_tasks:
         p.error("--grid SPEC.json is needed")
@@ -36,63 +34,25 @@ def main(argv):
         for name, task in prompts.TASKS.items():
             print(f"{name} ({task.columns} columns): {task.prompt}")
         return
-    folder, loras = cli.model_of(args)
-    specs = read_specs(args.grid, cli.named_preset(folder))
+    specs = read_specs(args.grid, cli.named_preset(args.weights or cli.MINI))
     check_outputs(args.out, specs)
 
-    from vcloze_jax.paint import Job, Painter, bar  # JAX from here on
-    from vcloze_jax.sharding import make_mesh, parse_mesh
-    from vcloze_jax.weights import check, check_lora, load_models
+    from vcloze_jax import plan, weights  # JAX from here on
+    from vcloze_jax.paint import bar
+    from vcloze_jax.pipeline import Pipeline
 
-    mesh = make_mesh(parse_mesh(args.mesh) if args.mesh else None)
-    preset = check(folder)
-    for file, _ in loras:
-        check_lora(file, preset.flux)
-    if args.check:
+    pipeline = Pipeline.load(args.weights, args.lora, args.mesh)
+    print(f"weights: {weights.summary(args.weights or cli.MINI, pipeline.painter.preset)}")
+    if args.plan:
+        print(plan.sampling(pipeline.painter.preset, specs, pipeline.painter.mesh))
+    if args.check or args.plan:
         return
-    painter = Painter(*load_models(folder, preset, loras, mesh), mesh)
-    jobs = [
-        Job(s.grid, s.prompt, s.num_inference_steps, s.guidance_scale, s.seed, s.latents)
-        for s in specs
-    ]
-    for spec, painted in zip(specs, painter(jobs, bar), strict=True):
-        write(args.out, spec, painted)
-    print(f"{len(specs)} grids painted, {painter.compiles} programs compiled: {args.out}/")
-
-
-def check_outputs(out, specs):
-    """Make the folder. Raises UserError where an output would replace an input."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; choose another folder") from None
-    inputs = set()
-    for spec in specs:
-        cells = (cell for row in spec.resolved["image"] for cell in row if cell)
-        inputs.add(spec.source.resolve())
-        for cell in cells:
-            inputs.update(map(Path, cell.values() if isinstance(cell, dict) else [cell]))
-    for spec in specs:
-        targets = [f"_target{i}.png" for i in range(len(spec.grid.targets))]
-        for suffix in (".json", ".png", *targets):
-            if (out / f"{spec.name}{suffix}").resolve() in inputs:
-                raise UserError(f"--out {out}: {spec.name}{suffix} is an input; choose another")
-
-
-def write(out, spec, painted):
-    """The grid, its targets, and last the record of one spec."""
-    grid = spec.grid
-    save_png(out / f"{spec.name}.png", grid.compose(painted.pixels))
-    for i, target in enumerate(grid.cut(painted.pixels)):
-        save_png(out / f"{spec.name}_target{i}.png", target)
-    record = {
-        "spec": spec.resolved,
-        "prompt": spec.prompt,
-        "sizes": [[width // grid.columns, height] for height, width in grid.shape],
-        "boxes": grid.boxes,
-        **painted.record,
-    }
-    save_text(out / f"{spec.name}.json", json.dumps(record, indent=1) + "\n")
+    for spec, painting in zip(specs, pipeline.paint(specs, bar), strict=True):
+        painting.save(args.out, spec.name)
+        if painting.dropped:
+            print(f"{spec.name}: the prompt is too long: {painting.dropped} tokens dropped")
+    compiles = pipeline.painter.compiles
+    print(f"{len(specs)} grids painted, {compiles} programs compiled: {args.out}/")
 
 
 if __name__ == "__main__":

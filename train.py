@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vcloze_jax import cli
 from vcloze_jax.config import PRESETS, UserError
+from vcloze_jax.data.jsonlines import open_own
 from vcloze_jax.grid import PATCH
 from vcloze_jax.runfolder import Settings, compare
 
@@ -24,6 +25,7 @@ def parse(argv):
     add("--mesh", help=f"{mesh}; virtual CPU devices are made where there is no accelerator")
     add("--out", type=Path, metavar="RUN", help="the run's folder (default: runs/PRESET)")
     add("--check", action="store_true", help="validate everything, train nothing")
+    add("--plan", action="store_true", help="print tokens, FLOPs and bytes of a step, and exit")
 
     add = p.add_argument_group("start from").add_argument
     add("--preset", choices=PRESETS, default="mini")
@@ -78,8 +80,9 @@ def main(argv):
     settings = settle(args, PRESETS[args.preset])
     out = args.out or Path("runs", args.preset)
     compare(out, settings)
+    own = open_own(settings.data, replace(PRESETS[args.preset], resolution=settings.resolution))
 
-    from vcloze_jax import weights  # JAX from here on
+    from vcloze_jax import adapters, configs, plan, weights  # JAX from here on
     from vcloze_jax.data.loader import open_data
     from vcloze_jax.run import Run
     from vcloze_jax.sharding import make_mesh, parse_mesh
@@ -91,15 +94,20 @@ def main(argv):
     folder = args.weights or cli.MINI
     if args.from_scratch:
         preset = PRESETS[args.preset]
-        preset = replace(preset, vae=weights.read_config(folder, "vae", preset.vae))
+        preset = replace(preset, vae=configs.read_config(folder, "vae", preset.vae))
     else:
         preset = weights.check(folder)
         if preset.name != args.preset:
             raise UserError(f"{folder}: its preset is {preset.name}; add --preset {preset.name}")
+        print(f"weights: {weights.summary(folder, preset)}")
     preset = replace(preset, resolution=settings.resolution)
     if args.lora:
-        weights.check_lora(args.lora, preset.flux)
-    data, held_out = (open_data(settings.data, preset, split) for split in ("train", "held_out"))
+        adapters.check(args.lora, preset.flux)
+    held_out = own or open_data(settings.data, preset, "held_out")
+    if args.plan:
+        print(plan.training(preset, settings, held_out, mesh))
+        return 0
+    data = own or open_data(settings.data, preset, "train")
     if args.check:
         return 0
     return Run(out, settings, preset, folder, mesh, data, held_out).train()

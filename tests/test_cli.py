@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def folder(tmp_path):
     save_png(tmp_path / "a.png", np.zeros((64, 64, 3), np.uint8))
     (tmp_path / "fox.json").write_text(json.dumps({"image": [["a.png", None]]}))
     (tmp_path / "bad.json").write_text(json.dumps({"image": [["a.png", "missing.png"]]}))
+    (tmp_path / "own.jsonl").write_text(json.dumps({"image": [["a.png", "a.png"]]}))
     (tmp_path / "none").mkdir()
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd/vcloze.json").write_text('{"preset": "maxi"}')
@@ -90,7 +92,7 @@ def test_sample_refuses(folder, call, monkeypatch, argv, message):
     "argv, message",
     [
         ("--weights nowhere", "nowhere: "),
-        ("--weights none", "none: no weights folder"),
+        ("--weights none", "none: "),
         ("--weights file", "file: "),
         ("--mesh eight", "--mesh eight: "),
         ("--mesh 0", "--mesh 0: "),
@@ -134,6 +136,10 @@ def test_help(call, main):
         ("--preset maxi", "argument --preset: invalid choice: 'maxi'"),
         ("--preset flux-fill", "--preset flux-fill: its weights are yours; add --weights DIR"),
         ("--from-scratch --rank 4", "--from-scratch trains every weight"),
+        ("--data nowhere.jsonl", "--data nowhere.jsonl: no such data"),
+        ("--data none", "--data none: no such data"),
+        ("--data file", "file: line 1: is not JSON"),
+        ("--data bad.json", "bad.json: line 1: image[0][1]: "),
         ("--out file", "file: not a run of train.py"),
         ("--out .", ".: not a run of train.py, and not empty"),
         ("--out odd", "odd: not a run of train.py, and not empty"),
@@ -157,7 +163,7 @@ def test_train_refuses(folder, call, monkeypatch, argv, message):
 def test_train_refuses_weights_and_meshes(folder, call, monkeypatch, argv, message):
     """So are weights that are not there and a mesh that does not fit, when JAX is."""
     monkeypatch.chdir(folder)
-    assert_refused(call(train.main, f"--batch 4 --data file {argv}", jax=True), message)
+    assert_refused(call(train.main, f"--batch 4 --data own.jsonl {argv}", jax=True), message)
     assert not (folder / "runs").exists()
 
 
@@ -261,23 +267,62 @@ def test_exit_codes(call, result, code):
     assert err == (f"error: {result}\n" if isinstance(result, Exception) else "")
 
 
+POISON = "raise ImportError('jax is poisoned')\n"
+# Importing it is where a command first waits: there it is asked to stop.
+STOPPED = "import signal; signal.raise_signal(signal.SIGTERM)\n"
+MEASURED = """
+import resource, runpy, sys
+
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on a Mac
+    assert peak < 500 * 1024, peak
+"""
+
+
+def process(folder, command, jax):
+    """Run a command in `folder`, where `jax` is the text of the module that it would import."""
+    (folder / "jax.py").write_text(jax)
+    script, *argv = command.split()
+    return subprocess.run(
+        [sys.executable, "-c", MEASURED, ROOT / script, *argv],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": f"{folder}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
 @pytest.mark.parametrize(
     "command, message",
     [
         ("sample.py --grid bad.json", "error: bad.json: image[0][1]: "),
+        ("sample.py --grid bomb.json", "error: bomb.json: image[0][0]: "),
+        ("sample.py --grid wide.json", "error: wide.json: image: the grid has 100000 tokens"),
+        ("sample.py --grid /dev/zero", "error: /dev/zero: '/dev/zero' is a pipe or a device"),
         ("train.py --steps 0", "error: --steps 0: must be at least 1"),
+        ("train.py --data bad.json", "error: bad.json: line 1: image[0][1]: "),
+        ("train.py --data fox.json", "error: fox.json: line 1: image[0][1]: null"),
     ],
 )
 def test_as_commands(folder, command, message):
-    """All of it as a process, where importing JAX would fail."""
-    (folder / "jax.py").write_text("raise ImportError('jax is poisoned')\n")
-    script, *argv = command.split()
-    done = subprocess.run(
-        [sys.executable, ROOT / script, *argv],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(folder)},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
+    """All of it as a process, where importing JAX would fail, in less than 500 MB."""
+    (folder / "wide.json").write_text(json.dumps({"image": [[None] * 100_000], "resolution": 16}))
+    (folder / "bomb.json").write_text(json.dumps({"image": [["bomb.png", None]]}))
+    # A picture of 4 x 10^9 pixels, as its header says.
+    png = bytearray((folder / "a.png").read_bytes())
+    png[16:24] = (65_000).to_bytes(4) * 2
+    (folder / "bomb.png").write_bytes(png[:29] + zlib.crc32(png[12:29]).to_bytes(4) + png[33:])
+    done = process(folder, command, POISON)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["sample.py --grid fox.json", "train.py --data own.jsonl"])
+def test_stopped_at_any_time(folder, command):
+    """SIGTERM ends a command with 143 and without a word, also before there is anything to save."""
+    done = process(folder, command, STOPPED)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")

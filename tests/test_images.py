@@ -12,7 +12,7 @@ from PIL import Image
 
 from vcloze_jax import images
 from vcloze_jax.config import UserError
-from vcloze_jax.images import open_mask, open_picture, quiet_decoders, save_png, save_text
+from vcloze_jax.images import open_picture, quiet_decoders, save_png, save_text, to_mask
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -104,18 +104,45 @@ def test_one_bit_palette_and_first_frame(tmp_path):
         assert (pixels(tmp_path / name) == RED).all(), name
 
 
-def png(width, height, body=b""):
-    """A PNG that claims a size and holds `body` as its data."""
+def png(width, height, body=b"", bits=8, kind=2, **chunks):
+    """A PNG that claims a size and holds `body` as its data, behind other chunks."""
 
     def chunk(kind, data):
         return (
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
-    )
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    chunks = {"IHDR": header} | chunks | {"IDAT": body, "IEND": b""}
+    parts = (chunk(name.encode(), data) for name, data in chunks.items())
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+GREY, RGB, GREY_ALPHA, RGBA = 0, 2, 4, 6  # kinds of PNG
+
+
+@pytest.mark.parametrize(
+    "kind, values, chunks, expected",
+    [
+        (RGB, [65535, 32768, 0, 257, 514, 1028], {}, [(255, 128, 0), (1, 2, 4)]),
+        (RGBA, [65535, 32768, 0, 65535, 0, 0, 0, 0], {}, [(255, 128, 0), WHITE]),
+        (GREY_ALPHA, [32768, 65535, 0, 0], {}, [(128, 128, 128), WHITE]),
+        (GREY, [65535, 7], {"tRNS": struct.pack(">H", 7)}, [WHITE, WHITE]),
+        (GREY, [0, 7], {"tRNS": struct.pack(">H", 7)}, [(0, 0, 0), WHITE]),
+    ],
+)
+def test_deep_png(tmp_path, kind, values, chunks, expected):
+    """Law: 16 bits per channel keep their range in every kind of PNG, clear pixels are white."""
+    body = zlib.compress(b"\0" + struct.pack(f">{len(values)}H", *values))
+    (tmp_path / "a.png").write_bytes(png(2, 1, body, 16, kind, **chunks))
+    assert [tuple(p) for p in pixels(tmp_path / "a.png")[0].tolist()] == expected
+
+
+def test_cmyk_ink(tmp_path):
+    """Law: ink is ink: full cyan is cyan, none is white."""
+    ink = Image.fromarray(np.array([[[255, 0, 0, 0], [0, 0, 0, 0]]], np.uint8), "CMYK")
+    ink.save(tmp_path / "a.tif")
+    assert pixels(tmp_path / "a.tif")[0].tolist() == [[0, 255, 255], [255, 255, 255]]
 
 
 def encoded(fmt, **options):
@@ -134,6 +161,9 @@ REFUSED = {
     "nothing_inside.png": (png(8, 8), "cannot be read"),
     "bomb.png": (png(8193, 8192), "pixels"),
     "great_bomb.png": (png(60000, 60000), "pixels"),
+    "wordy.png": (png(1, 1, zTXt=b"k\0\0" + zlib.compress(b"a" * 10**8)), "too large"),
+    "no_side.png": (png(0, 5), "none of"),
+    "drawing.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "none of"),
     "other.jp2": (b"\x00\x00\x00\x0cjP  \r\n\x87\n", "none of"),
 }
 
@@ -166,6 +196,9 @@ def test_only_regular_files_are_opened(tmp_path):
         tmp_path / "absent.png": "No such file",
         tmp_path / "loop.png": "cannot be opened",
         "https://example.org/a.png": "URL",
+        "FILE:///etc/passwd": "URL",
+        "s3://bucket/a.png": "URL",
+        "": "No such file",
         "data:image/png;base64," + "A" * 5000: "cannot be opened",
         "a\0b.png": "null",
     }.items():
@@ -195,7 +228,7 @@ def test_damaged_pictures_never_raise_anything_else(tmp_path, capfd):
 def test_mask_threshold(tmp_path):
     """Law: grey of 128 and more is generated, less is kept; the mask keeps its size [h, w]."""
     Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8)).save(tmp_path / "m.png")
-    mask = open_mask(tmp_path / "m.png")
+    mask = to_mask(open_picture(tmp_path / "m.png"))
     assert mask.dtype == bool and mask.tolist() == [[False, False, True, True]]
 
 

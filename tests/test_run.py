@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 import sample
 import train
-from vcloze_jax import checkpoint, weights
+from vcloze_jax import adapters, checkpoint, weights
 from vcloze_jax.config import PRESETS, UserError
 from vcloze_jax.runfolder import Log
 from vcloze_jax.train_step import make_optimizer, make_step
@@ -106,8 +106,8 @@ def test_previews(unbroken):
 def test_adapter(unbroken, home, tmp_path):
     """The run's adapter is the state that was saved last; sampling with it is another picture than
     without, and training goes on from it."""
-    adapter = weights.flat(weights.read_lora(unbroken / "lora.safetensors", tiny.TINY.flux))
-    config = weights.fit_lora(unbroken / "lora.safetensors", adapter, tiny.TINY.flux)
+    adapter = weights.flat(adapters.load(unbroken / "lora.safetensors", tiny.TINY.flux))
+    config = adapters.fit(unbroken / "lora.safetensors", adapter, tiny.TINY.flux)
     assert config.rank == 4
     assert all(np.asarray(x).any() for x in adapter.values())
     assert paint(home, tmp_path / "a") != paint(home, tmp_path / "b", unbroken / "lora.safetensors")

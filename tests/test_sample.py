@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import sample
-from vcloze_jax import paint, weights
+from vcloze_jax import paint, pipeline
 from vcloze_jax.config import UserError
-from vcloze_jax.sharding import make_mesh, parse_mesh
+from vcloze_jax.pipeline import load_painter
 from vcloze_jax.spec import read_specs
 
 ROOT = Path(__file__).parents[1]
@@ -43,12 +43,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def painters(folder):
     """Painters of the same models on 1 and on 8 devices."""
-    meshes = {size: make_mesh(parse_mesh(str(size))) for size in (1, 8)}
-    preset = weights.check(folder)
-    return {
-        size: paint.Painter(*weights.load_models(folder, preset, [], mesh), mesh)
-        for size, mesh in meshes.items()
-    }
+    return {size: load_painter(folder, None, str(size)) for size in (1, 8)}
 
 
 @pytest.fixture
@@ -70,10 +65,7 @@ def run(folder, tmp_path):
 def jobs(tmp_path, *specs):
     """Specs as the Painter's jobs."""
     (tmp_path / "jobs.json").write_text(json.dumps([SMALL | spec for spec in specs]))
-    return [
-        paint.Job(s.grid, s.prompt, s.num_inference_steps, s.guidance_scale, s.seed, s.latents)
-        for s in read_specs([tmp_path / "jobs.json"], tiny.TINY)
-    ]
+    return list(map(pipeline.job, read_specs([tmp_path / "jobs.json"], tiny.TINY)))
 
 
 def pixels(file):
@@ -103,7 +95,8 @@ def test_record(run):
     assert record["sizes"] == [[32, 32], [32, 32]]
     assert record["tokens"] == {"image": TOKENS, "text": 96, "bucket": 2 * TOKENS}
     assert record["dropped_tokens"] == {"t5": 0, "clip": 0}
-    assert set(record["seconds"]) == {"encode", "paint", "decode"}
+    assert set(record["seconds"]) == {"load", "text", "vae", "compile", "paint", "decode"}
+    assert min(record["seconds"].values()) >= 0 < record["seconds"]["compile"]
     assert record["compiles"] > 0
     assert record["versions"]["jax"] == jax.__version__
     again = record["spec"] | {"num_inference_steps": 1}
@@ -192,17 +185,34 @@ def test_latents(run, tmp_path):
     assert sheets[0] == sheets[1] != sheets[2]
 
 
-def test_alone_is_in_a_batch(painters, tmp_path):
+def test_alone_is_in_a_batch(painters, tmp_path, monkeypatch):
     """A grid's latents do not depend on who is painted beside it, nor on padding: 1e-5 of their
     size, since sums of another length are ordered otherwise."""
-    small = {"image": [[CRAB[0], None]]}  # half the tokens: padded beside the others if they share
+    small = {"image": [[CRAB[0], None]]}  # half the tokens: padded beside the others
     batch = jobs(tmp_path, BLANK, PARTLY, BLANK | {"guidance_scale": 3}, small)
     painter = painters[1]
-    together = painter.paint_batch(batch, bucket=2 * TOKENS, steps=range(2))
-    for job, painted in zip(batch, together, strict=True):
-        (alone,) = painter([job])
-        assert alone.latents.shape == painted.latents.shape == (job.grid.tokens, 64)
+    with monkeypatch.context() as patch:
+        patch.setattr(paint, "bucket", lambda tokens, resolution: 2 * TOKENS)
+        together = painter(batch)
+    for one, painted in zip(batch, together, strict=True):
+        (alone,) = painter([one])
+        assert alone.latents.shape == painted.latents.shape == (one.grid.tokens, 64)
         assert tiny.relative(painted.latents, alone.latents) < 1e-5
+
+
+def test_split_evenly(painters, tmp_path, monkeypatch):
+    """A group larger than a batch is split into batches of one size, filled with copies that are
+    dropped: five grids, at most two at once, are one program, and each is what it is alone."""
+    painter = painters[1]
+    batch = jobs(tmp_path, *(BLANK | {"seed": seed} for seed in range(5)))
+    alone = [painter([one])[0] for one in batch]
+    monkeypatch.setattr(paint, "BATCH_TOKENS", 4 * TOKENS)
+    labels, before = [], painter.compiles
+    together = painter(batch, lambda steps, label: labels.append(label) or steps)
+    assert labels == [f"{n} x {2 * TOKENS} tokens" for n in (2, 2, 1)]
+    assert painter.compiles - before <= 3  # a batch of two: modulations, those of a step, the step
+    for one, painted in zip(alone, together, strict=True):
+        assert tiny.relative(painted.latents, one.latents) < 1e-5
 
 
 def test_mesh(painters, tmp_path):
@@ -213,13 +223,18 @@ def test_mesh(painters, tmp_path):
 
 
 def test_compiles(painters, tmp_path):
-    """Grids of the same bucket, rows and number of steps share their programs."""
+    """Grids of the same bucket and rows share their programs; another number of steps costs no
+    more than its modulations."""
     painter = painters[1]
-    first = jobs(tmp_path, BLANK)
-    painter(first)
+    painter(jobs(tmp_path, BLANK))
     before = painter.compiles
     painter(jobs(tmp_path, BLANK | {"seed": 5, "guidance_scale": 2, "content_prompt": "an owl"}))
     assert painter.compiles == before
+    step = painter.programs.jitted[-2]
+    assert step.__wrapped__ is paint.euler_step
+    steps = step._cache_size()
+    painter(jobs(tmp_path, BLANK | {"num_inference_steps": 3}))
+    assert step._cache_size() == steps
 
 
 # --- never a black picture, never a picture of wrong inputs ---

@@ -258,7 +258,7 @@ BAD = [
     *with_values("content_prompt", *BAD_TEXTS),
     *with_values("layout_prompt", *BAD_TEXTS),
     *with_values("task", *BAD_TEXTS, "", "depth-to-imag", "try-on"),
-    *with_values("upsampling", {}, {"strength": 0.4}, True, 2, "x", []),
+    *with_values("upsampling", True, 2, "x", []),
     *with_values("latents", 0, True, [], "", "\ud800", "a.png", "absent.npy", "/dev/zero", "."),
     ('{"image": [[null]], "seed": 1e999}', "seed: must be an integer"),
     ('{"image": [[null]], "seed": ' + "9" * 5000 + "}", "seed: must be an integer"),
@@ -266,7 +266,6 @@ BAD = [
     ({"image": GRID, "task": "depth-to-image", "task_prompt": "x"}, "task: given beside"),
     ({"image": GRID, "task": "dept-to-image"}, "did you mean 'depth-to-image'"),
     ({"image": GRID, "task": "try-on"}, "task: try-on has 3 columns, the grid 2"),
-    ({"image": GRID, "upsampling": {}}, "upsampling: upsampling is not yet available; remove"),
     *(
         ({"image": GRID, "latents": name}, r"latents: .*S = 64 tokens")
         for name in ("short.npy", "empty.npy", "double.npy", "object.npy", "archive.npz", "cut.npy")
@@ -364,3 +363,14 @@ def test_tasks_speak_of_their_columns():
     for name, task in prompts.TASKS.items():
         numbers = [f"[IMAGE{i}]" in task.prompt for i in range(1, task.columns + 2)]
         assert numbers == [True] * task.columns + [False], name
+
+
+def test_named_tasks():
+    """Law: every demo of the authors has a name, whose sentence speaks of every column once."""
+    assert {"image-to-depth-normal-and-hed", "depth-to-image-and-relighting"} < prompts.TASKS.keys()
+    for name, task in prompts.TASKS.items():
+        numbers = [task.prompt.count(f"[IMAGE{i}] ") for i in range(1, task.columns + 1)]
+        assert numbers == [1] * task.columns, name
+        assert f"[IMAGE{task.columns + 1}]" not in task.prompt
+    assert prompts.TASKS["image-to-depth-normal-and-hed"].columns == 4
+    assert len({task.prompt for task in prompts.TASKS.values()}) == len(prompts.TASKS)

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from tiny import VAE_CONFIG, cast, quick, relative, stored, vae
 
+from vcloze_jax import vae as room
 from vcloze_jax import weights
 from vcloze_jax.config import FLUX_FILL, MINI
 from vcloze_jax.vae import VAE, GroupNorm
@@ -37,6 +38,17 @@ def test_moments_and_pictures_are_those_of_diffusers():
     np.testing.assert_allclose(std, stored()["row/std"], rtol=2e-5)
     pictures = decode(vae(), model_latent())
     np.testing.assert_allclose(pictures, stored()["row/picture"], rtol=0, atol=2e-5)
+
+
+def test_attention_in_parts(monkeypatch):
+    """The queries of a large picture are taken in parts, the last one smaller: the same sums, to
+    float32 rounding."""
+    attention = jit(lambda attention, x: attention(x))
+    block, x = vae().decoder.mid.attn, np.random.default_rng(0).standard_normal((2, 4, 6, 8))
+    whole = attention(block, x.astype(np.float32))
+    monkeypatch.setattr(room, "QUERIES", 10)  # of 24
+    parts = jit(lambda attention, x: attention(x))(block, x.astype(np.float32))
+    np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-6)
 
 
 def test_bfloat16_error_budget():

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -18,7 +19,11 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description):
         form = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=form, allow_abbrev=False)
+        epilog = (
+            f"Compiled programs and text embeddings are kept in {cache_folder()}\n"
+            "(XDG_CACHE_HOME moves it); all of it may be deleted at any time."
+        )
+        super().__init__(None, None, description, epilog, formatter_class=form, allow_abbrev=False)
 
     def error(self, message):
         raise UserError(f"{message}; --help lists the flags")
@@ -39,11 +44,14 @@ def add_model_flags(parser):
     add("--mesh", help="8, or data=2,fsdp=2,tensor=2 (default: all accelerators, or one CPU)")
 
 
-def model_of(args):
-    """Weights folder and adapters [(file, scale)] that those flags name."""
-    if args.lora or args.weights:
-        return args.weights or MINI, args.lora or []
-    return MINI, [(LORA, 1.0)]
+def model_of(weights, lora):
+    """Weights folder and adapters [(file, scale)] that those flags name, or their absence; an
+    adapter may also be a path, or "FILE:SCALE"."""
+    if not lora and not weights:
+        return MINI, [(LORA, 1.0)]
+    lora = [lora] if isinstance(lora, str | Path) else lora or []
+    pairs = [file_and_scale(str(x)) if isinstance(x, str | Path) else x for x in lora]
+    return Path(weights or MINI), pairs
 
 
 def file_and_scale(text):
@@ -60,6 +68,12 @@ def file_and_scale(text):
     return Path(file), scale
 
 
+def cache_folder():
+    """Where compiled programs and text embeddings are kept between runs."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "vcloze_jax"
+
+
 def named_preset(folder):
     """The preset that FOLDER/vcloze.json names, without it FLUX.1-Fill's. Raises UserError."""
     file = Path(folder) / "vcloze.json"
@@ -73,14 +87,13 @@ def named_preset(folder):
 
 
 def run(main):
-    """Call main(argv) and exit: 0 done, 2 the user's mistake, 1 not finite, 130 Ctrl-C.
-
-    A mistake is exactly one line on stderr.
+    """Call main(argv) and exit: 0 done, 2 the user's mistake, 1 not finite, 130 Ctrl-C,
+    143 SIGTERM. A mistake is exactly one line on stderr.
     """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     # Transformers says at import that torch is missing, which is as intended.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vcloze_jax"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "programs"))
     try:
         code = main(sys.argv[1:])
     except UserError as error:

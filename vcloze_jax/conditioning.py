@@ -11,6 +11,7 @@ from vcloze_jax.text import CLIPTextEncoder, T5Encoder
 from vcloze_jax.vae import VAE
 
 BLACK = -1.0  # of a blank cell, in model range
+GREY = 0.0  # of what stock Fill masks: the second pass
 
 
 class Models(nnx.Module):
@@ -46,9 +47,14 @@ def condition_tokens(latent, mask):
     return jnp.concatenate([pack(latent), pack_mask(mask.astype(latent.dtype))], -1)
 
 
-def encode_condition(vae, pixels, mask, dtype=jnp.float32):
+def encode_condition(vae, pixels, mask, fill=BLACK, dtype=jnp.float32):
     """One row of a grid to paint, uint8 [B, h, W, 3] and bool [B, h, W] -> tokens [B, S, 320]."""
-    return condition_tokens(vae.encode(blank(to_model(pixels, dtype), mask, BLACK)), mask)
+    return condition_tokens(vae.encode(blank(to_model(pixels, dtype), mask, fill)), mask)
+
+
+def encode_picture(vae, pixels, dtype=jnp.float32):
+    """uint8 [B, h, W, 3] -> clean latent tokens [B, S, 64], the posterior's mean."""
+    return pack(vae.encode(to_model(pixels, dtype)))
 
 
 def encode_training(vae, rows, fill, key, dtype=jnp.float32):

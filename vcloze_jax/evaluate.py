@@ -18,9 +18,8 @@ from vcloze_jax.data import graph
 from vcloze_jax.data.conditions import NODES
 from vcloze_jax.data.loader import GraphEmojiGrids
 from vcloze_jax.images import save_png, save_text
-from vcloze_jax.paint import Job, Painter, bar
-from vcloze_jax.sharding import make_mesh, parse_mesh
-from vcloze_jax.weights import check, load_models
+from vcloze_jax.paint import Job, bar
+from vcloze_jax.pipeline import load_painter
 
 TASKS = {
     "trained": (
@@ -178,9 +177,7 @@ def main(argv):
     parser.add_argument("--num-inference-steps", type=int, default=12)
     args = parser.parse_args(argv)
 
-    folder, loras = cli.model_of(args)
-    mesh = make_mesh(parse_mesh(args.mesh) if args.mesh else None)
-    painter = Painter(*load_models(folder, check(folder), loras, mesh), mesh)
+    painter = load_painter(args.weights, args.lora, args.mesh)
     source = GraphEmojiGrids("held_out")
     if not 1 <= args.subjects <= len(source.names):
         raise UserError(f"--subjects {args.subjects}: 1 to {len(source.names)} are held out")

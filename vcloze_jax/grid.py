@@ -47,6 +47,7 @@ class Grid:
 
     rows: tuple[Row, ...]
     columns: int
+    first_row: int = 1  # its number in the positions; stock Fill's single picture has 0
 
     @classmethod
     def from_cells(cls, cells: np.ndarray, mask: np.ndarray) -> "Grid":
@@ -87,9 +88,9 @@ class Grid:
         return boxes
 
     def ids(self) -> np.ndarray:
-        """Positions of the tokens, float32 [S, 3]: row number from 1, then y, x in that row."""
+        """Positions of the tokens, float32 [S, 3]: row number, then y, x in that row."""
         ids = []
-        for number, (h, w) in enumerate(self.shape, start=1):
+        for number, (h, w) in enumerate(self.shape, start=self.first_row):
             y, x = np.mgrid[: h // PATCH, : w // PATCH]
             ids.append(np.stack([np.full_like(y, number), y, x], axis=-1).reshape(-1, 3))
         return np.concatenate(ids).astype(np.float32)
@@ -134,6 +135,16 @@ def _mark(sheet: np.ndarray, box: list[int]) -> None:
     sheet[y : y + h, x : x + w][frame] = MARK
 
 
+def bucket(tokens: int, resolution: int) -> int:
+    """Tokens that a grid of S `tokens` is padded to, so that few programs serve all grids: pairs of
+    cells of the preset's resolution, 1, 2, 3, 4, and from there on by a third."""
+    unit = 2 * (resolution // PATCH) ** 2
+    size = 1
+    while size * unit < tokens:
+        size += max(1, size // 3)
+    return size * unit
+
+
 def build_grid(images: list[list[Cell]], resolution: int) -> Grid:
     """Bring pictures to the sizes of their rows and join them; sizes first, then one resize each.
 
@@ -164,7 +175,7 @@ def row_size(width: int, height: int, resolution: int) -> tuple[int, int]:
     """
     aspect = width / height
     h = int((resolution * resolution / aspect) ** 0.5)
-    return _floor(int(h * aspect)), _floor(h)
+    return floor(int(h * aspect)), floor(h)
 
 
 def cover(
@@ -215,7 +226,7 @@ def _row_sizes(cells: list[list[tuple]], resolution: int) -> list[tuple[int, int
         sizes.append(row_size(*first, resolution))
     if sum(picture is None or mask is not None for picture, mask in cells[-1]) > 1:
         width = sizes[-1][0]  # several targets: one width for all rows
-        sizes = [(width, _floor(h * width // w)) for w, h in sizes]
+        sizes = [(width, floor(h * width // w)) for w, h in sizes]
     return sizes
 
 
@@ -239,5 +250,6 @@ def _fit(
     return pixels, mask
 
 
-def _floor(side: int) -> int:
+def floor(side: int) -> int:
+    """A side in whole tokens: a multiple of 16, at least 16."""
     return max(side // PATCH, 1) * PATCH

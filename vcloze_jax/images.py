@@ -46,25 +46,20 @@ def open_picture(path: str | Path) -> Image.Image:
 
     16-bit grey keeps its range (65535 becomes 255). Raises UserError naming the file.
     """
-    path, name = check_file(path), repr(str(path))
-    try:
-        with Image.open(path, formats=FORMATS) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            picture.load()
-            ImageOps.exif_transpose(picture, in_place=True)
-            return _to_rgb(picture)
-    except Image.DecompressionBombError:
-        raise UserError(f"{name} has more than {MAX_PIXELS} pixels; shrink it") from None
-    except Image.UnidentifiedImageError:
-        raise UserError(f"{name} is none of {', '.join(FORMATS)}; convert it") from None
-    except Exception as error:  # a decoder may raise anything on a hostile file
-        raise UserError(f"{name} cannot be read: {_reason(error)}; save it anew") from None
+    path = check_file(path)
+    with _refused(repr(str(path))), Image.open(path, formats=FORMATS) as picture:
+        return _read(picture)
 
 
-def open_mask(path: str | Path) -> np.ndarray:
-    """Read a mask as bool [h, w]: white (grey level of 128 or more) is True, to be generated."""
-    return np.asarray(open_picture(path).convert("L")) >= 128
+def copy_picture(picture: Image.Image) -> Image.Image:
+    """A picture in memory as `open_picture` would read it from a file."""
+    with _refused(f"a picture of mode {picture.mode}"):
+        return _read(picture.copy())
+
+
+def to_mask(picture: Image.Image) -> np.ndarray:
+    """RGB to bool [h, w]: white (grey level of 128 or more) is True, to be generated."""
+    return np.asarray(picture.convert("L")) >= 128
 
 
 @contextmanager
@@ -108,6 +103,27 @@ def _save(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """Turn what decoding a picture may raise into a UserError about `name`."""
+    try:
+        yield
+    except Image.DecompressionBombError:
+        raise UserError(f"{name} has more than {MAX_PIXELS} pixels; shrink it") from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{name} is none of {', '.join(FORMATS)}; convert it") from None
+    except Exception as error:  # a decoder may raise anything on a hostile file
+        raise UserError(f"{name} cannot be read: {_reason(error)}; save it anew") from None
+
+
+def _read(picture: Image.Image) -> Image.Image:
+    if picture.width * picture.height > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    picture.load()
+    ImageOps.exif_transpose(picture, in_place=True)
+    return _to_rgb(picture)
+
+
 def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode[0] in "IF":
         return _from_deep_grey(picture).convert("RGB")
@@ -123,7 +139,9 @@ def _from_deep_grey(picture: Image.Image) -> Image.Image:
     grey = np.asarray(picture)
     if picture.mode == "F" or grey.min() < 0 or grey.max() > 65535:
         raise ValueError("more than 16 bits per pixel")  # where is its white?
-    return Image.fromarray(np.rint(grey / np.float32(257)).astype(np.uint8))
+    levels = np.rint(grey / np.float32(257)).astype(np.uint8)
+    levels[grey == picture.info.get("transparency", -1)] = 255  # the grey that a PNG calls clear
+    return Image.fromarray(levels)
 
 
 def _reason(error: Exception) -> str:

@@ -56,10 +56,11 @@ def layout_prompt(rows: int, columns: int, template: int = 0) -> str:
     return LAYOUTS[template].format(R=rows, C=columns, N=rows * columns)
 
 
-def task_prompt(phrases: list[str], template: int = 9) -> str:
-    """Say what a row does; one phrase per column, the target's last."""
-    *conditions, target = (f"[IMAGE{i}] {phrase}" for i, phrase in enumerate(phrases, start=1))
-    return TASK_SENTENCES[template].format(c=", ".join(conditions), t=target)
+def task_prompt(phrases: list[str], template: int = 9, targets: int = 1) -> str:
+    """Say what a row does; one phrase per column, those of the targets last."""
+    named = [f"[IMAGE{i}] {phrase}" for i, phrase in enumerate(phrases, start=1)]
+    conditions, painted = ", ".join(named[:-targets]), ", ".join(named[-targets:])
+    return TASK_SENTENCES[template].format(c=conditions, t=painted)
 
 
 def content_sentence(content: str) -> str:
@@ -108,63 +109,82 @@ PHRASES = {
     "background": "the background with the foreground masked out",
     "style": "Photo with a strong artistic theme",
     "styled": "High-quality visual with distinct artistic touch",
-    "blurred": "a softly blurred image",
-    "noisy": "an image covered with random noise",
-    "gray": "a gray-scale image without any color",
-    "dark": "a dark image taken in low light",
-    "compressed": "a compressed image with visible blocky artifacts",
-    "rainy": "an image with streaks of rain",
-    "damaged": "an image with missing parts covered by brush strokes",
     "relit": "the same image under another illumination",
     "edited": "the same image after an edit",
     "doodled": "the same image decorated with hand-drawn doodles",
     "person": "a photo of a person",
     "garment": "a picture of a garment",
     "dressed": "the same person wearing that garment",
-    "face": "a photo of a face seen from the side",
+    "left-face": "the left side of a face",
+    "right-face": "the right side of the face",
     "frontal": "the same face seen from the front",
 }
+# What restores a picture -> what is wrong with it.
+RESTORATIONS = {
+    "deblurring": "a softly blurred image",
+    "refocusing": "an image out of focus",
+    "super-resolution": "an image of low resolution",
+    "depixelation": "an image of large square pixels",
+    "softening": "an oversharpened image with halos along its edges",
+    "denoising": "an image covered with random noise",
+    "despeckling": "an image with black and white specks",
+    "demosaicing": "a raw mosaic of a camera's color filter",
+    "contrast-reduction": "an image with too much contrast",
+    "contrast-enhancement": "a pale image with too little contrast",
+    "dequantization": "an image of few levels of color",
+    "artifact-removal": "a compressed image with visible blocky artifacts",
+    "darkening": "an overexposed, too bright image",
+    "brightening": "an underexposed, too dark image",
+    "low-light-enhancement": "a dark image taken in low light",
+    "desaturation": "an image with oversaturated colors",
+    "saturation": "an image with faded colors",
+    "colorization": "a gray-scale image without any color",
+    "color-correction": "an image with distorted colors",
+    "inpainting": "an image with missing parts covered by brush strokes",
+    "rotation": "an image turned upside down",
+    "barrel-correction": "an image bent outwards by barrel distortion",
+    "pincushion-correction": "an image bent inwards by pincushion distortion",
+    "unwarping": "an elastically warped image",
+    "deraining": "an image with streaks of rain",
+    "defrosting": "an image covered with frost",
+}
+CONDITIONS = (
+    *("canny", "depth", "hed", "normal", "mlsd", "pose", "mask", "sam2", "uniformer"),
+    *("foreground", "background"),
+)
+LINES = CONDITIONS[:9]  # those that show a whole picture
 
-# Named after the authors' demos (lzyhha/VisualCloze:examples/); the last column is the target.
-COLUMNS = {
-    "canny-to-image": "canny image",
-    "depth-to-image": "depth image",
-    "hed-to-image": "hed image",
-    "normal-to-image": "normal image",
-    "mlsd-to-image": "mlsd image",
-    "pose-to-image": "pose image",
-    "mask-to-image": "mask image",
-    "sam2-to-image": "sam2 image",
-    "uniformer-to-image": "uniformer image",
-    "foreground-to-image": "foreground image",
-    "background-to-image": "background image",
-    "pose-and-canny-to-image": "pose canny image",
-    "image-to-canny": "photo canny",
-    "image-to-depth": "photo depth",
-    "image-to-hed": "photo hed",
-    "image-to-normal": "photo normal",
-    "image-to-pose": "photo pose",
-    "subject-to-image": "reference image",
-    "subject-and-canny-to-image": "reference canny image",
-    "subject-and-depth-to-image": "reference depth image",
-    "subject-and-pose-to-image": "reference pose image",
-    "subject-extraction": "photo reference",
-    "style-transfer": "photo style styled",
-    "style-and-depth-to-image": "depth style styled",
-    "deblurring": "blurred image",
-    "denoising": "noisy image",
-    "colorization": "gray image",
-    "low-light-enhancement": "dark image",
-    "artifact-removal": "compressed image",
-    "deraining": "rainy image",
-    "inpainting": "damaged image",
-    "relighting": "photo relit",
-    "editing": "photo edited",
-    "photodoodle": "photo doodled",
-    "try-on": "person garment dressed",
-    "frontal-face": "face frontal",
+# Named after the authors' demos (lzyhha/VisualCloze:examples/gradio_tasks*.py): what is given,
+# then what is painted, both in the order of the columns.
+COLUMNS = {f"{kind}-to-image": (kind, "image") for kind in CONDITIONS}
+COLUMNS |= {f"image-to-{kind}": ("photo", kind) for kind in LINES}
+COLUMNS |= {
+    "pose-and-canny-to-image": ("pose canny", "image"),
+    "image-to-depth-normal-and-hed": ("photo", "depth normal hed"),
+    "depth-to-image-and-relighting": ("depth", "image relit"),
+    "subject-to-image": ("reference", "image"),
+    "subject-extraction": ("photo", "reference"),
+    "style-transfer": ("photo style", "styled"),
+    "style-transfer-with-subject": ("reference style", "styled"),
+    "relighting": ("photo", "relit"),
+    "editing": ("photo", "edited"),
+    "editing-with-subject": ("reference photo", "edited"),
+    "photodoodle": ("photo", "doodled"),
+    "try-on": ("person garment", "dressed"),
+    "frontal-face": ("left-face right-face", "frontal"),
 }
-TASKS = {
-    name: Task(task_prompt([PHRASES[kind] for kind in kinds.split()]), len(kinds.split()))
-    for name, kinds in COLUMNS.items()
+COLUMNS |= {f"subject-and-{kind}-to-image": (f"reference {kind}", "image") for kind in LINES}
+COLUMNS |= {f"style-and-{kind}-to-image": (f"{kind} style", "styled") for kind in LINES}
+COLUMNS |= {
+    f"subject-style-and-{kind}-to-image": (f"reference {kind} style", "styled") for kind in LINES
 }
+COLUMNS |= {name: (name, "image") for name in RESTORATIONS}
+COLUMNS |= {f"{name}-with-subject": (f"reference {name}", "image") for name in RESTORATIONS}
+
+
+def _task(given: str, painted: str) -> Task:
+    kinds = [(PHRASES | RESTORATIONS)[kind] for kind in f"{given} {painted}".split()]
+    return Task(task_prompt(kinds, targets=len(painted.split())), len(kinds))
+
+
+TASKS = {name: _task(*columns) for name, columns in COLUMNS.items()}

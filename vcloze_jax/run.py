@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from vcloze_jax import checkpoint, weights
+from vcloze_jax import adapters, checkpoint, weights
 from vcloze_jax.conditioning import Models
 from vcloze_jax.config import UserError
 from vcloze_jax.data.loader import micro_batch, micro_batches
@@ -53,8 +53,8 @@ def build(settings, preset, folder, mesh, dtype):
             model = weights.load(module, getattr(preset, name), folder, exact, place)
             frozen[name] = nnx.to_pure_dict(nnx.state(model))
     if settings.lora:
-        adapter = weights.read_lora(Path(settings.lora), preset.flux)
-        rank = weights.fit_lora(Path(settings.lora), adapter, preset.flux).rank
+        adapter = adapters.load(Path(settings.lora), preset.flux)
+        rank = adapters.fit(Path(settings.lora), adapter, preset.flux).rank
         if rank != settings.rank:
             raise UserError(f"{settings.lora}: its rank is {rank}, not {settings.rank}; set --rank")
         trainable = put({"flux": adapter}, mesh)
@@ -214,7 +214,7 @@ class Run:
     def finish(self):
         """Write what was trained: the adapter, or the models as a weights folder."""
         if self.settings.rank:
-            weights.write_lora(self.out / "lora.safetensors", self.state[0]["flux"])
+            adapters.save(self.out / "lora.safetensors", self.state[0]["flux"])
             return
         models = self.models()
         parts = {name: getattr(models, name) for name in weights.MODELS}

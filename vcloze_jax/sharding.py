@@ -52,7 +52,7 @@ def make_mesh(sizes=None):
     wanted = 1
     for size in (sizes or {}).values():
         wanted *= size
-    _allow_slow_collectives()
+    allow_slow_collectives()
     if wanted > max(1, jax.config.jax_num_cpu_devices):
         jax.config.update("jax_num_cpu_devices", wanted)
     devices = jax.devices()
@@ -69,7 +69,7 @@ def make_mesh(sizes=None):
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count])
 
 
-def _allow_slow_collectives():
+def allow_slow_collectives():
     """Eight virtual devices on two cores can miss XLA's 40 s rendezvous."""
     flag = "--xla_cpu_collective_call_terminate_timeout_seconds=1200"
     flags = os.environ.get("XLA_FLAGS", "")

@@ -4,27 +4,29 @@ A spec uses the argument names of diffusers' VisualCloze pipeline. Every message
 `SPEC: key: reason; remedy`, and all of this runs before JAX is imported.
 """
 
-import difflib
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from vcloze_jax import prompts
+from vcloze_jax import checks, prompts
+from vcloze_jax.checks import named, take
 from vcloze_jax.config import Preset, UserError
-from vcloze_jax.grid import Grid, build_grid
-from vcloze_jax.images import check_file, open_mask, open_picture, quiet_decoders
+from vcloze_jax.grid import PATCH, Cell, Grid, build_grid
+from vcloze_jax.images import check_file, copy_picture, open_picture, quiet_decoders, to_mask
+from vcloze_jax.upsample import Upsampling, upsampled_size
 
 PROMPTS = ("layout_prompt", "task_prompt", "content_prompt")
 NUMBERS = ("resolution", "num_inference_steps", "guidance_scale", "seed")
 OPTIONAL = (*PROMPTS, "task", "latents", "upsampling")  # null means absent
 KEYS = ("image", *OPTIONAL, *NUMBERS)
+UPSAMPLING = ("width", "height", "strength", "num_inference_steps", "latents")
 MAX_BYTES = 2**22  # of a spec file
+MAX_SIDE = 4096  # of a picture that is painted
 LATENT_WIDTH = 64  # channels of a packed token: 16 of the VAE, 2 x 2 pixels
 
 
@@ -41,7 +43,7 @@ class Spec:
     guidance_scale: float
     seed: int
     latents: np.ndarray | None  # float32 [S, 64], the noise at t = 1
-    upsampling: dict | None
+    upsampling: Upsampling | None
     resolved: dict
 
 
@@ -52,42 +54,72 @@ def read_specs(paths: list[str | Path], preset: Preset) -> list[Spec]:
     """
     specs = []
     for path in map(Path, paths):
-        with _named(path), quiet_decoders():
-            content = _parse(path)
+        with named(path):
+            content = parse(_read_bytes(path))
             if not isinstance(content, list):
-                specs.append(_read_spec(path.stem, path, content, preset))
+                specs.append(read_spec(content, preset, path.stem, path))
                 continue
             if not content:
                 raise UserError("an empty list; give at least one spec")
             for i, item in enumerate(content):
-                with _named(f"[{i}]"):
-                    specs.append(_read_spec(f"{path.stem}-{i}", path, item, preset))
+                with named(f"[{i}]"):
+                    specs.append(read_spec(item, preset, f"{path.stem}-{i}", path))
     _check_names(specs)
     return specs
 
 
-def _read_spec(name: str, source: Path, table: dict, preset: Preset) -> Spec:
-    _check_keys(_typed(table, dict))
+def check_outputs(out: Path, specs: list[Spec]) -> None:
+    """Make the folder. Raises UserError where an output would replace an input."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; choose another folder") from None
+    inputs = set()
+    for spec in specs:
+        cells = (cell for row in spec.resolved["image"] for cell in row if cell)
+        inputs.add(spec.source.resolve())
+        for cell in cells:
+            inputs.update(map(Path, cell.values() if isinstance(cell, dict) else [cell]))
+    for spec in specs:
+        for name in output_names(spec.name, len(spec.grid.targets)):
+            if (out / name).resolve() in inputs:
+                raise UserError(f"--out {out}: {name} is an input; choose another")
+
+
+def output_names(name: str, targets: int) -> list[str]:
+    """The files that painting a spec writes: grid, targets in column order, and last the record."""
+    return [f"{name}.png", *(f"{name}_target{i}.png" for i in range(targets)), f"{name}.json"]
+
+
+def read_spec(table: dict, preset: Preset, name: str = "grid", source: Path = Path()) -> Spec:
+    """Validate one spec; its paths begin at the folder of `source`, the file that it stood in.
+
+    Pictures and masks may also be PIL images, latents NumPy arrays. Raises UserError naming the
+    key.
+    """
+    checks.keys(checks.typed(table, dict), KEYS)
+    if "image" not in table:
+        raise UserError("image: missing; give rows of cells, the query last")
     table = {key: v for key, v in table.items() if v is not None or key not in OPTIONAL}
+    resolution = take(table, "resolution", preset.resolution, checks.integer, 16, MAX_SIDE)
+    steps = preset.num_inference_steps
+    steps = take(table, "num_inference_steps", steps, checks.integer, 1, 1000)
+    guidance = take(table, "guidance_scale", preset.guidance_scale, checks.number, 0, 1000)
+    seed = take(table, "seed", 0, checks.integer, 0, 2**32 - 1)  # a JAX key wraps beyond 32 bits
+    given = {key: take(table, key, None, checks.text) for key in (*PROMPTS, "task")}
 
-    def take(key, default, check, *limits):
-        with _named(key):
-            return check(table[key], *limits) if key in table else default
-
-    resolution = take("resolution", preset.resolution, _integer, 16, 4096)
-    steps = take("num_inference_steps", preset.num_inference_steps, _integer, 1, 1000)
-    guidance = take("guidance_scale", preset.guidance_scale, _number, 0, 1000)
-    seed = take("seed", 0, _integer, 0, 2**32 - 1)  # a JAX key wraps beyond 32 bits
-    given = {key: take(key, None, _text) for key in (*PROMPTS, "task")}
-    take("upsampling", None, _upsampling)
-
-    image, cells = _open_cells(table["image"], source.parent)
+    folder = source.parent
+    with quiet_decoders():
+        image, cells = open_cells(table["image"], folder)
     grid = build_grid(cells, resolution)
-    latents_path = take("latents", None, _path, source.parent)
-    with _named("latents"):
-        latents = _open_latents(latents_path, grid.tokens) if latents_path else None
+    none = None, None
+    latents_path, latents = take(
+        table, "latents", none, _open_latents, grid.tokens, "this grid", folder
+    )
+    own = next((cell.size for cell in map(_picture, cells[-1]) if cell), None)
+    second, upsampling = take(table, "upsampling", none, _read_upsampling, steps, own, folder)
 
-    layout, task, content = _sentences(given, grid)
+    layout, task, content = sentences(given, grid)
     resolved = {
         "image": image,
         "layout_prompt": layout,
@@ -98,68 +130,107 @@ def _read_spec(name: str, source: Path, table: dict, preset: Preset) -> Spec:
         "guidance_scale": guidance,
         "seed": seed,
         "latents": latents_path,
-        "upsampling": None,
+        "upsampling": second,
     }
     prompt = prompts.join(layout, task, prompts.content_sentence(content))
     bare = prompts.strip_prefix(content)
-    return Spec(name, source, grid, prompt, bare, steps, guidance, seed, latents, None, resolved)
+    return Spec(
+        name, source, grid, prompt, bare, steps, guidance, seed, latents, upsampling, resolved
+    )
 
 
-def _open_cells(rows: list, folder: Path) -> tuple[list, list]:
+def _read_upsampling(
+    table: dict, steps: int, own: tuple[int, int] | None, folder: Path
+) -> tuple[dict, Upsampling]:
+    """The second pass twice: as a resolved spec, and with its noise opened."""
+    checks.keys(checks.typed(table, dict), UPSAMPLING)
+    table = {key: v for key, v in table.items() if v is not None}
+    sides = [take(table, key, None, checks.integer, PATCH, MAX_SIDE) for key in UPSAMPLING[:2]]
+    width, height = upsampled_size(*sides, own)
+    if max(width, height) > MAX_SIDE:
+        raise UserError(f"{width}x{height} has a side above {MAX_SIDE}; give width and height")
+    strength = take(table, "strength", 0.4, checks.share)
+    steps = take(table, "num_inference_steps", steps, checks.integer, 1, 1000)
+    tokens = width // PATCH * (height // PATCH)
+    path, noise = take(
+        table, "latents", (None, None), _open_latents, tokens, "an upsampled target", folder
+    )
+    values = dict(width=width, height=height, strength=strength, num_inference_steps=steps)
+    return values | {"latents": path}, Upsampling(**values, noise=noise)
+
+
+def open_cells(rows: list, folder: Path) -> tuple[list, list]:
     """The cells twice: with absolute paths, and with opened pictures."""
     resolved, opened = [], []
-    with _named("image"):
-        _typed(rows, list)
+    with named("image"):
+        checks.typed(rows, list)
     for r, row in enumerate(rows):
-        with _named(f"image[{r}]"):
-            _typed(row, list)
+        with named(f"image[{r}]"):
+            checks.typed(row, list)
         resolved.append([])
         opened.append([])
         for i, cell in enumerate(row):
-            with _named(f"image[{r}][{i}]"):
+            with named(f"image[{r}][{i}]"):
                 path, picture = _open_cell(cell, folder)
             resolved[-1].append(path)
             opened[-1].append(picture)
     return resolved, opened
 
 
-def _open_cell(cell: str | dict | None, folder: Path) -> tuple:
+def _open_cell(cell, folder: Path) -> tuple:
     if cell is None:
         return None, None
-    if isinstance(cell, str):
-        path = _path(cell, folder)
-        return path, open_picture(path)
+    if isinstance(cell, str | os.PathLike | Image.Image):
+        return _open(cell, folder)
     if not isinstance(cell, dict) or cell.keys() != {"image", "mask"}:
         raise UserError('a cell is a path, null or {"image": path, "mask": path}')
-    paths = {}
-    for key in ("image", "mask"):
-        with _named(key):
-            paths[key] = _path(cell[key], folder)
-    return paths, (open_picture(paths["image"]), open_mask(paths["mask"]))
+    (path, picture), (mask_path, mask) = (
+        take(cell, key, None, _open, folder) for key in ("image", "mask")
+    )
+    return {"image": path, "mask": mask_path}, (picture, to_mask(mask))
 
 
-def _open_latents(path: str, tokens: int) -> np.ndarray:
-    wanted = f"must be float32 [{tokens}, {LATENT_WIDTH}]: this grid has S = {tokens} tokens"
-    check_file(path)
-    try:
-        latents = np.lib.format.open_memmap(path, mode="r")  # reads the header only, no pickle
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path!r} is not a readable .npy file ({reason}); it {wanted}") from None
+def _open(picture, folder: Path) -> tuple[str, Image.Image]:
+    if isinstance(picture, Image.Image):
+        return f"{picture.width}x{picture.height}, in memory", copy_picture(picture)
+    path = checks.path(picture, folder)
+    return path, open_picture(path)
+
+
+def _picture(cell: Cell) -> Image.Image | None:
+    return cell[0] if isinstance(cell, tuple) else cell
+
+
+def _open_latents(given, tokens: int, owner: str, folder: Path) -> tuple[str, np.ndarray]:
+    wanted = f"must be float32 [{tokens}, {LATENT_WIDTH}]: {owner} has S = {tokens} tokens"
+    if isinstance(given, np.ndarray):
+        path, latents = "in memory", given
+    else:
+        path = checks.path(given, folder)
+        latents = _open_npy(path, wanted)
     if latents.dtype != np.float32 or latents.shape != (tokens, LATENT_WIDTH):
         raise UserError(f"{path!r} is {latents.dtype} {list(latents.shape)}; it {wanted}")
     if not np.isfinite(latents).all():
         raise UserError(f"{path!r} holds NaN or infinity; noise must be finite")
-    return np.array(latents, order="C")
+    return path, np.array(latents, order="C")
 
 
-def _sentences(given: dict[str, str | None], grid: Grid) -> tuple[str, str, str]:
+def _open_npy(path: str, wanted: str) -> np.ndarray:
+    check_file(path)
+    try:
+        return np.lib.format.open_memmap(path, mode="r")  # reads the header only, no pickle
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path!r} is not a readable .npy file ({reason}); it {wanted}") from None
+
+
+def sentences(given: dict[str, str | None], grid: Grid) -> tuple[str, str, str]:
     """Layout, task and content as they will be said; the content without a prefix added."""
     layout, task, content, name = (given[key] for key in (*PROMPTS, "task"))
     if layout is None:
         layout = prompts.layout_prompt(len(grid.rows), grid.columns)
     if name is not None:
-        with _named("task"):
+        with named("task"):
             task = _named_task(name, task, grid.columns)
     return layout, task or "", content or ""
 
@@ -168,26 +239,18 @@ def _named_task(name: str, task_prompt: str | None, columns: int) -> str:
     if task_prompt is not None:
         raise UserError("given beside task_prompt; remove one of them")
     if name not in prompts.TASKS:
-        raise UserError(f"no task {name!r}{_hint(name, prompts.TASKS)}; see --list-tasks")
+        raise UserError(f"no task {name!r}{checks.hint(name, prompts.TASKS)}; see --list-tasks")
     task = prompts.TASKS[name]
     if task.columns != columns:
         raise UserError(f"{name} has {task.columns} columns, the grid {columns}; change one")
     return task.prompt
 
 
-def _check_keys(table: dict) -> None:
-    for key in table:
-        if key not in KEYS:
-            raise UserError(f"{key!r}: unknown key{_hint(key, KEYS)}; known are {', '.join(KEYS)}")
-    if "image" not in table:
-        raise UserError("image: missing; give rows of cells, the query last")
-
-
 def _check_names(specs: list[Spec]) -> None:
     owners = {}
     for spec in specs:
-        targets = (f"{spec.name}_target{k}" for k in range(len(spec.grid.targets)))
-        for name in (spec.name, *targets):
+        names = output_names(spec.name, len(spec.grid.targets))
+        for name in dict.fromkeys(Path(name).stem for name in names):
             if name in owners:
                 raise UserError(
                     f"{spec.source}: output {name!r} is also that of {owners[name]}; rename one"
@@ -195,22 +258,28 @@ def _check_names(specs: list[Spec]) -> None:
             owners[name] = spec.source
 
 
-def _parse(path: Path):
-    if check_file(path).stat().st_size > MAX_BYTES:
-        raise UserError(f"more than {MAX_BYTES} bytes; this is no spec")
+def parse(content: bytes):
+    """JSON without its traps: no key twice, no number of thousands of digits, and in UTF-8."""
     try:
-        text = path.read_bytes().decode()
+        text = content.decode()
         if text.startswith("\ufeff"):
             raise UserError("begins with a byte order mark; save it as UTF-8 without one")
         return json.loads(text, object_pairs_hook=_unique, parse_int=_parse_int)
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError("is not UTF-8; save it as UTF-8") from None
     except ValueError as error:
         raise UserError(f"is not JSON: {error}") from None
     except RecursionError:
         raise UserError("is nested too deeply to be a spec") from None
+
+
+def _read_bytes(path: Path) -> bytes:
+    if check_file(path).stat().st_size > MAX_BYTES:
+        raise UserError(f"more than {MAX_BYTES} bytes; this is no spec")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}") from None
 
 
 def _unique(pairs: list[tuple]) -> dict:
@@ -225,55 +294,3 @@ def _unique(pairs: list[tuple]) -> dict:
 def _parse_int(digits: str) -> int | float:
     # Python refuses thousands of digits without saying which key; the check of the key refuses inf.
     return int(digits) if len(digits) < 20 else math.inf
-
-
-def _typed(value, kind: type):
-    names = {dict: "an object", list: "a list", str: "a string"}
-    if not isinstance(value, kind):
-        raise UserError(f"must be {names[kind]}, not {names.get(type(value), json.dumps(value))}")
-    return value
-
-
-def _text(value) -> str:
-    try:
-        _typed(value, str).encode()
-    except UnicodeEncodeError:
-        raise UserError("holds half a surrogate pair, which is no character; remove it") from None
-    return value
-
-
-def _path(value, folder: Path) -> str:
-    if not _text(value):
-        raise UserError("an empty path; give a file, or null for a target")
-    return os.path.abspath(folder / value)
-
-
-def _integer(value, low: int, high: int) -> int:
-    if type(value) is not int or not low <= value <= high:  # bool is a subclass of int
-        raise UserError(f"must be an integer in {low} ... {high}")
-    return value
-
-
-def _number(value, low: float, high: float) -> float:
-    if type(value) not in (int, float) or not low <= value <= high:  # NaN fails both
-        raise UserError(f"must be a number in {low} ... {high}")
-    return float(value)
-
-
-def _upsampling(value) -> None:
-    _typed(value, dict)
-    raise UserError("upsampling is not yet available; remove the key")
-
-
-def _hint(name: str, known) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-@contextmanager
-def _named(where: str | Path) -> Iterator[None]:
-    """Put `where` in front of the message of any UserError raised inside."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None

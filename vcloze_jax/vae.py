@@ -13,6 +13,8 @@ from flax import nnx
 
 from vcloze_jax.layers import Dense, uniform
 
+QUERIES = 2**13  # of the attention, at once: their scores, with all keys, take 512 MiB at 1024²
+
 
 class Conv(nnx.Module):
     """2-D convolution, NHWC, weights [kh, kw, in, out]."""
@@ -85,7 +87,12 @@ class Attention(nnx.Module):
     def __call__(self, x):
         B, H, W, C = x.shape
         h = self.norm(x).reshape(B, H * W, 1, C)
-        h = jax.nn.dot_product_attention(self.q(h), self.k(h), self.v(h))
+        q, k, v = self.q(h), self.k(h), self.v(h)
+        if H * W <= QUERIES:
+            h = jax.nn.dot_product_attention(q, k, v)
+        else:  # the same sums, without all scores at once: memory grows with the pixels only
+            one = lambda q: jax.nn.dot_product_attention(q[:, None], k, v)[:, 0]  # noqa: E731
+            h = jax.lax.map(one, q.swapaxes(0, 1), batch_size=QUERIES).swapaxes(0, 1)
         return x + self.proj(h).reshape(B, H, W, C)
 
 

@@ -5,28 +5,15 @@ accelerator is not starved. A micro-batch shares one shape, drawn from (seed, st
 all hosts agree.
 """
 
-import json
-from collections import defaultdict
-from pathlib import Path
-from typing import NamedTuple
-
 import grain
 import numpy as np
 
-from vcloze_jax import prompts
 from vcloze_jax.config import UserError
 from vcloze_jax.data import graph
 from vcloze_jax.data.conditions import NODES, nodes
 from vcloze_jax.data.graphemoji import SIZE, load
-from vcloze_jax.grid import Grid, build_grid
-from vcloze_jax.images import open_picture
-
-
-class Example(NamedTuple):
-    """A grid with its whole truth (`mask` says what is to be generated) and its sentence."""
-
-    grid: Grid
-    prompt: str
+from vcloze_jax.data.jsonlines import Example, open_own
+from vcloze_jax.grid import Grid
 
 
 class GraphEmojiGrids:
@@ -58,52 +45,6 @@ class GraphEmojiGrids:
         )
 
 
-class JSONLinesGrids:
-    """The user's own grids, one JSON object a line, drawn uniformly within their shapes.
-
-    `image`: rows of paths, all given, relative to the file; the last cell of the last row is the
-    target. `task_prompt`, `content_prompt`, `layout_prompt`: as in a spec, all optional.
-    """
-
-    def __init__(self, path, resolution, dropout=0.1):
-        self.dropout = dropout
-        self.groups = defaultdict(list)
-        for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
-            try:
-                record = json.loads(line)
-                unknown = set(record) - {"image", "task_prompt", "content_prompt", "layout_prompt"}
-                if unknown or not record["image"]:
-                    raise KeyError(*unknown or ["image"])
-                example = self._read(record, Path(path).parent, resolution)
-            except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
-                raise UserError(f"{path}: line {number}: {error}; expected image: [[…]]") from None
-            self.groups[example.grid.shape].append(example)
-        if not self.groups:
-            raise UserError(f"{path}: no grid in it; write one JSON object a line")
-        self.shapes = list(self.groups)
-
-    def _read(self, record, folder, resolution):
-        pictures = [[open_picture(folder / cell) for cell in row] for row in record["image"]]
-        query = pictures[-1][-1]
-        pictures[-1][-1] = (query, np.ones((query.height, query.width), bool))
-        grid = build_grid(pictures, resolution)
-        layout = prompts.layout_prompt(len(pictures), len(pictures[0]))
-        prompt = prompts.join(
-            record.get("layout_prompt", layout),
-            record.get("task_prompt") or "",
-            prompts.content_sentence(record.get("content_prompt") or ""),
-        )
-        return Example(grid, prompt)
-
-    def shape(self, rng):
-        counts = np.array([len(self.groups[shape]) for shape in self.shapes])
-        return self.shapes[rng.choice(len(counts), p=counts / counts.sum())]
-
-    def example(self, rng, shape):
-        grid, prompt = self.groups[shape][rng.integers(len(self.groups[shape]))]
-        return Example(grid, "" if rng.random() < self.dropout else prompt)
-
-
 def open_data(name, preset, split="train"):
     """What `--data` names. Raises UserError for a name or file that is not there."""
     dropout = preset.flow.caption_dropout
@@ -117,12 +58,7 @@ def open_data(name, preset, split="train"):
             return GraphEmojiGrids(split, graph.parse_task(task) if task else None, dropout=dropout)
         except ValueError as error:
             raise UserError(f"--data {error}") from None
-    if not Path(name).is_file():
-        raise UserError(
-            f"--data {name}: no such data; use graphemoji, graphemoji:TASK, graphemoji-fill "
-            "or a JSON-lines file"
-        )
-    return JSONLinesGrids(name, preset.resolution, dropout)
+    return open_own(name, preset)
 
 
 def micro_batch(source, seed, index, size):

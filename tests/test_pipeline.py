@@ -1,0 +1,134 @@
+"""Laws of the library: the same functions as sample.py, over pictures in memory."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+import sample
+from vcloze_jax import Pipeline, cli, weights
+from vcloze_jax.config import UserError
+
+PICTURES = Path(__file__).parents[1] / "examples/pictures"
+CRAB, ROCKET = (
+    [PICTURES / f"{name}_{view}.png" for view in ("edges", "fluent_3d")]
+    for name in ("crab", "rocket")
+)
+GRID = [CRAB, [ROCKET[0], None]]
+SMALL = {"resolution": 32, "num_inference_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.weights_folder(tmp_path_factory.mktemp("weights") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    return Pipeline.load(folder)
+
+
+def test_light():
+    """Importing the package imports no JAX, and nothing else that is slow."""
+    check = "import sys, vcloze_jax; print({'jax', 'numpy', 'PIL', 'flax'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
+def test_memory_is_disk(pipeline, tmp_path, monkeypatch):
+    """Paths, PIL images and a spec that sample.py reads give the same bytes, also of the grid."""
+    mask = PICTURES / "right_half.png"
+    rows = [CRAB, [{"image": ROCKET[1], "mask": mask}, None]]
+    loaded = [
+        list(map(Image.open, CRAB)),
+        [{"image": Image.open(ROCKET[1]), "mask": Image.open(mask)}, None],
+    ]
+    paths = json.loads(json.dumps(rows, default=str))
+    (tmp_path / "fox.json").write_text(json.dumps({"image": paths, "seed": 4, **SMALL}))
+    argv = ["--grid", tmp_path / "fox.json", "--out", tmp_path / "sample", "--weights"]
+    sample.main([*map(str, argv), str(pipeline.painter.models.folder)])
+    for name, image in {"paths": rows, "loaded": loaded}.items():
+        painting = pipeline(image, seed=4, **SMALL)
+        assert [picture.size for picture in painting.images] == [(32, 32)] * 2
+        (tmp_path / name).mkdir()
+        painting.save(tmp_path / name, "fox")
+        for file in sorted((tmp_path / "sample").glob("*.png")):
+            assert (tmp_path / name / file.name).read_bytes() == file.read_bytes(), file.name
+    assert painting.record["spec"]["image"][0] == ["64x64, in memory"] * 2
+
+
+def test_arguments(pipeline):
+    """Latents may be an array; a wrong key or value is named as in a spec."""
+    noise = np.asarray(jax.random.normal(jax.random.key(3), (16, 64)))
+    given, seeded = (pipeline(GRID, **SMALL, **key) for key in ({"latents": noise}, {"seed": 3}))
+    assert given.images[0].tobytes() == seeded.images[0].tobytes()
+    for arguments, message in [
+        (dict(sede=3), r"'sede': unknown key \(did you mean 'seed'\?\)"),
+        (dict(seed=True), "seed: must be an integer"),
+        (dict(latents=noise[1:]), r"latents: .* S = 16 tokens"),
+        (dict(upsampling={"strength": 2}), "upsampling: strength: must be a number"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            pipeline(GRID, **SMALL, **arguments)
+    with pytest.raises(UserError, match=r"image\[0\]\[1\]: a cell is a path, null or"):
+        pipeline([[CRAB[0], 3]])
+
+
+def test_dropped_tokens(pipeline):
+    """What a long prompt loses is told per text encoder."""
+    painting = pipeline(GRID, task_prompt="word " * 90, **SMALL)
+    lost = painting.record["dropped_tokens"]
+    assert lost["t5"] > 0 and lost["clip"] > lost["t5"]
+    assert painting.dropped == f"{lost['t5']} T5, {lost['clip']} CLIP"
+    assert pipeline(GRID, layout_prompt="", **SMALL).dropped == ""
+
+
+def test_text_encoders_go_first(folder, monkeypatch, tmp_path):
+    """No text encoder is on a device when the MMDiT is loaded; a prompt that is remembered needs
+    none at all, and gives the same picture."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    embed = tiny.TINY.t5.vocab, tiny.TINY.t5.width
+    loaded, there, load = [], [], weights.load
+
+    def spy(module, *args):
+        loaded.append(module.__name__)
+        there.append(sum(x.shape == embed for x in jax.live_arrays()))
+        return load(module, *args)
+
+    monkeypatch.setattr(weights, "load", spy)
+    first = Pipeline.load(folder)(GRID, **SMALL)
+    assert loaded == ["T5Encoder", "CLIPTextEncoder", "VAE", "Flux"]
+    assert there[2:] == [0, 0]
+    assert len(list((cli.cache_folder() / "text").iterdir())) == 1
+    loaded.clear()
+    again = Pipeline.load(folder)(GRID, **SMALL)
+    assert loaded == ["VAE", "Flux"]
+    assert again.grid.tobytes() == first.grid.tobytes()
+
+
+def test_other_weights_are_other_texts(folder, tmp_path):
+    """The identity of what is remembered changes with the weights' files and with the mesh."""
+    one = Pipeline.load(folder).painter.models.identity()
+    assert one == Pipeline.load(folder).painter.models.identity()
+    assert one != Pipeline.load(folder, mesh="2").painter.models.identity()
+    file = folder / "text_encoder_2/model.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content)
+    assert one != Pipeline.load(folder).painter.models.identity()
+
+
+def test_adapters_by_name():
+    """An adapter is a path, "FILE:SCALE" or a pair; several are a list; none is mini's own."""
+    pairs = [(Path("a"), 0.5), (Path("b"), 1.0)]
+    assert (
+        cli.model_of(None, ["a:0.5", Path("b")]) == cli.model_of(None, pairs) == (cli.MINI, pairs)
+    )
+    assert cli.model_of("w", "b") == (Path("w"), pairs[1:]) and cli.model_of("w", None)[1] == []
+    assert cli.model_of(None, None) == (cli.MINI, [(cli.LORA, 1.0)])
