@@ -96,7 +96,7 @@ def main(argv):
         preset = PRESETS[args.preset]
         preset = replace(preset, vae=configs.read_config(folder, "vae", preset.vae))
     else:
-        preset = weights.check(folder)
+        preset = weights.check_fill(folder)
         if preset.name != args.preset:
             raise UserError(f"{folder}: its preset is {preset.name}; add --preset {preset.name}")
         print(f"weights: {weights.summary(folder, preset)}")

@@ -18,6 +18,7 @@ from ports import __main__ as command
 from ports import pipeline, read
 from vcloze_jax import weights
 from vcloze_jax.config import UserError
+from vcloze_jax.pipeline import Pipeline
 from vcloze_jax.sharding import make_mesh, shardings
 
 
@@ -127,7 +128,8 @@ def test_clip_with_and_without_prefix(saved, tmp_path, prefix):
 
 
 def test_flux_dev(saved, tmp_path):
-    """FLUX.1-dev, of 64 input channels, loads from either layout and says what it is."""
+    """FLUX.1-dev, of 64 input channels, loads from either layout and says what it is; it cannot
+    paint grids, and says so."""
     dev = replace(PRESET, name="flux-fill", flux=replace(FLUX, in_channels=64))
     folder = folders.copy(saved, tmp_path / "diffusers")
     weights.save_pipeline(folder, dev, {"flux": module("flux", dev.flux)}, "float32")
@@ -135,6 +137,8 @@ def test_flux_dev(saved, tmp_path):
     for path, layout in ((folder, "diffusers' layout"), (tmp_path / "bfl", "BFL's single files")):
         assert weights.check(path).flux.in_channels == 64
         assert f"{layout}, FLUX.1-dev, " in weights.summary(path, weights.check(path))
+        with pytest.raises(UserError, match="64 input channels; grids need a model of 384"):
+            Pipeline.load(path)
 
 
 def files(folder):

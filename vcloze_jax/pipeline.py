@@ -104,7 +104,7 @@ def load_painter(folder, lora, mesh):
     """A Painter of what those three name; see Pipeline.load."""
     folder, loras = cli.model_of(folder, lora)
     mesh = make_mesh(parse_mesh(mesh) if mesh else None)
-    preset = weights.check(folder)
+    preset = weights.check_fill(folder)
     for file, _ in loras:
         adapters.check(file, preset.flux)
     tokenizers = Tokenizers(folder, preset.t5, preset.clip)

@@ -16,7 +16,7 @@ from flax import nnx
 
 from ports import pipeline, read
 from ports.folder import locate
-from vcloze_jax.config import FLUX_FILL, Preset
+from vcloze_jax.config import FLUX_FILL, Preset, UserError
 from vcloze_jax.configs import load_preset, told
 from vcloze_jax.lora import split
 from vcloze_jax.mmdit import Flux
@@ -59,6 +59,17 @@ def check(folder: Path) -> Preset:
     preset = load_preset(folder)
     for field, (module, _) in MODELS.items():
         plan(module, getattr(preset, field), folder)
+    return preset
+
+
+def check_fill(folder: Path) -> Preset:
+    """`check`, and that the model reads noise, condition and mask side by side, as grids need."""
+    preset, wanted = check(folder), FLUX_FILL.flux.in_channels
+    if preset.flux.in_channels != wanted:
+        raise UserError(
+            f"{folder}: {preset.flux.in_channels} input channels; grids need a model of {wanted}, "
+            "FLUX.1-Fill"
+        )
     return preset
 
 

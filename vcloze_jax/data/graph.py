@@ -92,14 +92,14 @@ HELD_OUT_COMPOSITIONS = _tasks(
 # Groups with their share of the draws; inside a group every task is as likely as another.
 # Pixel-aligned nodes come first and most: they are what a small model learns to follow.
 GROUPS = (
-    (0.7, _pairs(ALIGNED, ALIGNED)),
-    (0.04, _pairs(("fluent_3d",), ("distance", "palette", "low_resolution"))),
-    (0.08, _pairs(("low_resolution", "noise", "hole", "palette", "distance"), ("fluent_3d",))),
-    (0.03, _pairs(("fluent_3d", "fluent_flat"), ("fluent_color", "fluent_high_contrast"))),
-    (0.03, _pairs(("fluent_color", "fluent_high_contrast"), ("fluent_3d", "fluent_flat"))),
-    (0.04, _pairs(("fluent_3d", *REDRAWN), ("fluent_3d", *REDRAWN))),
+    (0.75, _pairs(ALIGNED, ALIGNED)),
+    (0.03, _pairs(("fluent_3d",), ("distance", "palette", "low_resolution"))),
+    (0.05, _pairs(("low_resolution", "noise", "hole", "palette", "distance"), ("fluent_3d",))),
+    (0.02, _pairs(("fluent_3d", "fluent_flat"), ("fluent_color", "fluent_high_contrast"))),
+    (0.02, _pairs(("fluent_color", "fluent_high_contrast"), ("fluent_3d", "fluent_flat"))),
+    (0.03, _pairs(("fluent_3d", *REDRAWN), ("fluent_3d", *REDRAWN))),
     (
-        0.08,
+        0.1,
         _tasks(
             "edges+blur->fluent_3d",
             "mask+gray->fluent_3d",
