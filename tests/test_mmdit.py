@@ -85,8 +85,8 @@ def test_bfloat16_error_budget():
 
 @pytest.mark.parity
 def test_the_fixture_is_what_diffusers_makes(tmp_path, monkeypatch):
-    """The installed diffusers, run again, makes every array of the stored fixture (float32 sums of
-    another version or machine may be in another order)."""
+    """The installed diffusers, run again, makes every array of the stored fixture, within 1e-4 or
+    3e-5 of its largest number: sums are in another order in another version, or on another CPU."""
     pytest.importorskip("diffusers")
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
     import fixtures_models
@@ -96,7 +96,8 @@ def test_the_fixture_is_what_diffusers_makes(tmp_path, monkeypatch):
     again = load_file(tmp_path / "models.safetensors")
     assert again.keys() == stored().keys()
     for name, array in stored().items():
-        atol = 0.5 * array if name.endswith("_bf16") else 1e-4
+        atol = max(1e-4, 3e-5 * np.abs(array).max())
+        atol = 0.5 * array if name.endswith("_bf16") else atol
         np.testing.assert_allclose(again[name], array, rtol=0, atol=atol, err_msg=name)
 
 
