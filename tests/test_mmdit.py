@@ -85,8 +85,9 @@ def test_bfloat16_error_budget():
 
 @pytest.mark.parity
 def test_the_fixture_is_what_diffusers_makes(tmp_path, monkeypatch):
-    """The installed diffusers, run again, makes every array of the stored fixture, within 1e-4 or
-    3e-5 of its largest number: sums are in another order in another version, or on another CPU."""
+    """The installed diffusers, run again, makes every array of the stored fixture, within what
+    test_velocity_is_that_of_diffusers allows: torch's exponential and the order of its sums are
+    another CPU's, too."""
     pytest.importorskip("diffusers")
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
     import fixtures_models
@@ -96,9 +97,11 @@ def test_the_fixture_is_what_diffusers_makes(tmp_path, monkeypatch):
     again = load_file(tmp_path / "models.safetensors")
     assert again.keys() == stored().keys()
     for name, array in stored().items():
-        atol = max(1e-4, 3e-5 * np.abs(array).max())
-        atol = 0.5 * array if name.endswith("_bf16") else atol
-        np.testing.assert_allclose(again[name], array, rtol=0, atol=atol, err_msg=name)
+        if name.endswith("_bf16"):
+            np.testing.assert_allclose(again[name], array, rtol=0.5, err_msg=name)
+        else:
+            budget = (1e-3 if "high" in name else 2e-5) * np.linalg.norm(array)
+            assert np.linalg.norm(np.float64(again[name]) - array) <= budget, name
 
 
 def test_adapter_count():
