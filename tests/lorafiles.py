@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tiny
 from safetensors.numpy import load_file, save_file
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from ports import exchange, torchfile
 from vcloze_jax import adapters, weights
 from vcloze_jax.mmdit import Flux
+from vcloze_jax.ops import rope_table
 
 PLAIN = tiny.FLUX
 RANKED = replace(PLAIN, rank=11)  # between the widths 10 and 12 of two layers: ranks are mixed
@@ -92,3 +94,21 @@ def same_trees(left, right):
     assert left.keys() == right.keys()
     for path in left:
         np.testing.assert_array_equal(left[path], right[path], err_msg=path)
+
+
+def inputs(c):
+    """What a transformer of config c reads of two grids: (img, txt, vec), ids [9, 3]."""
+    rng = np.random.default_rng(1)
+    ids = np.zeros((9, 3))
+    ids[5:, 0], ids[5:, 2] = 1, np.arange(4)
+    shapes = (2, 4, c.in_channels), (2, 5, c.text_width), (2, c.vec_width)
+    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes], ids
+
+
+@jax.jit
+def velocity(model):
+    """The model's answer to those inputs."""
+    (img, txt, vec), ids = inputs(model.config)
+    t, guidance = jnp.float32([0.3, 0.9]), jnp.float32([1.0, 3.5])
+    pe = rope_table(ids[None], model.config.axes_dim, model.config.theta)
+    return model(jnp.asarray(img), jnp.asarray(txt), model.modulation(t, guidance, vec), pe)

@@ -18,7 +18,6 @@ from safetensors.numpy import load_file, save_file
 from vcloze_jax import adapters, lora, weights
 from vcloze_jax.config import FLUX_FILL, UserError
 from vcloze_jax.mmdit import Flux
-from vcloze_jax.ops import rope_table
 
 
 @pytest.fixture(scope="module")
@@ -297,22 +296,6 @@ def test_broken_headers_and_tensors(file):
             adapters.check(file, PLAIN)
 
 
-def inputs():
-    rng = np.random.default_rng(1)
-    ids = np.zeros((9, 3))
-    ids[5:, 0], ids[5:, 2] = 1, np.arange(4)
-    shapes = (2, 4, 384), (2, 5, 12), (2, 10)
-    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes], ids
-
-
-@jax.jit
-def velocity(model):
-    (img, txt, vec), ids = inputs()
-    t, guidance = jnp.float32([0.3, 0.9]), jnp.float32([1.0, 3.5])
-    pe = rope_table(ids[None], PLAIN.axes_dim, PLAIN.theta)
-    return model(jnp.asarray(img), jnp.asarray(txt), model.modulation(t, guidance, vec), pe)
-
-
 @pytest.mark.parity
 def test_diffusers_applies_our_adapter(tmp_path):
     """load_lora_weights of diffusers at scale 1 gives our velocity (float32, outputs about 10)."""
@@ -332,7 +315,7 @@ def test_diffusers_applies_our_adapter(tmp_path):
         **dict.fromkeys(empty),
     )
     pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
-    (img, txt, vec), ids = inputs()
+    (img, txt, vec), ids = lorafiles.inputs(PLAIN)
     with torch.no_grad():
         there = transformer(
             hidden_states=torch.tensor(img),
@@ -344,5 +327,5 @@ def test_diffusers_applies_our_adapter(tmp_path):
             txt_ids=torch.zeros(5, 3),
             return_dict=False,
         )[0].numpy()
-    here = velocity(lora.combine(graphdef, adapter, base))
+    here = lorafiles.velocity(lora.combine(graphdef, adapter, base))
     np.testing.assert_allclose(here, there, rtol=0, atol=1e-4)

@@ -7,25 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from folders import FLUX as PLAIN
+from lorafiles import velocity
 
 from ports import lora as names
 from vcloze_jax import lora, weights
-from vcloze_jax.config import FLUX_FILL, FluxConfig
+from vcloze_jax.config import FLUX_FILL
 from vcloze_jax.layers import Dense
 from vcloze_jax.mmdit import Flux
-from vcloze_jax.ops import rope_table
 
 # 9 stands between the widths 6 and 10 of vector_in and txt_in, so that ranks are mixed.
-PLAIN = FluxConfig(
-    width=24,
-    heads=2,
-    double_blocks=2,
-    single_blocks=3,
-    text_width=10,
-    vec_width=6,
-    axes_dim=(4, 4, 4),
-    remat=False,
-)
 RANKED = replace(PLAIN, rank=9)
 
 
@@ -42,22 +33,6 @@ def model():
     graphdef, adapter, base = weights.abstract(Flux, RANKED)
     plain, _, _ = weights.abstract(Flux, PLAIN)
     return plain, graphdef, filled(adapter), filled(base, 1)
-
-
-def inputs():
-    rng = np.random.default_rng(1)
-    ids = np.zeros((9, 3))
-    ids[5:, 0], ids[5:, 2] = 1, np.arange(4)
-    shapes = (2, 4, 384), (2, 5, 10), (2, 6)
-    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes], ids
-
-
-@jax.jit
-def velocity(model):
-    (img, txt, vec), ids = inputs()
-    t, guidance = jnp.float32([0.3, 0.9]), jnp.float32([1.0, 3.5])
-    pe = rope_table(ids[None], PLAIN.axes_dim, PLAIN.theta)
-    return model(jnp.asarray(img), jnp.asarray(txt), model.modulation(t, guidance, vec), pe)
 
 
 def equal(left, right):
