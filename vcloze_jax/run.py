@@ -33,6 +33,11 @@ def build(settings, preset, folder, mesh, dtype):
     Trainable, in float32: the adapter; with rank 0 the MMDiT; from scratch the text encoders too.
     The rest is frozen, in the compute dtype, and comes from the weights folder.
     """
+    if settings.lora:  # first, since it may be refused
+        adapter = adapters.load(Path(settings.lora), preset.flux)
+        rank = adapters.fit(Path(settings.lora), adapter, preset.flux).rank
+        if rank != settings.rank:
+            raise UserError(f"{settings.lora}: its rank is {rank}, not {settings.rank}; set --rank")
     scratch = ("flux", "t5", "clip") if settings.from_scratch else ()
     ranked = replace(preset, flux=replace(preset.flux, rank=settings.rank))
     chosen = nnx.LoRAParam if settings.rank else lambda path, _: path[0] in (scratch or ("flux",))
@@ -53,10 +58,6 @@ def build(settings, preset, folder, mesh, dtype):
             model = weights.load(module, getattr(preset, name), folder, exact, place)
             frozen[name] = nnx.to_pure_dict(nnx.state(model))
     if settings.lora:
-        adapter = adapters.load(Path(settings.lora), preset.flux)
-        rank = adapters.fit(Path(settings.lora), adapter, preset.flux).rank
-        if rank != settings.rank:
-            raise UserError(f"{settings.lora}: its rank is {rank}, not {settings.rank}; set --rank")
         trainable = put({"flux": adapter}, mesh)
     elif settings.rank or scratch:
         trainable = jax.jit(born, out_shardings=shardings(trainable, mesh))(key)
