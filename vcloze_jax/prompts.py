@@ -48,7 +48,11 @@ CONTENT_PREFIXES = (
     "The content of the last image in the concluding row is: ",
 )
 # Of editing tasks; after the ten, because one of those begins with the first of these.
-EDITING_PREFIXES = ("In the last row, ", "The editing instruction in the last row is: ")
+EDITING_PREFIXES = (
+    "In the last row, ",
+    "The editing instruction in the last row is: ",
+    "The photo doodle effect in the last row is: ",
+)
 
 
 def layout_prompt(rows: int, columns: int, template: int = 0) -> str:
