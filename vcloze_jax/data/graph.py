@@ -73,6 +73,9 @@ def _pairs(sources, targets):
 
 
 ALIGNED = ("fluent_3d", "fluent_flat", "edges", "gray", "mask", "blur")
+# Of those, the nodes that nearly show each other. They teach a model to look at its neighbours: all
+# aligned pairs alike teach it the mean of each node, and for thousands of steps nothing else.
+NEAR = ("fluent_3d", "fluent_flat", "gray", "blur")
 REDRAWN = ("noto", "twemoji", "openmoji", "openmoji_line")
 
 # Never trained. The pairs lead between nodes that training does use, each in other tasks.
@@ -92,7 +95,8 @@ HELD_OUT_COMPOSITIONS = _tasks(
 # Groups with their share of the draws; inside a group every task is as likely as another.
 # Pixel-aligned nodes come first and most: they are what a small model learns to follow.
 GROUPS = (
-    (0.75, _pairs(ALIGNED, ALIGNED)),
+    (0.35, _pairs(NEAR, NEAR)),
+    (0.4, tuple(task for task in _pairs(ALIGNED, ALIGNED) if task not in _pairs(NEAR, NEAR))),
     (0.03, _pairs(("fluent_3d",), ("distance", "palette", "low_resolution"))),
     (0.05, _pairs(("low_resolution", "noise", "hole", "palette", "distance"), ("fluent_3d",))),
     (0.02, _pairs(("fluent_3d", "fluent_flat"), ("fluent_color", "fluent_high_contrast"))),
@@ -208,14 +212,12 @@ def draw_phrase(rng, node):
 
 # Rows and columns of the infilling base's grids, with their share; 1 x 1 is a single picture.
 FILL_SHAPES = {(1, 1): 0.05, (2, 2): 0.5, (3, 2): 0.45}
-FILL_KINDS = {"repeats": 0.4, "sheet": 0.55, "unrelated": 0.05}
+FILL_KINDS = {"repeats": 0.25, "sheet": 0.7, "unrelated": 0.05}
 # Tasks between aligned nodes; a sheet has no direction, so none that is held out either way round.
 SHEETS = {
-    task: weight
-    for task, weight in TRAIN.items()
-    if {*task.conditions, task.target} <= set(ALIGNED)
-    and Task((task.target,), task.conditions[0]) not in HELD_OUT_TASKS
-    and len(task.conditions) == 1
+    task: 3.0 if task in _pairs(NEAR, NEAR) else 1.0
+    for task in _pairs(ALIGNED, ALIGNED)
+    if not {task, Task((task.target,), task.conditions[0])} & {*HELD_OUT_TASKS}
 }
 
 
