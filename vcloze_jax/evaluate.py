@@ -1,8 +1,9 @@
 """Does the model read its examples? `python -m vcloze_jax.evaluate` (paper, section 4.2).
 
 Every task is asked of the same held-out subjects from the same noise: with 0, 1 and 2 in-context
-examples, with the task sentence and without, and with two examples of another task (a wrong
-demonstration). RMSE and SSIM are those of the painted cell to the truth, in [0, 1], on white.
+examples, with the task sentence and without, and with two examples of another task: a wrong
+demonstration, once of the target most unlike the asked one and once of the most alike. RMSE and
+SSIM are those of the painted cell to the truth, in [0, 1], on white.
 """
 
 import json
@@ -40,6 +41,7 @@ TASKS = {
 COPYING_IS_BAD = TASKS["trained"][:5]
 SHOWN = 6  # subjects on a contact sheet
 STRIDES = (37, 74)  # from a subject to its examples: never a relative of it
+WRONG = ("unlike", "alike")
 
 
 class Setting(NamedTuple):
@@ -47,29 +49,38 @@ class Setting(NamedTuple):
 
     examples: int
     sentence: bool
-    wrong: bool = False
+    wrong: str = ""  # or one of WRONG: the examples are of another task
 
     @property
     def name(self):
-        kind = "wrong" if self.wrong else f"{self.examples}"
+        kind = f"wrong, {self.wrong}" if self.wrong else f"{self.examples}"
         return kind + (" + sentence" if self.sentence else "")
 
 
 SETTINGS = (
     *(Setting(n, sentence) for sentence in (False, True) for n in (0, 1, 2)),
-    Setting(2, sentence=False, wrong=True),
+    *(Setting(2, sentence=False, wrong=wrong) for wrong in WRONG),
 )
 
 
-def other_task(task):
-    """A trained task with the same conditions and another target: the wrong demonstration."""
+def other_tasks(source, task, subjects):
+    """The wrong demonstrations: trained tasks with the same conditions and another target.
+
+    Of those the one whose target is most `unlike` the asked one (RMSE over `subjects`) and the one
+    whose target is most `alike`, by these names.
+    """
     others = [t for t in graph.TRAIN if t.conditions == task.conditions and t != task]
-    return others[0] if others else graph.Task(task.conditions, "mask")
+    asked = truth(source, task.target, subjects)
+
+    def distance(other):
+        return rmse(truth(source, other.target, subjects), asked).mean()
+
+    others = sorted(others or [graph.Task(task.conditions, "mask")], key=distance)
+    return {"unlike": others[-1], "alike": others[0]}
 
 
-def ask(source, task, setting, subject):
-    """The grid and prompt that ask `task` of one subject; its examples are always the same."""
-    shown = other_task(task) if setting.wrong else task
+def ask(source, task, shown, setting, subject):
+    """The grid and prompt that ask `task` of one subject, whose examples are those of `shown`."""
     examples = [(subject + step) % len(source.names) for step in STRIDES[: setting.examples]]
     nodes = [[*shown.conditions, shown.target]] * setting.examples
     nodes.append([*task.conditions, task.target])
@@ -100,9 +111,11 @@ def ssim(a, b):
 
 def measure(painter, source, task, subjects, steps, progress):
     """One task in all settings -> (row of the table, painted cells by setting)."""
-    asked, cells, row = truth(source, task.target, subjects), {}, {"settings": {}}
+    asked, cells, row = truth(source, task.target, subjects), {}, {"settings": {}, "wrong": {}}
+    others = other_tasks(source, task, subjects)
     for setting in SETTINGS:
-        questions = [ask(source, task, setting, subject) for subject in subjects]
+        shown = others.get(setting.wrong, task)
+        questions = [ask(source, task, shown, setting, subject) for subject in subjects]
         guidance = painter.preset.guidance_scale
         jobs = [Job(grid, prompt, steps, guidance, i) for i, (grid, prompt) in enumerate(questions)]
         painted = painter(jobs, progress)
@@ -110,9 +123,9 @@ def measure(painter, source, task, subjects, steps, progress):
         out = cells[setting.name] = np.stack(out).astype(np.float32) / 255
         row["settings"][setting.name] = scores(out, asked)
         if setting.wrong:
-            demonstrated = truth(source, other_task(task).target, subjects)
-            row["wrong"] = {
-                "demonstrated": other_task(task).name,
+            demonstrated = truth(source, shown.target, subjects)
+            row["wrong"][setting.wrong] = {
+                "demonstrated": shown.name,
                 "to_asked": float(rmse(out, asked).mean()),
                 "to_demonstrated": float(rmse(out, demonstrated).mean()),
             }
@@ -129,16 +142,21 @@ def summarise(table):
     """What the table should show, as shares and a fall, each of one number."""
     trained = [row for row in table.values() if row["group"] == "trained"]
     zero, two = ([r["settings"][name]["rmse"] for r in trained] for name in ("0", "2"))
-    wrong = [row["wrong"] for row in table.values()]
     hard = [table[name] for name in COPYING_IS_BAD]
     return {
-        "wrong demonstration followed": share(w["to_demonstrated"] < w["to_asked"] for w in wrong),
+        **{f"wrong demonstration followed, {kind}": followed(table, kind) for kind in WRONG},
         "2 examples beat 0, no sentence": share(b < a for a, b in zip(zero, two, strict=True)),
         "fall of the mean RMSE from 0 to 2": 1 - sum(two) / sum(zero),
         "output beats copying where copying is bad": share(
             row["settings"]["2"]["rmse"] < row["copy"]["rmse"] for row in hard
         ),
     }
+
+
+def followed(table, kind):
+    """In how many of the tasks the output is nearer to what was shown than to what was asked."""
+    wrong = [row["wrong"][kind] for row in table.values()]
+    return share(w["to_demonstrated"] < w["to_asked"] for w in wrong)
 
 
 def share(truths):
