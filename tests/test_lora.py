@@ -48,9 +48,12 @@ def test_zero_b_is_the_identity(model):
     zero = {path: 0 if "lora_b" in path else 1 for path in weights.flat(adapter)}
     leaves = [x * zero[path] for path, x in weights.flat(adapter).items()]
     zero = jax.tree.unflatten(jax.tree.structure(adapter), leaves)
-    bare = np.asarray(velocity(nnx.merge(plain, base)))
-    assert np.asarray(velocity(lora.combine(ranked, zero, base))).tobytes() == bare.tobytes()
-    assert np.asarray(velocity(nnx.merge(plain, lora.fold(base, zero)))).tobytes() == bare.tobytes()
+    with jax.disable_jit():  # a compiler may fuse, thus round, two programs differently
+        bare = np.asarray(velocity(nnx.merge(plain, base)))
+        branch = velocity(lora.combine(ranked, zero, base))
+        folded = velocity(nnx.merge(plain, lora.fold(base, zero)))
+    assert np.asarray(branch).tobytes() == bare.tobytes()
+    assert np.asarray(folded).tobytes() == bare.tobytes()
 
 
 def test_folded_layer_equals_its_branch():
