@@ -73,8 +73,8 @@ def _pairs(sources, targets):
 
 
 ALIGNED = ("fluent_3d", "fluent_flat", "edges", "gray", "mask", "blur")
-# Of those, the nodes that nearly show each other. They teach a model to look at its neighbours: all
-# aligned pairs alike teach it the mean of each node, and for thousands of steps nothing else.
+# Of those, the nodes that nearly show each other. They teach a model to look at its neighbours, so
+# they come first: all aligned pairs at once teach it, for thousands of steps, each node's mean.
 NEAR = ("fluent_3d", "fluent_flat", "gray", "blur")
 REDRAWN = ("noto", "twemoji", "openmoji", "openmoji_line")
 
@@ -211,12 +211,12 @@ def draw_phrase(rng, node):
 
 
 # Rows and columns of the infilling base's grids, with their share; 1 x 1 is a single picture.
-FILL_SHAPES = {(1, 1): 0.05, (2, 2): 0.5, (3, 2): 0.45}
-FILL_KINDS = {"repeats": 0.25, "sheet": 0.7, "unrelated": 0.05}
-# Tasks between aligned nodes; a sheet has no direction, so none that is held out either way round.
+FILL_SHAPES = {(1, 1): 0.05, (2, 2): 0.65, (3, 2): 0.3}
+FILL_KINDS = {"repeats": 0.3, "sheet": 0.65, "unrelated": 0.05}
+# A sheet has no direction, so no pair of it is held out either way round.
 SHEETS = {
-    task: 3.0 if task in _pairs(NEAR, NEAR) else 1.0
-    for task in _pairs(ALIGNED, ALIGNED)
+    task: 1.0
+    for task in _pairs(NEAR, NEAR)
     if not {task, Task((task.target,), task.conditions[0])} & {*HELD_OUT_TASKS}
 }
 
