@@ -52,7 +52,7 @@ def make_mesh(sizes=None):
     wanted = 1
     for size in (sizes or {}).values():
         wanted *= size
-    allow_slow_collectives()
+    ready_xla(wanted)
     if wanted > max(1, jax.config.jax_num_cpu_devices):
         jax.config.update("jax_num_cpu_devices", wanted)
     devices = jax.devices()
@@ -69,12 +69,19 @@ def make_mesh(sizes=None):
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count])
 
 
-def allow_slow_collectives():
-    """Eight virtual devices on two cores can miss XLA's 40 s rendezvous."""
+def ready_xla(devices):
+    """Ready XLA, before its first use, for as many virtual CPU devices on a few cores.
+
+    They can miss its 40 s rendezvous. And a collective holds a thread until all devices have come
+    to it, while XLA starts several at once in no fixed order: with its pool of one thread per
+    device, some wait in one and some in another for ever. 16 each never waited, and cost no time.
+    """
     flag = "--xla_cpu_collective_call_terminate_timeout_seconds=1200"
     flags = os.environ.get("XLA_FLAGS", "")
     if flag.partition("=")[0] not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+    if devices > 1:
+        os.environ.setdefault("PJRT_NPROC", str(16 * devices))
 
 
 def shardings(tree, mesh, root=""):
