@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vcloze_jax.ops import attention, modulate, rope, timestep_embedding
+from vcloze_jax.sharding import by_batch
 
 
 def uniform(key, shape, bound):
@@ -42,7 +43,7 @@ class Dense(nnx.Module):
         if self.rank:
             branch = (x @ self.lora_a.astype(x.dtype)) @ self.lora_b.astype(x.dtype)
             y = y + (branch + self.lora_bias.astype(x.dtype))
-        return y
+        return by_batch(y)
 
 
 class RMSNorm(nnx.Module):

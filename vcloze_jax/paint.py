@@ -215,7 +215,7 @@ class Painter:
         seconds, c = Counter(), self.preset
         with self.programs.timed(seconds, "load"):
             flux = self.models.flux
-        with self.programs.timed(seconds, "paint"):
+        with self.programs.timed(seconds, "paint"), jax.set_mesh(self.mesh):
             T, grids = c.t5.max_length, [job.grid for job in jobs]
             arrays = (
                 np.stack([pad(each.x, size) for each in inputs]),  # B S 64

@@ -119,7 +119,7 @@ class Run:
             print(f"{self.out}: finished at step {self.step}; a larger --steps goes on")
             return 0
         bar = tqdm(total=s.steps, initial=self.step, unit="step", dynamic_ncols=True)
-        with Stop() as stop, bar as self.bar:
+        with Stop() as stop, bar as self.bar, jax.set_mesh(self.mesh):
             if self.step == 0:
                 self.preview()
             self.loop(stop)

@@ -110,6 +110,18 @@ def batch_sharding(mesh):
     return NamedSharding(mesh, BATCH)
 
 
+def by_batch(x):
+    """x, its first axis split over the batch axes of the mesh in use (`jax.set_mesh`), if one is.
+
+    Said of what a layer gives, it makes XLA gather the layer's weights. Left to itself it splits
+    heads and channels over the same devices, and moves activations from one split to another.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    rest = [P.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, P(*BATCH, *rest))
+
+
 def put(tree, mesh, root=""):
     """The tree's arrays, each in its place on the mesh."""
     return jax.device_put(tree, shardings(tree, mesh, root))
