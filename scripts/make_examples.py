@@ -36,22 +36,21 @@ def main():
         text = {"image": rows, "task_prompt": sentence} | more
         save_text(FOLDER / f"{file}.json", json.dumps(text, indent=1) + "\n")
 
-    task = ("edges", "fluent_3d")
-    query = [cell("rocket", "edges"), None]
-    content = {"content_prompt": "rocket"}
-    spec("1_no_example", [query], task, **content)
-    spec("2_one_example", [row("crab", *task), query], task, **content)
-    spec("3_two_examples", [row("crab", *task), row("mushroom", *task), query], task, **content)
+    task = ("fluent_3d", "mask")
+    query = [cell("backpack", "fluent_3d"), None]
+    spec("1_no_example", [query], task)
+    spec("2_one_example", [row("crab", *task), query], task)
+    spec("3_two_examples", [row("crab", *task), row("mushroom", *task), query], task)
 
-    task = ("fluent_flat", "edges")  # a pair that mini was never trained on
-    query = [cell("ringed planet", "fluent_flat"), None]
+    task = ("gray", "fluent_flat")  # a pair that mini was never trained on
+    query = [cell("rocket", "gray"), None]
     spec("4_unseen_task", [row("tiger", *task), row("top hat", *task), query], task)
 
     task = ("edges", "palette", "fluent_3d")
     query = [cell("backpack", "edges"), cell("backpack", "palette"), None]
     spec("5_two_conditions", [row("skier", *task), row("t-shirt", *task), query], task)
 
-    task = ("mask", "gray", "fluent_3d")  # the paper's reverse generation: the target is given
+    task = ("edges", "blur", "fluent_3d")  # the paper's reverse generation: the target is given
     query = [None, None, cell("heart suit", "fluent_3d")]
     spec("6_reverse_two_targets", [row("crab", *task), row("magnet", *task), query], task)
 

@@ -16,11 +16,11 @@ from vcloze_jax import Pipeline, cli, weights
 from vcloze_jax.config import UserError
 
 PICTURES = Path(__file__).parents[1] / "examples/pictures"
-CRAB, ROCKET = (
-    [PICTURES / f"{name}_{view}.png" for view in ("edges", "fluent_3d")]
-    for name in ("crab", "rocket")
+POODLE, ROCKET = (
+    [PICTURES / f"{name}_{view}.png" for view in ("fluent_flat", "fluent_3d")]
+    for name in ("poodle", "rocket")
 )
-GRID = [CRAB, [ROCKET[0], None]]
+GRID = [POODLE, [ROCKET[0], None]]
 SMALL = {"resolution": 32, "num_inference_steps": 2}
 
 
@@ -44,9 +44,9 @@ def test_light():
 def test_memory_is_disk(pipeline, tmp_path, monkeypatch):
     """Paths, PIL images and a spec that sample.py reads give the same bytes, also of the grid."""
     mask = PICTURES / "right_half.png"
-    rows = [CRAB, [{"image": ROCKET[1], "mask": mask}, None]]
+    rows = [POODLE, [{"image": ROCKET[1], "mask": mask}, None]]
     loaded = [
-        list(map(Image.open, CRAB)),
+        list(map(Image.open, POODLE)),
         [{"image": Image.open(ROCKET[1]), "mask": Image.open(mask)}, None],
     ]
     paths = json.loads(json.dumps(rows, default=str))
@@ -77,7 +77,7 @@ def test_arguments(pipeline):
         with pytest.raises(UserError, match=message):
             pipeline(GRID, **SMALL, **arguments)
     with pytest.raises(UserError, match=r"image\[0\]\[1\]: a cell is a path, null or"):
-        pipeline([[CRAB[0], 3]])
+        pipeline([[POODLE[0], 3]])
 
 
 def test_dropped_tokens(pipeline):
