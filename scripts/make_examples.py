@@ -50,9 +50,10 @@ def main():
     query = [cell("backpack", "edges"), cell("backpack", "palette"), None]
     spec("5_two_conditions", [row("skier", *task), row("t-shirt", *task), query], task)
 
-    task = ("edges", "blur", "fluent_3d")  # the paper's reverse generation: the target is given
-    query = [None, None, cell("heart suit", "fluent_3d")]
-    spec("6_reverse_two_targets", [row("crab", *task), row("magnet", *task), query], task)
+    # The paper's reverse generation: the picture is given, and what leads to it is asked for.
+    task = ("edges", "blur", "mask", "fluent_3d")
+    query = [cell("top hat", "edges"), None, None, cell("top hat", "fluent_3d")]
+    spec("6_reverse_two_targets", [row("crab", *task), row("magnet", *task), query], task, seed=2)
 
     task = ("fluent_3d", "fluent_flat")
     query = [None, cell("ambulance", "fluent_flat")]
