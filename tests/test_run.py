@@ -26,7 +26,7 @@ from vcloze_jax.runfolder import Log
 from vcloze_jax.train_step import make_optimizer, make_step
 
 ROOT = Path(__file__).parents[1]
-SUBJECTS = ("crab", "mushroom", "rocket")
+SUBJECTS = "crab", "magnet", "skier"
 VIEWS = ("edges", "fluent_3d")
 
 
