@@ -273,8 +273,8 @@ def test_check(run):
 
 
 def test_mini(tmp_path, capsys):
-    """Out of the box two examples turn a backpack into its mask, to a third of the error that a
-    copy of the backpack has."""
+    """Out of the box two examples turn a backpack into its mask, with less than a third of
+    the error of a copy (it is 0.06 of it; without examples 0.6)."""
     spec = ROOT / "examples/3_two_examples.json"
     sample.main(["--grid", str(spec), "--out", str(tmp_path)])
     assert "1 grids painted" in capsys.readouterr().out

@@ -220,17 +220,18 @@ def step(text):
     loss = partial(loss_fn, graphdef=graphdef, **LOSS)
     accumulate, update = make_step(tx, loss, places)
     zeros = jax.jit(lambda x: jax.tree.map(jnp.zeros_like, x), out_shardings=places[0])(adapter)
+    args = adapter, base, zeros, batch, jax.random.key(0)
     with jax.set_mesh(mesh):
-        compiled, (value, grads) = once(accumulate, adapter, base, zeros, batch, jax.random.key(0))
+        program = compiled(accumulate, *args)
+        value, grads = program(*args)
     host = by_path(jax.tree.map(np.asarray, grads))
     state = jax.jit(tx.init, out_shardings=places[1])(adapter)
-    return float(value), host, (update, adapter, state, grads, [value]), compiled.as_text()
+    return float(value), host, (update, adapter, state, grads, [value]), program.as_text()
 
 
-def once(f, *args):
-    """Compile quickly, call once."""
-    compiled = f.lower(*args).compile(quick())
-    return compiled, compiled(*args)
+def compiled(f, *args):
+    """The program of this call, quickly compiled."""
+    return f.lower(*args).compile(quick())
 
 
 @pytest.mark.parametrize("text", MESHES[:2])
@@ -259,7 +260,7 @@ def test_layers_gather_weights_and_move_no_activations():
 def test_state_stays_where_the_table_says():
     """After a step adapter and optimizer state are sharded as before: nothing gathers silently."""
     _, _, (update, *args), _ = step(MESHES[1])
-    for tree in once(update, *args)[1][:2]:
+    for tree in compiled(update, *args)(*args)[:2]:
         places = by_path(shardings(tree, make_mesh(parse_mesh(MESHES[1]))))
         for path, leaf in by_path(tree).items():
             assert leaf.sharding.is_equivalent_to(places[path], leaf.ndim), path

@@ -119,7 +119,7 @@ class Run:
             print(f"{self.out}: finished at step {self.step}; a larger --steps goes on")
             return 0
         bar = tqdm(total=s.steps, initial=self.step, unit="step", dynamic_ncols=True)
-        with Stop() as stop, bar as self.bar, jax.set_mesh(self.mesh):
+        with Stop() as stop, bar as self.bar:
             if self.step == 0:
                 self.preview()
             self.loop(stop)
@@ -153,7 +153,9 @@ class Run:
         for i in range(self.step * micro, (self.step + 1) * micro):
             key = jax.random.fold_in(jax.random.key(self.settings.seed), i)
             batch = self.to_devices(next(batches))
-            loss, self.grads = self.accumulate(self.state[0], self.frozen, self.grads, batch, key)
+            args = self.state[0], self.frozen, self.grads, batch, key
+            with jax.set_mesh(self.mesh):
+                loss, self.grads = self.accumulate(*args)
             losses.append(loss)
         trainable, opt, self.grads, loss, norm = self.update(*self.state, self.grads, losses)
         self.state, self.step = (trainable, opt), self.step + 1
