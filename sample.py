@@ -10,8 +10,10 @@ For fox.json, --out gets fox.png (the grid), fox_target0.png … and fox.json (t
 
 from pathlib import Path
 
-from vcloze_jax import cli, prompts
-from vcloze_jax.spec import check_outputs, read_specs
+from vcloze_jax import prompts
+from vcloze_jax.inputs import cli
+from vcloze_jax.inputs.spec import check_outputs, read_specs
+from vcloze_jax.storage import places
 
 
 def parse(argv):
@@ -34,15 +36,16 @@ def main(argv):
         for name, task in prompts.TASKS.items():
             print(f"{name} ({task.columns} columns): {task.prompt}")
         return
-    specs = read_specs(args.grid, cli.named_preset(args.weights or cli.MINI))
+    specs = read_specs(args.grid, places.named_preset(args.weights or places.MINI))
     check_outputs(args.out, specs)
 
-    from vcloze_jax import plan, weights  # JAX from here on
-    from vcloze_jax.paint import bar
+    from vcloze_jax import plan
+    from vcloze_jax.painter import bar
     from vcloze_jax.pipeline import Pipeline
+    from vcloze_jax.storage import weights  # JAX from here on
 
     pipeline = Pipeline.load(args.weights, args.lora, args.mesh)
-    print(f"weights: {weights.summary(args.weights or cli.MINI, pipeline.painter.preset)}")
+    print(f"weights: {weights.summary(args.weights or places.MINI, pipeline.painter.preset)}")
     if args.plan:
         print(plan.sampling(pipeline.painter.preset, specs, pipeline.painter.mesh))
     if args.check or args.plan:

@@ -11,11 +11,12 @@ RUN/lora.safetensors, which sample.py --lora and diffusers load.
 from dataclasses import replace
 from pathlib import Path
 
-from vcloze_jax import cli
 from vcloze_jax.config import PRESETS, UserError
 from vcloze_jax.data.jsonlines import open_own
 from vcloze_jax.grid import PATCH
-from vcloze_jax.runfolder import Settings, compare
+from vcloze_jax.inputs import cli
+from vcloze_jax.inputs.runfolder import Settings, compare
+from vcloze_jax.storage import places
 
 
 def parse(argv):
@@ -82,19 +83,21 @@ def main(argv):
     compare(out, settings)
     own = open_own(settings.data, replace(PRESETS[args.preset], resolution=settings.resolution))
 
-    from vcloze_jax import adapters, configs, plan, weights  # JAX from here on
+    from vcloze_jax import plan  # JAX from here on
     from vcloze_jax.data.loader import open_data
     from vcloze_jax.run import Run
     from vcloze_jax.sharding import make_mesh, parse_mesh
+    from vcloze_jax.storage import adapters, weights
+    from vcloze_jax.storage.preset import read_config
 
     mesh = make_mesh(parse_mesh(args.mesh) if args.mesh else None)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if settings.micro_batch % shards:
         raise UserError(f"--micro-batch {settings.micro_batch}: a multiple of {shards}, please")
-    folder = args.weights or cli.MINI
+    folder = args.weights or places.MINI
     if args.from_scratch:
         preset = PRESETS[args.preset]
-        preset = replace(preset, vae=configs.read_config(folder, "vae", preset.vae))
+        preset = replace(preset, vae=read_config(folder, "vae", preset.vae))
     else:
         preset = weights.check_fill(folder)
         if preset.name != args.preset:

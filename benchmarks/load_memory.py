@@ -34,7 +34,7 @@ def config(width):
 
 def write(folder, width, table):
     """A file of ones -> bytes of the file, of our largest leaf."""
-    from vcloze_jax import weights
+    from vcloze_jax.storage import weights
 
     sizes = weights.shapes(weights.abstract(weights.MODULES["flux"], config(width))[2])
     ones = ((path, np.ones(shape, "bfloat16")) for path, shape in sizes.items())
@@ -53,8 +53,8 @@ def load(folder, width, devices, dtype):
     """In a process of its own: bytes loaded, and how the peak rose above what was there before."""
     import jax
 
-    from vcloze_jax import weights
     from vcloze_jax.sharding import make_mesh, shardings
+    from vcloze_jax.storage import weights
 
     mesh = make_mesh(dict(data=1, fsdp=devices, tensor=1))
     cls, place = weights.MODULES["flux"], partial(shardings, mesh=mesh, root="flux/")

@@ -66,7 +66,7 @@ def convert(source: Path, out: Path):
     """Write `out` from the weights folder `source`; UserError if either is not as it must be. The
     JSON files that the source has are kept, those that it lacks are written."""
     from ports import read
-    from vcloze_jax import weights
+    from vcloze_jax.storage import weights
 
     if out.exists():
         raise UserError(f"{out}: exists already; name a new folder")

@@ -12,7 +12,7 @@ from vcloze_jax import prompts
 from vcloze_jax.data.conditions import NODES, nodes
 from vcloze_jax.data.graph import NODES as PHRASES
 from vcloze_jax.data.graphemoji import load
-from vcloze_jax.images import save_png, save_text
+from vcloze_jax.inputs.pictures import save_png, save_text
 
 FOLDER = Path(__file__).parents[1] / "examples"
 

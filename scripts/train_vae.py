@@ -20,15 +20,16 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from vcloze_jax import checkpoint, cli, weights
 from vcloze_jax.conditioning import to_model, to_pixels
 from vcloze_jax.config import MINI
 from vcloze_jax.data.conditions import NODES, nodes
 from vcloze_jax.data.graph import ALIGNED
 from vcloze_jax.data.graphemoji import load
-from vcloze_jax.images import save_png
-from vcloze_jax.runfolder import Log
-from vcloze_jax.vae import VAE
+from vcloze_jax.inputs import cli
+from vcloze_jax.inputs.pictures import save_png
+from vcloze_jax.inputs.runfolder import Log
+from vcloze_jax.model.vae import VAE
+from vcloze_jax.storage import checkpoint, places, weights
 
 
 def batch(pictures, seed, step, cells):
@@ -78,7 +79,7 @@ def main(argv):
         return VAE(MINI.vae, rngs=nnx.Rngs(params=key))
 
     def init(key):
-        vae = weights.load(VAE, MINI.vae, cli.MINI) if args.go_on else born(key)
+        vae = weights.load(VAE, MINI.vae, places.MINI) if args.go_on else born(key)
         params = nnx.to_pure_dict(nnx.state(vae))
         return params, tx.init(params)
 
@@ -128,7 +129,7 @@ def write(vae, pictures):
     moments = jax.jit(lambda x: vae.moments(to_model(x))[0])
     latents = np.concatenate([moments(part) for part in np.array_split(some, 32)])
     config = replace(MINI.vae, shift=float(latents.mean()), scale=float(1 / latents.std()))
-    weights.save_pipeline(cli.MINI, replace(MINI, vae=config), {"vae": vae})
+    weights.save_pipeline(places.MINI, replace(MINI, vae=config), {"vae": vae})
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from ports import pipeline, read
-from vcloze_jax import weights
 from vcloze_jax.config import MINI, CLIPConfig, FluxConfig, T5Config, UserError, VAEConfig
+from vcloze_jax.storage import weights
 
 DATA = Path(__file__).parent / "data"
 FLUX = FluxConfig(

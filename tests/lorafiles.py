@@ -11,9 +11,9 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from ports import exchange, torchfile
-from vcloze_jax import adapters, weights
-from vcloze_jax.mmdit import Flux
-from vcloze_jax.ops import rope_table
+from vcloze_jax.model.mmdit import Flux
+from vcloze_jax.model.ops import rope_table
+from vcloze_jax.storage import adapters, weights
 
 PLAIN = tiny.FLUX
 RANKED = replace(PLAIN, rank=11)  # between the widths 10 and 12 of two layers: ranks are mixed

@@ -16,9 +16,9 @@ import tiny
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from vcloze_jax import cli, weights
 from vcloze_jax.config import MINI
 from vcloze_jax.grid import build_grid
+from vcloze_jax.storage import places, weights
 
 PRESET = replace(
     MINI,
@@ -82,7 +82,7 @@ def weights_folder(folder):
     for file in folder.glob("*/*.safetensors"):
         save_file({key: draw(key, x.shape) for key, x in load_file(file).items()}, file)
     for name in ("tokenizer", "tokenizer_2"):
-        shutil.copytree(cli.MINI / name, folder / name)
+        shutil.copytree(places.MINI / name, folder / name)
     return folder
 
 

@@ -15,9 +15,10 @@ from lorafiles import LORA, PLAIN, RANKED, edited, renamed, same_trees
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from vcloze_jax import adapters, lora, weights
 from vcloze_jax.config import FLUX_FILL, UserError
-from vcloze_jax.mmdit import Flux
+from vcloze_jax.model import lora
+from vcloze_jax.model.mmdit import Flux
+from vcloze_jax.storage import adapters, weights
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vcloze_jax import checkpoint
 from vcloze_jax.config import UserError
+from vcloze_jax.storage import checkpoint
 
 
 def make_sharding(*axes: int) -> NamedSharding:
@@ -227,7 +227,7 @@ def test_disk_full(tmp_path, capfd):
 SAVER = """
 import itertools, sys
 import jax.numpy as jnp
-from vcloze_jax import checkpoint
+from vcloze_jax.storage import checkpoint
 for step in itertools.count(1):
     checkpoint.save(sys.argv[1], step, {"a": jnp.full((256, 256), step), "b": jnp.full((8,), step)})
     print(step, flush=True)

@@ -13,10 +13,11 @@ import pytest
 
 import sample
 import train
-from vcloze_jax import cli
 from vcloze_jax.config import MINI, PRESETS, UserError
-from vcloze_jax.images import save_png
-from vcloze_jax.runfolder import FREE, Settings, compare, create
+from vcloze_jax.inputs import cli
+from vcloze_jax.inputs.pictures import save_png
+from vcloze_jax.inputs.runfolder import FREE, Settings, compare, create
+from vcloze_jax.storage import places
 
 ROOT = Path(__file__).parents[1]
 
@@ -233,15 +234,15 @@ def test_file_and_scale(tmp_path, monkeypatch, text, file, scale):
     """The last colon splits only if its tail is a number and the whole is not a file."""
     monkeypatch.chdir(tmp_path)
     Path("there:2").touch()
-    assert cli.file_and_scale(text) == (Path(file), scale)
+    assert places.file_and_scale(text) == (Path(file), scale)
 
 
 def test_named_preset(tmp_path):
     """A folder is of the preset that it names, else of FLUX.1-Fill."""
-    assert cli.named_preset(tmp_path).name == "flux-fill"
+    assert places.named_preset(tmp_path).name == "flux-fill"
     for name, preset in PRESETS.items():
         (tmp_path / "vcloze.json").write_text(json.dumps({"preset": name}))
-        assert cli.named_preset(tmp_path) is preset
+        assert places.named_preset(tmp_path) is preset
 
 
 @pytest.mark.parametrize(

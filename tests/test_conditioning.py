@@ -12,7 +12,7 @@ from tiny import FLUX, quick, stored, vae
 from vcloze_jax import conditioning
 from vcloze_jax.conditioning import encode_training, position_table, to_model, to_pixels
 from vcloze_jax.grid import Grid, Row
-from vcloze_jax.ops import pack, rope_table
+from vcloze_jax.model.ops import pack, rope_table
 
 encode_condition = jax.jit(conditioning.encode_condition, compiler_options=quick())
 train = jax.jit(encode_training, compiler_options=quick())

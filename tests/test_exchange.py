@@ -20,9 +20,10 @@ from ports import __main__ as command
 from ports import exchange
 from ports import lora as files
 from ports.read import PortError
-from vcloze_jax import adapters, lora, weights
 from vcloze_jax.config import FLUX_FILL
-from vcloze_jax.mmdit import Flux
+from vcloze_jax.model import lora
+from vcloze_jax.model.mmdit import Flux
+from vcloze_jax.storage import adapters, weights
 
 ROOT = Path(__file__).parents[1]
 Q, V = (f"transformer.transformer_blocks.1.attn.to_{part}" for part in "qv")

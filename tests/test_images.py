@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vcloze_jax import images
 from vcloze_jax.config import UserError
-from vcloze_jax.images import open_picture, quiet_decoders, save_png, save_text, to_mask
+from vcloze_jax.inputs import pictures as images
+from vcloze_jax.inputs.pictures import open_picture, quiet_decoders, save_png, save_text, to_mask
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -11,10 +11,11 @@ from folders import FLUX as PLAIN
 from lorafiles import velocity
 
 from ports import lora as names
-from vcloze_jax import lora, weights
 from vcloze_jax.config import FLUX_FILL
-from vcloze_jax.layers import Dense
-from vcloze_jax.mmdit import Flux
+from vcloze_jax.model import lora
+from vcloze_jax.model.layers import Dense
+from vcloze_jax.model.mmdit import Flux
+from vcloze_jax.storage import weights
 
 # 9 stands between the widths 6 and 10 of vector_in and txt_in, so that ranks are mixed.
 RANKED = replace(PLAIN, rank=9)

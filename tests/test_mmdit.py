@@ -12,11 +12,12 @@ from flax import nnx
 from safetensors.numpy import load_file
 from tiny import FLUX, cast, flux, part, quick, relative, stored
 
-from vcloze_jax import lora, weights
 from vcloze_jax.config import FLUX_FILL
-from vcloze_jax.mmdit import Flux
-from vcloze_jax.ops import rope_table
-from vcloze_jax.paint import modulate_steps
+from vcloze_jax.model import lora
+from vcloze_jax.model.mmdit import Flux
+from vcloze_jax.model.ops import rope_table
+from vcloze_jax.painter import modulate_steps
+from vcloze_jax.storage import weights
 
 TEXT = 3  # tokens
 jit = partial(jax.jit, compiler_options=quick())

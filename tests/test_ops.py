@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny import stored
 
-from vcloze_jax import ops
+from vcloze_jax.model import ops
 
 AXES = (16, 56, 56)  # FLUX's
 

@@ -10,7 +10,7 @@ import pytest
 import reference
 from safetensors.numpy import load_file
 
-from vcloze_jax.paint import Job
+from vcloze_jax.painter import Job
 from vcloze_jax.pipeline import load_painter
 
 CASES = [(name, steps) for name in reference.KINDS for steps in reference.STEPS]

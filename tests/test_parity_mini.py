@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import reference
 
-from vcloze_jax import cli
 from vcloze_jax.config import MINI
-from vcloze_jax.paint import Job
+from vcloze_jax.inputs.spec import read_specs
+from vcloze_jax.painter import Job
 from vcloze_jax.pipeline import load_painter
-from vcloze_jax.spec import read_specs
+from vcloze_jax.storage import places
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -26,7 +26,7 @@ SPECS = ("3_two_examples", "8_partly_masked")
 def pipeline():
     """The shipped folder as diffusers' own pipeline, all its parts in float32, with the adapter."""
     pytest.importorskip("diffusers"), pytest.importorskip("peft")
-    return reference.load(cli.MINI, cli.LORA)
+    return reference.load(places.MINI, places.LORA)
 
 
 @pytest.fixture(scope="module")

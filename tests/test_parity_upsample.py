@@ -11,7 +11,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from vcloze_jax.paint import Job
+from vcloze_jax.painter import Job
 from vcloze_jax.pipeline import load_painter
 from vcloze_jax.upsample import Upsampling
 

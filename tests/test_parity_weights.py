@@ -11,9 +11,9 @@ from folders import FLUX, PRESET, SINGLES, VARIANTS, key_list, module
 from safetensors.numpy import load_file, save_file
 
 from ports import pipeline
-from vcloze_jax import weights
-from vcloze_jax.ops import rope_table
-from vcloze_jax.vae import VAE
+from vcloze_jax.model.ops import rope_table
+from vcloze_jax.model.vae import VAE
+from vcloze_jax.storage import weights
 
 pytestmark = pytest.mark.parity
 

@@ -12,8 +12,9 @@ import tiny
 from PIL import Image
 
 import sample
-from vcloze_jax import Pipeline, cli, weights
+from vcloze_jax import Pipeline
 from vcloze_jax.config import UserError
+from vcloze_jax.storage import places, weights
 
 PICTURES = Path(__file__).parents[1] / "examples/pictures"
 POODLE, ROCKET = (
@@ -105,7 +106,7 @@ def test_text_encoders_go_first(folder, monkeypatch, tmp_path):
     first = Pipeline.load(folder)(GRID, **SMALL)
     assert loaded == ["T5Encoder", "CLIPTextEncoder", "VAE", "Flux"]
     assert there[2:] == [0, 0]
-    assert len(list((cli.cache_folder() / "text").iterdir())) == 1
+    assert len(list((places.cache_folder() / "text").iterdir())) == 1
     loaded.clear()
     again = Pipeline.load(folder)(GRID, **SMALL)
     assert loaded == ["VAE", "Flux"]
@@ -128,7 +129,11 @@ def test_adapters_by_name():
     """An adapter is a path, "FILE:SCALE" or a pair; several are a list; none is mini's own."""
     pairs = [(Path("a"), 0.5), (Path("b"), 1.0)]
     assert (
-        cli.model_of(None, ["a:0.5", Path("b")]) == cli.model_of(None, pairs) == (cli.MINI, pairs)
+        places.model_of(None, ["a:0.5", Path("b")])
+        == places.model_of(None, pairs)
+        == (places.MINI, pairs)
     )
-    assert cli.model_of("w", "b") == (Path("w"), pairs[1:]) and cli.model_of("w", None)[1] == []
-    assert cli.model_of(None, None) == (cli.MINI, [(cli.LORA, 1.0)])
+    assert (
+        places.model_of("w", "b") == (Path("w"), pairs[1:]) and places.model_of("w", None)[1] == []
+    )
+    assert places.model_of(None, None) == (places.MINI, [(places.LORA, 1.0)])

@@ -14,10 +14,12 @@ from PIL import Image
 
 import sample
 import train
-from vcloze_jax import cli, paint, plan, weights
+from vcloze_jax import painter as paint
+from vcloze_jax import plan
 from vcloze_jax.config import FLUX_FILL, MINI, FluxConfig
-from vcloze_jax.mmdit import Flux
+from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.sharding import make_mesh, parse_mesh
+from vcloze_jax.storage import places, weights
 
 TERA = 1e12
 
@@ -136,7 +138,7 @@ def test_train(tmp_path, capsys, nothing_loads):
     argv = ["--out", f"{tmp_path}/run", "--plan", "--data", "graphemoji:gray->fluent_flat"]
     train.main(argv)
     out = capsys.readouterr().out
-    mini = replace(weights.check(cli.MINI), train=MINI.train)
+    mini = replace(weights.check(places.MINI), train=MINI.train)
     adapted = replace(mini, flux=replace(mini.flux, rank=mini.train.rank))
     adapter = plan.shapes_of(adapted, "flux")[0]
     exact = 4 * sum(x.size for x in jax.tree.leaves(adapter))

@@ -12,8 +12,8 @@ from folders import FLUX, SINGLES, arrays, change, refusal
 from safetensors.numpy import load_file, save_file
 
 from ports import flux, read
-from vcloze_jax import weights
-from vcloze_jax.mmdit import Flux
+from vcloze_jax.model.mmdit import Flux
+from vcloze_jax.storage import weights
 
 FILE = "transformer/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"

@@ -20,10 +20,10 @@ from safetensors.numpy import load_file
 
 import sample
 import train
-from vcloze_jax import adapters, checkpoint, weights
 from vcloze_jax.config import PRESETS, UserError
-from vcloze_jax.runfolder import Log
-from vcloze_jax.train_step import make_optimizer, make_step
+from vcloze_jax.inputs.runfolder import Log
+from vcloze_jax.storage import adapters, checkpoint, weights
+from vcloze_jax.trainer import make_optimizer, make_step
 
 ROOT = Path(__file__).parents[1]
 SUBJECTS = "crab", "magnet", "skier"
@@ -160,7 +160,7 @@ def test_stopped_is_unbroken(unbroken, home, tmp_path, monkeypatch, capsys):
 DIE = """
 import os, signal
 import train
-from vcloze_jax.runfolder import Log
+from vcloze_jax.inputs.runfolder import Log
 
 write = Log.write
 

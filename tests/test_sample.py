@@ -15,12 +15,13 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import sample
-from vcloze_jax import paint, pipeline
+from vcloze_jax import painter as paint
+from vcloze_jax import pipeline
 from vcloze_jax.config import UserError
 from vcloze_jax.data.conditions import NODES, nodes
 from vcloze_jax.data.graphemoji import load
+from vcloze_jax.inputs.spec import read_specs
 from vcloze_jax.pipeline import load_painter
-from vcloze_jax.spec import read_specs
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "examples/pictures"

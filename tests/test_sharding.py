@@ -23,9 +23,9 @@ from vcloze_jax.config import (
     UserError,
     VAEConfig,
 )
-from vcloze_jax.ops import rope_table
+from vcloze_jax.model.ops import rope_table
 from vcloze_jax.sharding import BATCH, batch_sharding, make_mesh, parse_mesh, put, shardings
-from vcloze_jax.train_step import Batch, loss_fn, make_optimizer, make_step
+from vcloze_jax.trainer import Batch, loss_fn, make_optimizer, make_step
 
 MESHES = ("8", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2")
 # Every kind of layer, at widths that divide over 8 devices.

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vcloze_jax import prompts
 from vcloze_jax.config import FLUX_FILL, MINI, UserError
-from vcloze_jax.spec import read_specs
+from vcloze_jax.inputs.spec import read_specs
 
 ROW = [["a.png", "b.png"]]
 GRID = [["a.png", "b.png"], ["b.png", None]]
@@ -330,7 +330,8 @@ def test_outputs_never_collide(folder, names):
 def test_no_accelerator_library_is_imported():
     """Law: a mistake is reported in a fraction of a second, because nothing here imports JAX."""
     code = (
-        "import sys, vcloze_jax.spec; sys.exit(bool({'jax', 'flax', 'torch'} & set(sys.modules)))"
+        "import sys, vcloze_jax.inputs.spec; "
+        "sys.exit(bool({'jax', 'flax', 'torch'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

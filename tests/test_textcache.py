@@ -4,8 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from vcloze_jax import textcache
-from vcloze_jax.textcache import TextCache
+from vcloze_jax.storage import textreader as textcache
+from vcloze_jax.storage.textreader import TextCache
 
 SHAPES = [(3, 4), (5,)]
 IDS = np.int32([[1, 2, 3]]), np.int32([[4, 5]])

@@ -12,8 +12,8 @@ from PIL import Image
 
 from vcloze_jax import flow, pipeline
 from vcloze_jax.config import MINI, UserError
+from vcloze_jax.inputs.spec import read_specs
 from vcloze_jax.pipeline import load_painter
-from vcloze_jax.spec import read_specs
 from vcloze_jax.upsample import Upsampling, upsampled_size
 
 SIZES = {"a": (48, 32), "big": (2000, 1000), "small": (40, 20)}

@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 from tiny import VAE_CONFIG, cast, quick, relative, stored, vae
 
-from vcloze_jax import vae as room
-from vcloze_jax import weights
 from vcloze_jax.config import FLUX_FILL, MINI
-from vcloze_jax.vae import VAE, GroupNorm
+from vcloze_jax.model import vae as room
+from vcloze_jax.model.vae import VAE, GroupNorm
+from vcloze_jax.storage import weights
 
 jit = partial(jax.jit, compiler_options=quick())
 moments = jit(lambda vae, x: vae.moments(x))

@@ -16,10 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 from ports import __main__ as command
 from ports import pipeline, read
-from vcloze_jax import weights
 from vcloze_jax.config import UserError
 from vcloze_jax.pipeline import Pipeline
 from vcloze_jax.sharding import make_mesh, shardings
+from vcloze_jax.storage import weights
 
 
 def tensors(folder, preset, dtype="float32", place=None):

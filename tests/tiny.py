@@ -17,10 +17,10 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from vcloze_jax import cli, weights
 from vcloze_jax.config import MINI, FluxConfig, VAEConfig
-from vcloze_jax.mmdit import Flux
-from vcloze_jax.vae import VAE
+from vcloze_jax.model.mmdit import Flux
+from vcloze_jax.model.vae import VAE
+from vcloze_jax.storage import places, weights
 
 FLUX = FluxConfig(
     width=16,
@@ -138,7 +138,7 @@ def weights_folder(folder, seed=0):
     }
     weights.save_pipeline(folder, TINY, modules, "float32")
     for name in ("tokenizer", "tokenizer_2"):
-        shutil.copytree(cli.MINI / name, folder / name)
+        shutil.copytree(places.MINI / name, folder / name)
     return folder
 
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vcloze_jax.mmdit import Flux
-from vcloze_jax.ops import pack, pack_mask, rope_table
-from vcloze_jax.text import CLIPTextEncoder, T5Encoder
-from vcloze_jax.vae import VAE
+from vcloze_jax.model.mmdit import Flux
+from vcloze_jax.model.ops import pack, pack_mask, rope_table
+from vcloze_jax.model.text import CLIPTextEncoder, T5Encoder
+from vcloze_jax.model.vae import VAE
 
 BLACK = -1.0  # of a blank cell, in model range
 GREY = 0.0  # of what stock Fill masks: the second pass

@@ -13,13 +13,14 @@ from typing import NamedTuple
 import numpy as np
 from skimage.metrics import structural_similarity
 
-from vcloze_jax import cli, prompts
+from vcloze_jax import prompts
 from vcloze_jax.config import UserError
 from vcloze_jax.data import graph
 from vcloze_jax.data.conditions import NODES
 from vcloze_jax.data.loader import GraphEmojiGrids
-from vcloze_jax.images import save_png, save_text
-from vcloze_jax.paint import Job, bar
+from vcloze_jax.inputs import cli
+from vcloze_jax.inputs.pictures import save_png, save_text
+from vcloze_jax.painter import Job, bar
 from vcloze_jax.pipeline import load_painter
 
 TASKS = {

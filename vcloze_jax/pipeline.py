@@ -14,14 +14,14 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from vcloze_jax import adapters, cli, weights
-from vcloze_jax.images import save_png, save_text
-from vcloze_jax.lora import fold
-from vcloze_jax.paint import Job, Painter, versions
-from vcloze_jax.sharding import make_mesh, parse_mesh, put, shardings
-from vcloze_jax.spec import output_names, read_spec
-from vcloze_jax.text import Tokenizers
-from vcloze_jax.textcache import TextCache
+from vcloze_jax.inputs.pictures import save_png, save_text
+from vcloze_jax.inputs.spec import output_names, read_spec
+from vcloze_jax.model.lora import fold
+from vcloze_jax.model.text import Tokenizers
+from vcloze_jax.painter import Job, Painter, versions
+from vcloze_jax.sharding import compute_dtype, make_mesh, parse_mesh, put, shardings
+from vcloze_jax.storage import adapters, places, weights
+from vcloze_jax.storage.textreader import TextCache
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def painting(spec, painted):
 
 def load_painter(folder, lora, mesh):
     """A Painter of what those three name; see Pipeline.load."""
-    folder, loras = cli.model_of(folder, lora)
+    folder, loras = places.model_of(folder, lora)
     mesh = make_mesh(parse_mesh(mesh) if mesh else None)
     preset = weights.check_fill(folder)
     for file, _ in loras:
@@ -121,7 +121,7 @@ class Shelf:
 
     def __init__(self, folder, preset, loras, mesh):
         self.folder, self.preset, self.loras, self.mesh = folder, preset, loras, mesh
-        self.dtype = weights.compute_dtype(mesh)
+        self.dtype = compute_dtype(mesh)
 
     @cached_property
     def flux(self):
@@ -155,7 +155,7 @@ class Shelf:
         """Text embeddings of these encoders on this mesh: from disk, or else by `encode`."""
         t5, clip = self.preset.t5, self.preset.clip
         shapes = [(t5.max_length, t5.width), (clip.width,)]
-        cache = TextCache(cli.cache_folder() / "text", self.identity(), shapes, self.dtype)
+        cache = TextCache(places.cache_folder() / "text", self.identity(), shapes, self.dtype)
         return cache(encode, *ids)
 
     def identity(self):

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vcloze_jax import weights
 from vcloze_jax.grid import PATCH, bucket
-from vcloze_jax.paint import BATCH_TOKENS
-from vcloze_jax.sharding import shardings
-from vcloze_jax.vae import VAE
+from vcloze_jax.model.vae import VAE
+from vcloze_jax.painter import BATCH_TOKENS
+from vcloze_jax.sharding import compute_dtype, shardings
+from vcloze_jax.storage import weights
 
 # Values of one block that live at once, in widths of the MMDiT per token: in a forward pass those
 # of a single block's joined MLP and attention; for a gradient all that autodiff keeps.
@@ -113,7 +113,7 @@ def picture_bytes(config, height, width, itemsize):
 
 def sampling(preset, specs, mesh):
     """What painting specs costs, as text."""
-    dtype, shards = weights.compute_dtype(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
+    dtype, shards = compute_dtype(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
     size, text = jnp.dtype(dtype).itemsize, preset.t5.max_length
     lines, counts, pictures, total = [], Counter(), [], 0
     for name, tokens, steps, rows in passes(specs):
@@ -159,7 +159,7 @@ def passes(specs):
 
 def training(preset, settings, data, mesh):
     """What an optimizer step on the largest grid of the data costs, as text."""
-    dtype, shards = weights.compute_dtype(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
+    dtype, shards = compute_dtype(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
     size, text, rank = jnp.dtype(dtype).itemsize, preset.t5.max_length, settings.rank
     rows = largest(data)
     tokens = sum(height * width for height, width in rows) // PATCH**2

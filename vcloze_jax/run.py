@@ -13,16 +13,16 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from vcloze_jax import adapters, checkpoint, weights
 from vcloze_jax.conditioning import Models
 from vcloze_jax.config import UserError
 from vcloze_jax.data.loader import micro_batch, micro_batches
-from vcloze_jax.images import save_png
-from vcloze_jax.paint import Job, Painter
-from vcloze_jax.runfolder import Log, Stop, create
-from vcloze_jax.sharding import put, shardings
-from vcloze_jax.text import Tokenizers
-from vcloze_jax.train_step import learning_rate, loss_fn, make_batch, make_optimizer, make_step
+from vcloze_jax.inputs.pictures import save_png
+from vcloze_jax.inputs.runfolder import Log, Stop, create
+from vcloze_jax.model.text import Tokenizers
+from vcloze_jax.painter import Job, Painter
+from vcloze_jax.sharding import compute_dtype, put, shardings
+from vcloze_jax.storage import adapters, checkpoint, weights
+from vcloze_jax.trainer import learning_rate, loss_fn, make_batch, make_optimizer, make_step
 
 PREVIEWS = 4  # held-out grids
 
@@ -79,7 +79,7 @@ class Run:
     def __init__(self, out, settings, preset, folder, mesh, source, held_out):
         self.out, self.settings, self.preset = Path(out), settings, preset
         self.folder, self.mesh, self.source = folder, mesh, source
-        self.dtype = weights.compute_dtype(mesh)
+        self.dtype = compute_dtype(mesh)
         self.tokenizers = Tokenizers(folder, preset.t5, preset.clip)
         self.graphdef, trainable, self.frozen = build(settings, preset, folder, mesh, self.dtype)
         self.rate = learning_rate(settings.lr, preset.train.warmup)

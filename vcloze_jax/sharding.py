@@ -125,3 +125,8 @@ def by_batch(x):
 def put(tree, mesh, root=""):
     """The tree's arrays, each in its place on the mesh."""
     return jax.device_put(tree, shardings(tree, mesh, root))
+
+
+def compute_dtype(mesh):
+    """float32 on CPU, bfloat16 on accelerators."""
+    return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"

@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vcloze_jax import checks, prompts
-from vcloze_jax.checks import named
+from vcloze_jax import prompts
 from vcloze_jax.config import UserError
 from vcloze_jax.grid import Grid, build_grid
-from vcloze_jax.images import check_file, quiet_decoders
-from vcloze_jax.spec import PROMPTS, open_cells, parse, sentences
+from vcloze_jax.inputs import checks
+from vcloze_jax.inputs.checks import named
+from vcloze_jax.inputs.pictures import check_file, quiet_decoders
+from vcloze_jax.inputs.spec import PROMPTS, open_cells, parse, sentences
 
 KEYS = ("image", *PROMPTS, "task")
 

@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 
 from vcloze_jax.config import CLIPConfig, T5Config, UserError
-from vcloze_jax.layers import Dense, RMSNorm, stack
-from vcloze_jax.ops import layer_norm
+from vcloze_jax.model.layers import Dense, RMSNorm, stack
+from vcloze_jax.model.ops import layer_norm
 
 
 class T5Encoder(nnx.Module):

@@ -9,8 +9,9 @@ from folders import FLUX, arrays, key_list, refusal
 
 from ports import pipeline, read
 from ports.folder import SIZES
-from vcloze_jax import configs, weights
 from vcloze_jax.config import FLUX_FILL, PRESETS
+from vcloze_jax.storage import weights
+from vcloze_jax.storage.preset import axes, load_preset
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ from vcloze_jax.config import FLUX_FILL, PRESETS
 )
 def test_sizes_of_the_transformer_from_shapes(changes):
     """Without a config.json every size of the transformer is told by its tensors, in either
-    naming; the RoPE axes by the rule of configs.axes."""
+    naming; the RoPE axes by the rule of axes."""
     config = replace(FLUX, **changes)
     for table in pipeline.PARTS["flux"].tables:
         there = read.export(table, arrays("flux", config).items())
@@ -33,9 +34,7 @@ def test_sizes_of_the_transformer_from_shapes(changes):
         source.header = {key: (x.shape, "F32") for key, x in there}
         ours = SIZES["flux"](source, table)
         head_dim = ours.pop("head_dim")
-        ours |= dict(
-            width=head_dim * ours["heads"], axes_dim=configs.axes(head_dim, FLUX_FILL.flux)
-        )
+        ours |= dict(width=head_dim * ours["heads"], axes_dim=axes(head_dim, FLUX_FILL.flux))
         assert replace(config, **ours) == config and len(ours) == 10
 
 
@@ -51,10 +50,10 @@ def test_published_sizes_from_shapes():
 def test_axes_of_heads():
     """Heads of a preset have its axes; others FLUX's proportions, even and summing to the head."""
     for preset in PRESETS.values():
-        assert configs.axes(preset.flux.head_dim, FLUX) == preset.flux.axes_dim
-    assert configs.axes(12, FLUX) == (4, 4, 4) == configs.axes(12, FLUX_FILL.flux)
+        assert axes(preset.flux.head_dim, FLUX) == preset.flux.axes_dim
+    assert axes(12, FLUX) == (4, 4, 4) == axes(12, FLUX_FILL.flux)
     for head_dim in range(8, 257, 2):
-        dims = configs.axes(head_dim, FLUX_FILL.flux)
+        dims = axes(head_dim, FLUX_FILL.flux)
         assert sum(dims) == head_dim and all(n > 0 and n % 2 == 0 for n in dims)
 
 
@@ -81,7 +80,7 @@ def test_configs_as_published(saved, tmp_path):
         old = json.loads(file.read_text()) | add
         file.write_text(json.dumps({k: v for k, v in old.items() if k not in drop}))
     (folder / "vcloze.json").unlink()
-    preset = configs.load_preset(folder)
+    preset = load_preset(folder)
     assert preset.clip.eos == 23 and preset.flux.out_channels == 64
     assert preset.train == FLUX_FILL.train and preset.resolution == 384
     assert preset.flux.remat

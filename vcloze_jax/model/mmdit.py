@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vcloze_jax.layers import Dense, DoubleBlock, LastLayer, MLPEmbedder, SingleBlock, stack
+from vcloze_jax.model.layers import Dense, DoubleBlock, LastLayer, MLPEmbedder, SingleBlock, stack
 
 
 class Modulation(NamedTuple):

@@ -13,11 +13,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vcloze_jax import checks, prompts
-from vcloze_jax.checks import named, take
+from vcloze_jax import prompts
 from vcloze_jax.config import Preset, UserError
 from vcloze_jax.grid import PATCH, Cell, Grid, build_grid
-from vcloze_jax.images import check_file, copy_picture, open_picture, quiet_decoders, to_mask
+from vcloze_jax.inputs import checks
+from vcloze_jax.inputs.checks import named, take
+from vcloze_jax.inputs.pictures import (
+    check_file,
+    copy_picture,
+    open_picture,
+    quiet_decoders,
+    to_mask,
+)
 from vcloze_jax.upsample import Upsampling, upsampled_size
 
 PROMPTS = ("layout_prompt", "task_prompt", "content_prompt")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vcloze_jax.layers import Dense, uniform
+from vcloze_jax.model.layers import Dense, uniform
 
 QUERIES = 2**13  # of the attention, at once: their scores, with all keys, take 512 MiB at 1024²
 

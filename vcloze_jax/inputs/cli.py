@@ -1,17 +1,13 @@
-"""What the commands share: one-line errors, exit codes, and where mini and the cache are."""
+"""What the commands share: one-line errors, exit codes, and the flags that name a model."""
 
 import argparse
-import json
-import math
 import os
 import signal
 import sys
 from pathlib import Path
 
-from vcloze_jax.config import FLUX_FILL, PRESETS, UserError
-
-MINI = Path(__file__).parent / "mini"  # shipped weights: the base, lora.safetensors beside it
-LORA = MINI / "lora.safetensors"
+from vcloze_jax.config import UserError
+from vcloze_jax.storage.places import cache_folder, file_and_scale
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,48 +38,6 @@ def add_model_flags(parser):
         help="adapter to fold in, repeatable; on mini it replaces mini's own",
     )
     add("--mesh", help="8, or data=2,fsdp=2,tensor=2 (default: all accelerators, or one CPU)")
-
-
-def model_of(weights, lora):
-    """Weights folder and adapters [(file, scale)] that those flags name, or their absence; an
-    adapter may also be a path, or "FILE:SCALE"."""
-    if not lora and not weights:
-        return MINI, [(LORA, 1.0)]
-    lora = [lora] if isinstance(lora, str | Path) else lora or []
-    pairs = [file_and_scale(str(x)) if isinstance(x, str | Path) else x for x in lora]
-    return Path(weights or MINI), pairs
-
-
-def file_and_scale(text):
-    """'FILE[:SCALE]' -> path and scale; a name of a file that is there is never split."""
-    file, colon, tail = text.rpartition(":")
-    try:
-        scale = float(tail)
-    except ValueError:
-        colon = ""
-    if not colon or Path(text).exists():
-        return Path(text), 1.0
-    if not math.isfinite(scale):
-        raise UserError(f"--lora {text}: the scale must be finite")
-    return Path(file), scale
-
-
-def cache_folder():
-    """Where compiled programs and text embeddings are kept between runs."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "vcloze_jax"
-
-
-def named_preset(folder):
-    """The preset that FOLDER/vcloze.json names, without it FLUX.1-Fill's. Raises UserError."""
-    file = Path(folder) / "vcloze.json"
-    if not file.is_file():
-        return FLUX_FILL
-    try:
-        return PRESETS[json.loads(file.read_text())["preset"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        names = ", ".join(PRESETS)
-        raise UserError(f'{file}: must say {{"preset": NAME}} with a name of {names}') from None
 
 
 def run(main):

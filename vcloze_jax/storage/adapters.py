@@ -10,9 +10,9 @@ from safetensors.numpy import save_file
 from ports import lora, read
 from ports.rows import leaf
 from vcloze_jax.config import FluxConfig, UserError
-from vcloze_jax.configs import told
-from vcloze_jax.mmdit import Flux
-from vcloze_jax.weights import abstract, flat, shapes
+from vcloze_jax.model.mmdit import Flux
+from vcloze_jax.storage.preset import told
+from vcloze_jax.storage.weights import abstract, flat, shapes
 
 
 def opened(file: Path, config: FluxConfig):

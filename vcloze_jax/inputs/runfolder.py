@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vcloze_jax.config import UserError
-from vcloze_jax.images import save_text
+from vcloze_jax.inputs.pictures import save_text
 
 FREE = ("mesh", "steps", "save_every", "preview_every")  # may change when a run goes on
 

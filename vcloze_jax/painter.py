@@ -16,11 +16,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from vcloze_jax import __version__, conditioning, flow, weights
+from vcloze_jax import __version__, conditioning, flow
 from vcloze_jax.grid import Grid, bucket
-from vcloze_jax.ops import unpack
+from vcloze_jax.model.ops import unpack
 from vcloze_jax.programs import Programs
-from vcloze_jax.sharding import batch_sharding
+from vcloze_jax.sharding import batch_sharding, compute_dtype
 from vcloze_jax.upsample import Upsampling
 
 PARTS = ("load", "text", "vae", "compile", "paint", "decode")  # of the seconds in a record
@@ -109,7 +109,7 @@ class Painter:
         self.preset, self.models, self.tokenizers = preset, models, tokenizers
         self.mesh, self.remember = mesh, remember
         self.shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        self.dtype = dtype = weights.compute_dtype(mesh)
+        self.dtype = dtype = compute_dtype(mesh)
         self.programs = Programs()
         jit = self.programs.jit
         self.encode_text = jit(partial(conditioning.encode_text, dtype=dtype))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vcloze_jax.ops import attention, modulate, rope, timestep_embedding
+from vcloze_jax.model.ops import attention, modulate, rope, timestep_embedding
 from vcloze_jax.sharding import by_batch
 
 

@@ -17,11 +17,11 @@ from flax import nnx
 from ports import pipeline, read
 from ports.folder import locate
 from vcloze_jax.config import FLUX_FILL, Preset, UserError
-from vcloze_jax.configs import load_preset, told
-from vcloze_jax.lora import split
-from vcloze_jax.mmdit import Flux
-from vcloze_jax.text import CLIPTextEncoder, T5Encoder
-from vcloze_jax.vae import VAE
+from vcloze_jax.model.lora import split
+from vcloze_jax.model.mmdit import Flux
+from vcloze_jax.model.text import CLIPTextEncoder, T5Encoder
+from vcloze_jax.model.vae import VAE
+from vcloze_jax.storage.preset import load_preset, told
 
 # field of Preset -> module, and its part of a weights folder
 MODULES = {"flux": Flux, "vae": VAE, "t5": T5Encoder, "clip": CLIPTextEncoder}
@@ -113,11 +113,6 @@ def stream(leaf, source, dtype, sharding):
         array = read.fetch(leaf, source, dtype, [slice(*span) for span in cut])
         shards += jax.block_until_ready([jax.device_put(array, home) for home in homes])
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
-
-
-def compute_dtype(mesh):
-    """float32 on CPU, bfloat16 on accelerators."""
-    return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
 
 
 def save_pipeline(folder: Path, preset: Preset, models: dict, dtype="bfloat16", max_bytes=10**10):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ports import pipeline, read
 from ports.folder import SIZES, locate, what
-from vcloze_jax.cli import named_preset
 from vcloze_jax.config import PRESETS, Preset, UserError
+from vcloze_jax.storage.places import named_preset
 
 
 @contextmanager

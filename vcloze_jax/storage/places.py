@@ -1,0 +1,53 @@
+"""Where things are: the shipped model, the one that a user names, and the cache. Knows no JAX."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+from vcloze_jax.config import FLUX_FILL, PRESETS, UserError
+
+MINI = Path(__file__).parents[1] / "mini"  # shipped weights: the base, lora.safetensors beside it
+LORA = MINI / "lora.safetensors"
+
+
+def model_of(weights, lora):
+    """Weights folder and adapters [(file, scale)] that those flags name, or their absence; an
+    adapter may also be a path, or "FILE:SCALE"."""
+    if not lora and not weights:
+        return MINI, [(LORA, 1.0)]
+    lora = [lora] if isinstance(lora, str | Path) else lora or []
+    pairs = [file_and_scale(str(x)) if isinstance(x, str | Path) else x for x in lora]
+    return Path(weights or MINI), pairs
+
+
+def file_and_scale(text):
+    """'FILE[:SCALE]' -> path and scale; a name of a file that is there is never split."""
+    file, colon, tail = text.rpartition(":")
+    try:
+        scale = float(tail)
+    except ValueError:
+        colon = ""
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    if not math.isfinite(scale):
+        raise UserError(f"--lora {text}: the scale must be finite")
+    return Path(file), scale
+
+
+def cache_folder():
+    """Where compiled programs and text embeddings are kept between runs."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "vcloze_jax"
+
+
+def named_preset(folder):
+    """The preset that FOLDER/vcloze.json names, without it FLUX.1-Fill's. Raises UserError."""
+    file = Path(folder) / "vcloze.json"
+    if not file.is_file():
+        return FLUX_FILL
+    try:
+        return PRESETS[json.loads(file.read_text())["preset"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        names = ", ".join(PRESETS)
+        raise UserError(f'{file}: must say {{"preset": NAME}} with a name of {names}') from None
