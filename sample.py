@@ -40,8 +40,9 @@ def main(argv):
     check_outputs(args.out, specs)
 
     from vcloze_jax import plan
-    from vcloze_jax.painter import bar
+    from vcloze_jax.painter import steps_bar
     from vcloze_jax.pipeline import Pipeline
+    from vcloze_jax.programs import spent
     from vcloze_jax.storage import weights  # JAX from here on
 
     pipeline = Pipeline.load(args.weights, args.lora, args.mesh)
@@ -50,12 +51,11 @@ def main(argv):
         print(plan.sampling(pipeline.painter.preset, specs, pipeline.painter.mesh))
     if args.check or args.plan:
         return
-    for spec, painting in zip(specs, pipeline.paint(specs, bar), strict=True):
+    for spec, painting in zip(specs, pipeline.paint(specs, steps_bar), strict=True):
         painting.save(args.out, spec.name)
         if painting.dropped:
             print(f"{spec.name}: the prompt is too long: {painting.dropped} tokens dropped")
-    compiles = pipeline.painter.compiles
-    print(f"{len(specs)} grids painted, {compiles} programs compiled: {args.out}/")
+    print(f"{len(specs)} grids painted, {spent['programs']} programs compiled: {args.out}/")
 
 
 if __name__ == "__main__":

@@ -11,109 +11,107 @@ RUN/lora.safetensors, which sample.py --lora and diffusers load.
 from dataclasses import replace
 from pathlib import Path
 
+from tqdm import tqdm
+
 from vcloze_jax.config import PRESETS, UserError
 from vcloze_jax.data.jsonlines import open_own
-from vcloze_jax.grid import PATCH
 from vcloze_jax.inputs import cli
-from vcloze_jax.inputs.runfolder import Settings, compare
+from vcloze_jax.inputs.pictures import save_png
+from vcloze_jax.inputs.runfolder import Log, RunFolder, Stop
 from vcloze_jax.storage import places
+
+PREVIEWS = 4  # held-out grids
 
 
 def parse(argv):
-    p = cli.Parser(__doc__)
-    add = p.add_argument
-    mesh = "8, or data=2,fsdp=2,tensor=2 (default: all accelerators, or one CPU device)"
-    add("--mesh", help=f"{mesh}; virtual CPU devices are made where there is no accelerator")
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
     add("--out", type=Path, metavar="RUN", help="the run's folder (default: runs/PRESET)")
     add("--check", action="store_true", help="validate everything, train nothing")
     add("--plan", action="store_true", help="print tokens, FLOPs and bytes of a step, and exit")
-
-    add = p.add_argument_group("start from").add_argument
-    add("--preset", choices=PRESETS, default="mini")
-    add("--weights", type=Path, metavar="DIR", help="folder in diffusers' layout (default: mini's)")
-    add("--lora", type=Path, metavar="FILE", help="go on from this adapter")
-    scratch = "random MMDiT and text encoders, all trained; the VAE is that of --weights"
-    add("--from-scratch", action="store_true", help=scratch)
-
-    add = p.add_argument_group("data").add_argument
-    add("--data", help="graphemoji, graphemoji:TASK, graphemoji-fill, or a JSON-lines file")
-    add("--resolution", type=int, help="a cell's area is its square; for JSON-lines data")
-
-    add = p.add_argument_group("recipe (defaults are the preset's)").add_argument
-    add("--rank", type=int, help="of the adapter; 0 trains the MMDiT itself")
-    add("--lr", type=float, help="learning rate")
-    add("--batch", type=int, help="grids per step")
-    add("--micro-batch", type=int, help="grids at a time; --batch is a multiple")
-    add("--steps", type=int, help="optimizer steps in all")
-    region = "the masked pixels, or all rows as in the authors' code"
-    add("--loss-region", choices=("target", "grid"), default="target", help=region)
-    add("--seed", type=int, default=0)
-    add("--save-every", type=int, metavar="STEPS")
-    add("--preview-every", type=int, metavar="STEPS")
-    return p.parse_args(argv)
-
-
-def settle(args, preset):
-    """Flags over the preset's defaults -> Settings. Raises UserError that names the flag."""
-    s = dict(vars(preset.train), rank=0 if args.from_scratch else preset.train.rank)
-    s |= dict(resolution=preset.resolution, mesh="", lora=None)
-    s |= {key: value for key, value in vars(args).items() if value is not None}
-    s["weights"] = str(args.weights.resolve() if args.weights else "mini")
-    s["lora"] = args.lora and str(args.lora.resolve())
-    s["micro_batch"] = min(s["micro_batch"], s["batch"])
-    lows = dict(batch=1, micro_batch=1, steps=1, resolution=PATCH, save_every=1, preview_every=1)
-    for key, low in lows.items():
-        if s[key] < low:
-            raise UserError(f"--{key.replace('_', '-')} {s[key]}: must be at least {low}")
-    if s["rank"] < 0 or not 0 <= s["seed"] < 2**32 or not 0 < s["lr"] < 1:
-        raise UserError("--rank from 0, --seed in 0 … 2^32-1, --lr between 0 and 1")
-    if s["batch"] % s["micro_batch"]:
-        raise UserError(f"--batch {s['batch']}: not a multiple of --micro-batch {s['micro_batch']}")
-    if args.from_scratch and (s["rank"] or s["lora"]):
-        raise UserError("--from-scratch trains every weight: leave --rank and --lora away")
-    return Settings(**{field: s[field] for field in Settings.__dataclass_fields__})
+    cli.add_recipe_flags(parser)
+    return parser.parse_args(argv)
 
 
 def main(argv):
+    """Check all that the user may have to correct, then load and train; returns the exit code."""
     args = parse(argv)
-    if args.weights is None and args.preset != "mini":
-        raise UserError(f"--preset {args.preset}: its weights are yours; add --weights DIR")
-    settings = settle(args, PRESETS[args.preset])
-    out = args.out or Path("runs", args.preset)
-    compare(out, settings)
-    own = open_own(settings.data, replace(PRESETS[args.preset], resolution=settings.resolution))
+    recipe = cli.read_recipe(args)
+    run = RunFolder(args.out or Path("runs", recipe.preset))
+    run.compare(recipe)
+    own = open_own(recipe.data, replace(PRESETS[recipe.preset], recipe=recipe))
 
     from vcloze_jax import plan  # JAX from here on
     from vcloze_jax.data.loader import open_data
-    from vcloze_jax.run import Run
     from vcloze_jax.sharding import make_mesh, parse_mesh
-    from vcloze_jax.storage import adapters, weights
-    from vcloze_jax.storage.preset import read_config
+    from vcloze_jax.storage.models import check_for_training
 
-    mesh = make_mesh(parse_mesh(args.mesh) if args.mesh else None)
+    mesh = make_mesh(parse_mesh(recipe.mesh) if recipe.mesh else None)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if settings.micro_batch % shards:
-        raise UserError(f"--micro-batch {settings.micro_batch}: a multiple of {shards}, please")
-    folder = args.weights or places.MINI
-    if args.from_scratch:
-        preset = PRESETS[args.preset]
-        preset = replace(preset, vae=read_config(folder, "vae", preset.vae))
-    else:
-        preset = weights.check_fill(folder)
-        if preset.name != args.preset:
-            raise UserError(f"{folder}: its preset is {preset.name}; add --preset {preset.name}")
-        print(f"weights: {weights.summary(folder, preset)}")
-    preset = replace(preset, resolution=settings.resolution)
-    if args.lora:
-        adapters.check(args.lora, preset.flux)
-    held_out = own or open_data(settings.data, preset, "held_out")
+    if recipe.micro_batch % shards:
+        raise UserError(f"--micro-batch {recipe.micro_batch}: a multiple of {shards}, please")
+    folder = Path(args.weights or places.MINI)
+    preset = check_for_training(folder, recipe)
+    held_out = own or open_data(recipe.data, preset, "held_out")
     if args.plan:
-        print(plan.training(preset, settings, held_out, mesh))
+        print(plan.training(preset, recipe, held_out, mesh))
         return 0
-    data = own or open_data(settings.data, preset, "train")
+    source = own or open_data(recipe.data, preset, "train")
     if args.check:
         return 0
-    return Run(out, settings, preset, folder, mesh, data, held_out).train()
+    return learn(run, preset, folder, mesh, source, held_out)
+
+
+def learn(run, preset, folder, mesh, source, held_out):
+    """Load the models, take up the run where it stands, and train to its last step or a signal."""
+    from vcloze_jax.data.loader import micro_batch, micro_batches
+    from vcloze_jax.painter import Painter
+    from vcloze_jax.storage import checkpoint
+    from vcloze_jax.storage.models import load_for_training, save_trained
+    from vcloze_jax.storage.textreader import TextReader, Tokenizers
+    from vcloze_jax.trainer import Trainer, preview_sheet, train
+
+    recipe, tokenizers = preset.recipe, Tokenizers(folder, preset.t5, preset.clip)
+    parts = load_for_training(preset, folder, mesh)
+    trainer = Trainer(parts, preset, tokenizers, mesh, getattr(source, "fill", False))
+    run.create(recipe)  # after all that the user may have to correct
+    trainer.step, trainer.state = checkpoint.resume(run.checkpoints, trainer.state)
+    log = Log(run.metrics, trainer.step)
+    if trainer.step == recipe.steps:
+        print(f"{run.path}: finished at step {trainer.step}; a larger --steps goes on")
+        return 0
+
+    painter = Painter(preset, None, None, mesh)
+    painter.read_texts = TextReader(tokenizers, lambda: painter.models.encoders(), painter.dtype)
+    examples = micro_batch(held_out, seed=0, index=0, size=PREVIEWS)
+    bar = tqdm(total=recipe.steps, initial=trainer.step, unit="step", dynamic_ncols=True)
+
+    def write(metrics):
+        log.write(metrics)
+        loss, norm = metrics["loss"], metrics["grad_norm"]
+        bar.set_postfix(loss=f"{loss:.4f}", grad=f"{norm:.3f}", refresh=False)
+        bar.update()
+
+    def preview():
+        painter.models = trainer.models()
+        save_png(run.previews / f"{trainer.step:06d}.png", preview_sheet(painter, examples))
+
+    def save():
+        if trainer.step == recipe.steps:  # first: a run whose last step is saved is complete
+            save_trained(run.path, trainer, folder)
+        checkpoint.save(run.checkpoints, trainer.step, trainer.state)
+
+    micro = recipe.batch // recipe.micro_batch
+    span = trainer.step * micro, recipe.steps * micro
+    batches = micro_batches(source, recipe.seed, recipe.micro_batch, *span)
+    with Stop() as stop, bar:
+        train(trainer, batches, write, preview, save, lambda: stop.code)
+    if trainer.step == recipe.steps:
+        written = "lora.safetensors" if recipe.rank else "weights"
+        print(f"{run.path}: finished, {written} written")
+        return 0
+    print(f"{run.path}: stopped at step {trainer.step}, saved; the same command resumes")
+    return stop.code
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import reference  # noqa: E402
 
-from vcloze_jax.model.text import Tokenizers  # noqa: E402
+from vcloze_jax.storage.textreader import Tokenizers  # noqa: E402
 
 
 def main():

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import zlib
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,10 @@ import pytest
 
 import sample
 import train
-from vcloze_jax.config import MINI, PRESETS, UserError
+from vcloze_jax.config import MINI, PRESETS, Recipe, UserError
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.pictures import save_png
-from vcloze_jax.inputs.runfolder import FREE, Settings, compare, create
+from vcloze_jax.inputs.runfolder import FREE, RunFolder
 from vcloze_jax.storage import places
 
 ROOT = Path(__file__).parents[1]
@@ -170,49 +170,77 @@ def test_train_refuses_weights_and_meshes(folder, call, monkeypatch, argv, messa
 
 # --- the identity of a run ---
 
-OTHER = Settings(**(dict.fromkeys(Settings.__dataclass_fields__, "other") | {"steps": 300}))
+OTHERS = {str: "other", int: 7, float: 0.25, tuple: [2, 3], bool: True, type(None): "other"}
+# Another value of every setting, as a run's file might hold it.
+OTHER = {f.name: OTHERS[type(f.default)] for f in fields(Recipe)} | {"preset": "flux-fill"}
 
 
 @pytest.fixture
 def begun(tmp_path):
-    """The folder of mini's run, as its first second leaves it, and its settings."""
-    settings = train.settle(train.parse([]), MINI)
-    create(tmp_path / "run", settings)
-    return tmp_path / "run", settings
+    """The folder of mini's run, as its first second leaves it, and its recipe."""
+    run, recipe = RunFolder(tmp_path / "run"), cli.read_recipe(train.parse([]))
+    run.create(recipe)
+    return run, recipe
 
 
-@pytest.mark.parametrize("key", [key for key in asdict(OTHER) if key not in FREE])
+def test_every_setting_is_a_flag():
+    """Every value of a recipe is a flag, whose absence leaves the preset's default."""
+    assert cli.read_recipe(train.parse([])) == MINI.recipe
+    argv = ["--guidance-range", "1", "30", "--clip", "3", "--from-scratch", "--batch", "4"]
+    recipe = cli.read_recipe(train.parse(argv))
+    told = dict(guidance_range=(1.0, 30.0), clip=3.0, from_scratch=True, rank=0)
+    assert recipe == replace(MINI.recipe, **told, batch=4, micro_batch=4)
+
+
+@pytest.mark.parametrize("key", [f.name for f in fields(Recipe) if f.name not in FREE])
 def test_identity(begun, key):
     """Any setting but the free ones is the run's identity: another value is an error by name."""
-    out, settings = begun
-    compare(out, settings)
-    with pytest.raises(UserError, match=rf"config.json: {key} is .*, this command says 'other'"):
-        compare(out, replace(settings, **{key: "other"}))
+    run, recipe = begun
+    run.compare(recipe)
+    entries = json.loads(run.config.read_text()) | {key: OTHER[key]}
+    run.config.write_text(json.dumps(entries))
+    with pytest.raises(UserError, match=rf"config.json: {key} is .*, this command says"):
+        run.compare(recipe)
 
 
 @pytest.mark.parametrize("key", FREE)
 def test_free_settings(begun, key):
     """Mesh and intervals may change when a run goes on; steps may grow, and never shrink."""
-    out, settings = begun
-    compare(out, replace(settings, **{key: getattr(OTHER, key)}))
-    with pytest.raises(UserError, match=f"steps is {settings.steps}, and can only grow"):
-        compare(out, replace(settings, steps=settings.steps - 1))
+    run, recipe = begun
+    run.compare(replace(recipe, **{key: 300 if key == "steps" else OTHER[key]}))
+    with pytest.raises(UserError, match=f"steps is {recipe.steps}, and can only grow"):
+        run.compare(replace(recipe, steps=recipe.steps - 1))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "7", '{"steps": 3}', "{"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "7", '{"steps": 3}', "{", '{"preset": "maxi"}'])
 def test_broken_identity(begun, text):
     """A config.json that is not a run's is told, whatever it holds."""
-    out, settings = begun
-    (out / "config.json").write_text(text)
+    run, recipe = begun
+    run.config.write_text(text)
     with pytest.raises(UserError, match="config.json: not a run's settings"):
-        compare(out, settings)
+        run.compare(recipe)
+
+
+def test_older_identity(begun):
+    """What an older version did not write is taken to be the preset's default; what a newer one
+    wrote is told."""
+    run, recipe = begun
+    entries = json.loads(run.config.read_text())
+    del entries["clip"], entries["mask_fill"]
+    run.config.write_text(json.dumps(entries))
+    run.compare(recipe)
+    with pytest.raises(UserError, match="clip is 2.0, this command says 3.0"):
+        run.compare(replace(recipe, clip=3.0))
+    run.config.write_text(json.dumps(entries | {"bend": 1}))
+    with pytest.raises(UserError, match="not a run's settings .*bend"):
+        run.compare(recipe)
 
 
 def test_identity_as_a_command(begun, call):
     """A run that is another one is refused before JAX is imported."""
-    out, settings = begun
-    told = f"lr is {settings.lr}, this command says 0.5"
-    assert_refused(call(train.main, f"--out {out} --lr 0.5"), told)
+    run, recipe = begun
+    told = f"lr is {recipe.lr}, this command says 0.5"
+    assert_refused(call(train.main, f"--out {run.path} --lr 0.5"), told)
 
 
 # --- what the commands share ---

@@ -10,7 +10,7 @@ import pytest
 from tiny import FLUX, quick, stored, vae
 
 from vcloze_jax import conditioning
-from vcloze_jax.conditioning import encode_training, position_table, to_model, to_pixels
+from vcloze_jax.conditioning import Context, encode_training, position_table, to_model, to_pixels
 from vcloze_jax.grid import Grid, Row
 from vcloze_jax.model.ops import pack, rope_table
 
@@ -91,7 +91,7 @@ def test_blank_pixels_are_never_seen():
 def test_channels_are_latent_condition_mask():
     """The MMDiT reads 64 noisy | 64 condition | 256 mask channels, in the condition's dtype."""
     x, condition = jnp.ones((1, 4, 64)), jnp.full((1, 4, 320), 2, jnp.bfloat16)
-    img = conditioning.velocity(lambda img, *_: img, x, condition, None, None, None)
+    img = conditioning.velocity(lambda img, *_: img, x, None, Context(condition, *[None] * 4))
     assert img.dtype == jnp.bfloat16
     np.testing.assert_array_equal(img[0, 0].astype(int), [1] * 64 + [2] * 320)
 

@@ -75,7 +75,7 @@ def test_held_out_tasks_are_never_trained():
     """No task that is held out is in the training table; each of its nodes is, elsewhere, as a
     condition or as a target, so that only the way between them is new."""
     held_out = {*HELD_OUT_TASKS, *HELD_OUT_COMPOSITIONS}
-    assert parse_task(MINI.train.data.partition(":")[2]) in held_out  # mini learns it in the end
+    assert parse_task(MINI.recipe.data.partition(":")[2]) in held_out  # mini learns it in the end
     assert held_out.isdisjoint(TRAIN) and all(task.columns == 2 for task in HELD_OUT_TASKS)
     for task in held_out:
         assert any(task.target == other.target for other in TRAIN)

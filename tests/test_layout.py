@@ -1,133 +1,119 @@
-"""The house: which room may know which, how long a file may be, and who needs no JAX."""
+"""The law of the house: a story that is read, and wings that serve it, each with its own law.
+
+the story   train.py, sample.py and the files of STORY: what must be read
+model/      knows no file and no flag           inputs/     knows no JAX
+data/       knows no model                      storage/    alone knows ports and orbax
+ports/      knows neither JAX nor us
+"""
 
 import ast
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-
-# A module imports only from strictly lower floors. config.py lies below all, for its UserError.
-FLOORS = {
-    "vcloze_jax": -2,  # __init__.py: imports nothing of ours before it is asked to
-    "vcloze_jax.config": -1,
-    "vcloze_jax.grid": 0,
-    "vcloze_jax.prompts": 0,
-    "vcloze_jax.inputs.pictures": 0,
-    "vcloze_jax.inputs.checks": 0,
-    "vcloze_jax.storage.textreader": 0,
-    "vcloze_jax.programs": 0,
-    "vcloze_jax.upsample": 0.5,
-    "vcloze_jax.inputs.cli": 0,
-    "vcloze_jax.inputs.spec": 1,
-    "vcloze_jax.inputs.runfolder": 1,
-    "vcloze_jax.model.ops": 1,
-    "vcloze_jax.flow": 1,
-    "vcloze_jax.sharding": 1,
-    "vcloze_jax.model.layers": 2,
-    "vcloze_jax.model.mmdit": 3,
-    "vcloze_jax.model.vae": 3,
-    "vcloze_jax.model.text": 3,
-    "vcloze_jax.model.lora": 3,
-    "vcloze_jax.conditioning": 4,
-    "vcloze_jax.data.jsonlines": 1.5,
-    "vcloze_jax.data.graph": 4.1,
-    "vcloze_jax.data.graphemoji": 4.2,
-    "vcloze_jax.data.conditions": 4.3,
-    "vcloze_jax.data.loader": 4.4,
-    "vcloze_jax.storage.preset": 4.5,
-    "vcloze_jax.storage.weights": 5,
-    "vcloze_jax.storage.adapters": 5.1,
-    "vcloze_jax.storage.checkpoint": 5,
-    "vcloze_jax.painter": 5.2,
-    "vcloze_jax.pipeline": 5.3,
-    "vcloze_jax.plan": 5.3,
-    "vcloze_jax.trainer": 5,
-    "vcloze_jax.evaluate": 6,
-    "vcloze_jax.run": 6,
-    "ports.rows": 0,
-    "ports.flux": 1,
-    "ports.vae": 1,
-    "ports.text": 1,
-    "ports.pipeline": 2,
-    "ports.read": 3,
-    "ports.folder": 4,
-    "ports.namings": 3.1,
-    "ports.torchfile": 3.1,
-    "ports.lora": 3.2,
-    "ports.exchange": 3.3,
-    "ports.__main__": 6,
-    "train": 7,
-    "sample": 7,
-}
-JAX_FREE = (
-    "config",
-    "grid",
-    "prompts",
-    "images",
-    "checks",
-    "upsample",
-    "cli",
-    "spec",
-    "runfolder",
-    "data.jsonlines",
+ENTRIES = ("train", "sample")
+STORY = tuple(
+    f"vcloze_jax.{name}"
+    for name in (
+        "config grid prompts flow conditioning sharding programs painter trainer "
+        "model.ops model.layers model.mmdit model.vae model.text model.lora"
+    ).split()
 )
+LONGEST_STORY = 2400  # lines
+LONGEST_FILE = 320
 
 
+@cache
 def modules():
-    """{dotted name: file} of all our modules but the packages themselves."""
-    files = [*ROOT.glob("vcloze_jax/**/*.py"), *ROOT.glob("ports/*.py"), *ROOT.glob("*.py")]
+    """{dotted name: file} of all our modules, but packages that are empty."""
+    files = [*ROOT.glob("vcloze_jax/**/*.py"), *ROOT.glob("ports/**/*.py"), *ROOT.glob("*.py")]
     names = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in files}
-    return {name: file for name, file in names.items() if not name.endswith("__init__")}
+    names = {name.removesuffix(".__init__"): file for name, file in names.items()}
+    return {name: file for name, file in names.items() if file.stat().st_size}
 
 
-def imported(file):
-    """Dotted names that a file imports anywhere, functions included."""
-    for node in ast.walk(ast.parse(file.read_text())):
+@cache
+def imports(name):
+    """All that a module imports anywhere, functions included: dotted names, as deep as they are
+    modules of ours."""
+    found = set()
+    for node in ast.walk(ast.parse(modules()[name].read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: relative import"
+            assert node.level == 0, f"{name}: relative import"
             inside = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from (name if name in FLOORS else node.module for name in inside)
+            found |= {n if n in modules() else node.module for n in inside}
+    return found
 
 
-@pytest.mark.parametrize("name", modules())
-def test_imports_go_down(name):
-    """A module imports only from strictly lower floors."""
-    for other in imported(modules()[name]):
-        if other.partition(".")[0] in ("vcloze_jax", "ports", "train", "sample"):
-            assert FLOORS[other] < FLOORS[name], f"{name} imports {other}"
+def within(*rooms):
+    """Names of the modules in some packages, or of those modules themselves."""
+    return [n for n in modules() if any(n == room or n.startswith(f"{room}.") for room in rooms)]
+
+
+def importers(*tops):
+    """Names of the modules that import one of some packages, or anything in it."""
+    knows = lambda n: {i for i in imports(n) for t in tops if i == t or i.startswith(f"{t}.")}  # noqa: E731
+    return {name for name in modules() if knows(name)}
+
+
+def ours(name):
+    """What a module imports of ours; the package itself, which holds a version, left out."""
+    tops = {"vcloze_jax", "ports", *ENTRIES}
+    return {i for i in imports(name) if i.partition(".")[0] in tops} - {"vcloze_jax"}
+
+
+def test_the_story_is_short():
+    """What must be read is at most 2,400 lines."""
+    lines = {name: len(modules()[name].read_text().splitlines()) for name in (*ENTRIES, *STORY)}
+    assert sum(lines.values()) <= LONGEST_STORY, lines
+
+
+@pytest.mark.parametrize("name", STORY)
+def test_the_story_is_closed(name):
+    """It imports only itself: models, batches and readers are handed to it."""
+    assert ours(name) <= set(STORY)
+
+
+def test_models_know_no_file_and_no_flag():
+    """What is in model/ computes: it reads no file, no argument and no environment."""
+    outside = {"argparse", "io", "json", "os", "pathlib", "safetensors", "sys", "transformers"}
+    assert set(within("vcloze_jax.model")).isdisjoint(importers(*outside))
+    for name in within("vcloze_jax.model"):
+        assert "open(" not in modules()[name].read_text(), name
+
+
+def test_data_knows_no_model():
+    """Grids are drawn without JAX and without anything that is made of it."""
+    models = "vcloze_jax.model", "vcloze_jax.conditioning", "vcloze_jax.painter"
+    others = "vcloze_jax.trainer", "vcloze_jax.storage", "jax", "flax"
+    assert set(within("vcloze_jax.data")).isdisjoint(importers(*models, *others))
+
+
+def test_storage_alone_knows_ports_and_orbax():
+    """Names of foreign tensors and files of checkpoints are storage's affair."""
+    knowing = importers("ports", "orbax") - set(within("ports"))
+    assert knowing <= set(within("vcloze_jax.storage"))
 
 
 def test_ports_stand_alone():
-    """ports/ knows neither JAX nor vcloze_jax, but for its command; of the package only configs.py,
-    weights.py and adapters.py know ports."""
-    knowing = [f"vcloze_jax.{name}" for name in ("configs", "weights", "adapters")]
-    for name, file in modules().items():
-        tops = {other.partition(".")[0] for other in imported(file)}
-        if name.startswith("ports.") and name != "ports.__main__":
-            assert tops.isdisjoint({"jax", "jaxlib", "flax", "vcloze_jax"}), name
-        elif name not in (*knowing, "ports.__main__"):
-            assert "ports" not in tops, name
+    """Weight tables and their engine are NumPy; only their command knows the rest."""
+    known = set(within("ports")) & importers("jax", "jaxlib", "flax", "vcloze_jax")
+    assert known <= {"ports.__main__"}
 
 
-def test_files_are_short():
-    """No file of the package, of ports or beside them has more than 320 lines."""
-    lines = {name: len(file.read_text().splitlines()) for name, file in modules().items()}
-    assert max(lines.values()) <= 320, max(lines, key=lines.get)
-
-
-def test_inputs_are_validated_without_jax(tmp_path):
-    """What reads specs, pictures and flags imports where JAX cannot be, so that the user's mistakes
-    are told before seconds of start-up; train.py refuses a flag there."""
+def test_inputs_need_no_jax(tmp_path):
+    """What reads flags, specs and pictures, and data, imports where JAX cannot be, so that a
+    mistake is told before seconds of start-up; train.py refuses a flag there."""
     (tmp_path / "jax.py").write_text("raise ImportError('jax is poisoned')\n")
-    commands = [name for name in ("train", "sample") if (ROOT / f"{name}.py").exists()]
-    lines = [f"import vcloze_jax.{name}" for name in JAX_FREE]
-    lines += [f"import {name}" for name in commands]
+    names = [*within("vcloze_jax.inputs", "vcloze_jax.data"), *ENTRIES]
+    lines = [f"import {name}" for name in names]
     lines += ["from vcloze_jax.config import UserError", "try: train.main(['--steps', '0'])"]
     lines += ["except UserError as error: print(error)"]
     done = subprocess.run(
@@ -139,3 +125,15 @@ def test_inputs_are_validated_without_jax(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "--steps 0: must be at least 1\n"
+
+
+def test_rooms_and_doors_are_small():
+    """No file has more than 320 lines, no function more than six positional arguments."""
+    for name, file in modules().items():
+        text = file.read_text()
+        assert len(text.splitlines()) <= LONGEST_FILE, name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                names = [a.arg for a in node.args.posonlyargs + node.args.args]
+                count = len(set(names) - {"self", "cls"})
+                assert count <= 6, f"{name}: {node.name} takes {count}"

@@ -43,6 +43,13 @@ def equal(left, right):
         np.testing.assert_array_equal(left[path], right[path], err_msg=path)
 
 
+def folded(tree, adapter, scale=1.0):
+    """A tree with an adapter folded in; the one given stays as it is, and its arrays are shared."""
+    tree = jax.tree.map(lambda x: x, tree)
+    lora.fold(tree, adapter, scale)
+    return tree
+
+
 def test_zero_b_is_the_identity(model):
     """An adapter whose B and bias are zero, branch or folded, changes no bit of the output."""
     plain, ranked, adapter, base = model
@@ -51,10 +58,10 @@ def test_zero_b_is_the_identity(model):
     zero = jax.tree.unflatten(jax.tree.structure(adapter), leaves)
     with jax.disable_jit():  # a compiler may fuse, thus round, two programs differently
         bare = np.asarray(velocity(nnx.merge(plain, base)))
-        branch = velocity(lora.combine(ranked, zero, base))
-        folded = velocity(nnx.merge(plain, lora.fold(base, zero)))
+        branch = velocity(nnx.merge(ranked, zero, base))
+        sums = velocity(nnx.merge(plain, folded(base, zero)))
     assert np.asarray(branch).tobytes() == bare.tobytes()
-    assert np.asarray(folded).tobytes() == bare.tobytes()
+    assert np.asarray(sums).tobytes() == bare.tobytes()
 
 
 def test_folded_layer_equals_its_branch():
@@ -62,9 +69,9 @@ def test_folded_layer_equals_its_branch():
     dense = Dense(24, 40, rank=8, rngs=nnx.Rngs(0))
     graphdef, adapter, base = lora.split(dense)
     adapter, x = filled(adapter), filled(jnp.zeros((3, 24)))
-    with_branch = lora.combine(graphdef, adapter, base)(x)
-    folded = lora.fold({"dense": base}, {"dense": adapter})["dense"]
-    np.testing.assert_allclose(x @ folded["kernel"] + folded["bias"], with_branch, atol=1e-6)
+    with_branch = nnx.merge(graphdef, adapter, base)(x)
+    sums = folded({"dense": base}, {"dense": adapter})["dense"]
+    np.testing.assert_allclose(x @ sums["kernel"] + sums["bias"], with_branch, atol=1e-6)
 
 
 def test_folded_model_equals_its_branches(model):
@@ -72,10 +79,10 @@ def test_folded_model_equals_its_branches(model):
     of 5 blocks adds up some ten roundings)."""
     plain, ranked, adapter, base = model
     small = jax.tree.map(lambda x: 0.5 * x, adapter)
-    branches = velocity(lora.combine(ranked, small, base))
-    folded = velocity(nnx.merge(plain, lora.fold(base, small)))
+    branches = velocity(nnx.merge(ranked, small, base))
+    sums = velocity(nnx.merge(plain, folded(base, small)))
     scale = float(jnp.abs(branches).max())
-    np.testing.assert_allclose(folded / scale, branches / scale, rtol=0, atol=3e-6)
+    np.testing.assert_allclose(sums / scale, branches / scale, rtol=0, atol=3e-6)
 
 
 def test_fold_scales_and_keeps_dtype(model):
@@ -83,7 +90,7 @@ def test_fold_scales_and_keeps_dtype(model):
     branch stays the very same array; a layer that the base lacks is an error."""
     _, _, adapter, base = model
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)
-    out = lora.fold(half, adapter, 0.5)
+    out = folded(half, adapter, 0.5)
     qkv, branch = half["double"]["img"]["qkv"], adapter["double"]["img"]["qkv"]
     a, b = np.float64(branch["lora_a"]), np.float64(branch["lora_b"])
     exact = np.float64(qkv["kernel"]) + 0.5 * a @ b
@@ -93,7 +100,7 @@ def test_fold_scales_and_keeps_dtype(model):
     scale = half["double"]["img"]["q_norm"]["scale"]
     assert out["double"]["img"]["q_norm"]["scale"] is scale
     with pytest.raises(ValueError, match="nowhere"):
-        lora.fold(base, {"nowhere": branch})
+        folded(base, {"nowhere": branch})
 
 
 def test_a_whole_norm_takes_the_place_of_the_base(model):
@@ -105,19 +112,19 @@ def test_a_whole_norm_takes_the_place_of_the_base(model):
         tree = jax.tree.map(lambda x: x.astype(dtype), base)  # noqa: B023
         new = np.float32(np.arange(old.size).reshape(old.shape))
         adapter = {"double": {"img": {"q_norm": {"scale": new}}}}
-        out = lora.fold(tree, adapter)["double"]["img"]
+        out = folded(tree, adapter)["double"]["img"]
         np.testing.assert_array_equal(out["q_norm"]["scale"], new)
         assert out["q_norm"]["scale"].dtype == dtype
         assert out["qkv"]["kernel"] is tree["double"]["img"]["qkv"]["kernel"]
-        half = lora.fold(tree, adapter, 0.5)["double"]["img"]["q_norm"]["scale"]
+        half = folded(tree, adapter, 0.5)["double"]["img"]["q_norm"]["scale"]
         before = np.float32(tree["double"]["img"]["q_norm"]["scale"])
         np.testing.assert_array_equal(half, ((before + new) / 2).astype(dtype))
 
 
-def test_split_and_combine(model):
-    """combine is the inverse of split, and the two trees share no array."""
+def test_split(model):
+    """A model is the union of the trees that split gives, and the two share no array."""
     _, ranked, adapter, base = model
-    _, adapter2, base2 = lora.split(lora.combine(ranked, adapter, base))
+    _, adapter2, base2 = lora.split(nnx.merge(ranked, adapter, base))
     equal(adapter, adapter2)
     equal(base, base2)
     names = {path.rsplit("/")[-1] for path in weights.flat(adapter)}
@@ -126,10 +133,8 @@ def test_split_and_combine(model):
 
 
 def test_new_adapter():
-    """init gives the module's own adapter: A inside +-1/sqrt(in), B and its bias zero; another key,
-    another A."""
-    layer = lambda rngs: Dense(24, 40, rank=8, rngs=rngs)  # noqa: E731
-    first, second = (lora.init(layer, jax.random.key(i)) for i in range(2))
+    """A layer's own adapter: A inside +-1/sqrt(in), B and its bias zero; another key, another A."""
+    first, second = (lora.split(Dense(24, 40, rank=8, rngs=nnx.Rngs(i)))[1] for i in range(2))
     assert weights.shapes(first) == {"lora_a": (24, 8), "lora_b": (8, 40), "lora_bias": (40,)}
     assert not np.any(first["lora_b"]) and not np.any(first["lora_bias"])
     assert 0.9 < np.abs(first["lora_a"]).max() * 24**0.5 <= 1
@@ -147,4 +152,5 @@ def test_count_at_full_size():
     }
     assert len(stems) == 504
     assert shapes["final/linear/lora_a"] == (3072, 64)  # the rank is clipped
-    assert lora.count(adapter) == sum(np.prod(shape) for shape in shapes.values())
+    count = sum(x.size for x in jax.tree.leaves(adapter))
+    assert count == sum(np.prod(shape) for shape in shapes.values())

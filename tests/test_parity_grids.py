@@ -10,7 +10,7 @@ import pytest
 import reference
 from safetensors.numpy import load_file
 
-from vcloze_jax.painter import Job
+from vcloze_jax.grid import Spec
 from vcloze_jax.pipeline import load_painter
 
 CASES = [(name, steps) for name in reference.KINDS for steps in reference.STEPS]
@@ -39,12 +39,12 @@ def painted(folder, stored):
         ids = [[stored[f"{kinds[p]}/{kind}"] for p in prompts] for kind in ("t5", "clip")]
         return *map(np.stack, ids), [{"t5": 0, "clip": 0}] * len(prompts)
 
-    painter.tokenizers = tokenizers
-    jobs = []
+    painter.read_texts.tokenizers = tokenizers
+    specs = []
     for case in CASES:
         grid, prompt, steps, guidance, noise = reference.inputs(*case)
-        jobs.append(Job(grid, prompt, steps, guidance, noise=noise))
-    return dict(zip(CASES, painter(jobs), strict=True))
+        specs.append(Spec(grid, prompt, steps, guidance, latents=noise))
+    return dict(zip(CASES, painter(specs), strict=True))
 
 
 def assert_same(ours, pixels, latents, tolerance):

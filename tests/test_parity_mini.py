@@ -11,8 +11,8 @@ import pytest
 import reference
 
 from vcloze_jax.config import MINI
+from vcloze_jax.grid import Spec
 from vcloze_jax.inputs.spec import read_specs
-from vcloze_jax.painter import Job
 from vcloze_jax.pipeline import load_painter
 from vcloze_jax.storage import places
 
@@ -41,7 +41,7 @@ def test_same_picture(pipeline, painter, name, steps):
     float32 sums in another order, N calls deep, and a sinusoid that differs in its last digit."""
     (spec,) = read_specs([EXAMPLES / f"{name}.json"], MINI)
     noise = np.asarray(jax.random.normal(jax.random.key(1), (spec.grid.tokens, 64)))
-    (ours,) = painter([Job(spec.grid, spec.prompt, steps, spec.guidance_scale, noise=noise)])
+    (ours,) = painter([Spec(spec.grid, spec.prompt, steps, spec.guidance_scale, latents=noise)])
     theirs, _ = reference.paint(pipeline, spec.grid, spec.prompt, steps, spec.guidance_scale, noise)
     difference = np.abs(theirs.astype(int) - ours.pixels)
     print(f"{name}, {steps} steps: at most {difference.max()}, mean {difference.mean():.4f}")

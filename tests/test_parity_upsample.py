@@ -11,9 +11,9 @@ import pytest
 import tiny
 from PIL import Image
 
-from vcloze_jax.painter import Job
+from vcloze_jax.grid import Spec, Upsampling
+from vcloze_jax.painter import second_passes
 from vcloze_jax.pipeline import load_painter
-from vcloze_jax.upsample import Upsampling
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -61,9 +61,8 @@ def test_same_picture(pipeline, painter, name):
 
 def upsample(painter, up, picture):
     """The picture by the second pass of ours, uint8."""
-    job = Job(None, "", 1, 30.0, upsampling=up, content_prompt="a red fox")
-    jobs = job.second_passes([picture])
-    (painted,) = painter.paint(jobs, painter.read(["a red fox"]), lambda steps, label: steps)
+    spec = Spec(None, "", 1, 30.0, upsampling=up, content_prompt="a red fox")
+    (painted,) = painter(second_passes(spec, [picture]))
     return painted.pixels
 
 
@@ -73,7 +72,7 @@ def fill(pipeline, up, picture):
     from diffusers.pipelines.flux import pipeline_flux_fill as room
 
     h, w = up.height // 8, up.width // 8
-    noise = pipeline._unpack_latents(torch.tensor(up.noise)[None], up.height, up.width, 8)
+    noise = pipeline._unpack_latents(torch.tensor(up.latents)[None], up.height, up.width, 8)
     assert noise.shape == (1, 16, h, w)
     mean = lambda out, generator=None: out.latent_dist.mode()  # noqa: E731
     draws = mock.patch.multiple(

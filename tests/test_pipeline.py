@@ -115,25 +115,20 @@ def test_text_encoders_go_first(folder, monkeypatch, tmp_path):
 
 def test_other_weights_are_other_texts(folder, tmp_path):
     """The identity of what is remembered changes with the weights' files and with the mesh."""
-    one = Pipeline.load(folder).painter.models.identity()
-    assert one == Pipeline.load(folder).painter.models.identity()
-    assert one != Pipeline.load(folder, mesh="2").painter.models.identity()
+    one = Pipeline.load(folder).painter.models.text_identity()
+    assert one == Pipeline.load(folder).painter.models.text_identity()
+    assert one != Pipeline.load(folder, mesh="2").painter.models.text_identity()
     file = folder / "text_encoder_2/model.safetensors"
     content = file.read_bytes()
     file.unlink()
     file.write_bytes(content)
-    assert one != Pipeline.load(folder).painter.models.identity()
+    assert one != Pipeline.load(folder).painter.models.text_identity()
 
 
 def test_adapters_by_name():
     """An adapter is a path, "FILE:SCALE" or a pair; several are a list; none is mini's own."""
-    pairs = [(Path("a"), 0.5), (Path("b"), 1.0)]
-    assert (
-        places.model_of(None, ["a:0.5", Path("b")])
-        == places.model_of(None, pairs)
-        == (places.MINI, pairs)
-    )
-    assert (
-        places.model_of("w", "b") == (Path("w"), pairs[1:]) and places.model_of("w", None)[1] == []
-    )
-    assert places.model_of(None, None) == (places.MINI, [(places.LORA, 1.0)])
+    pairs, named = [(Path("a"), 0.5), (Path("b"), 1.0)], places.named_model
+    for lora in (["a:0.5", Path("b")], pairs):
+        assert named(None, lora) == (places.MINI, pairs)
+    assert named("w", "b") == (Path("w"), pairs[1:]) and named("w", None)[1] == []
+    assert named(None, None) == (places.MINI, [(places.LORA, 1.0)])

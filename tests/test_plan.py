@@ -14,10 +14,11 @@ from PIL import Image
 
 import sample
 import train
-from vcloze_jax import painter as paint
 from vcloze_jax import plan
+from vcloze_jax.conditioning import Context
 from vcloze_jax.config import FLUX_FILL, MINI, FluxConfig
 from vcloze_jax.model.mmdit import Flux
+from vcloze_jax.painter import euler_step
 from vcloze_jax.sharding import make_mesh, parse_mesh
 from vcloze_jax.storage import places, weights
 
@@ -74,12 +75,12 @@ def test_bytes_of_a_step():
     def like(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    vector = like(1)
+    vector, lengths = like(1), like(1, dtype=jnp.int32)
     mod = jax.eval_shape(lambda m, t, p: m.modulation(t, t, p), flux, vector, like(1, 16))
     pe = (like(1, text + tokens, 1, 32),) * 2
-    inputs = like(1, tokens, 64), like(1, tokens, 320), like(1, text, 32), pe
-    lengths = like(1, dtype=jnp.int32)
-    step = jax.jit(paint.euler_step).lower(flux, *inputs, lengths, mod, vector, vector)
+    context = Context(like(1, tokens, 320), like(1, text, 32), like(1, 16), vector, pe, lengths)
+    x = like(1, tokens, 64)
+    step = jax.jit(euler_step).lower(flux, x, mod, context, vector, vector)
     found = step.compile().memory_analysis().temp_size_in_bytes
     assert 1 / 3 < found / plan.activations(c, 1, text + tokens, 4) <= 1
 
@@ -138,8 +139,8 @@ def test_train(tmp_path, capsys, nothing_loads):
     argv = ["--out", f"{tmp_path}/run", "--plan", "--data", "graphemoji:gray->fluent_flat"]
     train.main(argv)
     out = capsys.readouterr().out
-    mini = replace(weights.check(places.MINI), train=MINI.train)
-    adapted = replace(mini, flux=replace(mini.flux, rank=mini.train.rank))
+    mini = weights.check(places.MINI)
+    adapted = replace(mini, flux=replace(mini.flux, rank=MINI.recipe.rank))
     adapter = plan.shapes_of(adapted, "flux")[0]
     exact = 4 * sum(x.size for x in jax.tree.leaves(adapter))
     assert f"learnt {plan.si(exact, 'B')}, its gradients {plan.si(2 * exact, 'B')}" in out

@@ -82,7 +82,7 @@ def test_configs_as_published(saved, tmp_path):
     (folder / "vcloze.json").unlink()
     preset = load_preset(folder)
     assert preset.clip.eos == 23 and preset.flux.out_channels == 64
-    assert preset.train == FLUX_FILL.train and preset.resolution == 384
+    assert preset.recipe == FLUX_FILL.recipe and preset.resolution == 384
     assert preset.flux.remat
 
 

@@ -86,7 +86,7 @@ def test_metrics(unbroken):
     assert all(set(line) == {"step", "loss", "grad_norm", "lr", "seconds"} for line in lines)
     assert all(0 < line["loss"] and 0 < line["grad_norm"] for line in lines)
     assert all(0 < line["seconds"] for line in lines)
-    warmup = PRESETS["mini"].train.warmup
+    warmup = PRESETS["mini"].recipe.warmup
     rates = [0.05 * n / (warmup + 1) for n in range(1, 7)]
     np.testing.assert_allclose([line["lr"] for line in lines], rates, rtol=1e-6)  # float32
 

@@ -15,13 +15,12 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import sample
-from vcloze_jax import painter as paint
-from vcloze_jax import pipeline
 from vcloze_jax.config import UserError
 from vcloze_jax.data.conditions import NODES, nodes
 from vcloze_jax.data.graphemoji import load
 from vcloze_jax.inputs.spec import read_specs
 from vcloze_jax.pipeline import load_painter
+from vcloze_jax.programs import spent
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "examples/pictures"
@@ -66,9 +65,9 @@ def run(folder, tmp_path):
 
 
 def jobs(tmp_path, *specs):
-    """Specs as the Painter's jobs."""
+    """Specs as the Painter takes them."""
     (tmp_path / "jobs.json").write_text(json.dumps([SMALL | spec for spec in specs]))
-    return list(map(pipeline.job, read_specs([tmp_path / "jobs.json"], tiny.TINY)))
+    return read_specs([tmp_path / "jobs.json"], tiny.TINY)
 
 
 def pixels(file):
@@ -195,7 +194,7 @@ def test_alone_is_in_a_batch(painters, tmp_path, monkeypatch):
     batch = jobs(tmp_path, BLANK, PARTLY, BLANK | {"guidance_scale": 3}, small)
     painter = painters[1]
     with monkeypatch.context() as patch:
-        patch.setattr(paint, "bucket", lambda tokens, resolution: 2 * TOKENS)
+        patch.setattr("vcloze_jax.painter.bucket", lambda tokens, resolution: 2 * TOKENS)
         together = painter(batch)
     for one, painted in zip(batch, together, strict=True):
         (alone,) = painter([one])
@@ -209,11 +208,11 @@ def test_split_evenly(painters, tmp_path, monkeypatch):
     painter = painters[1]
     batch = jobs(tmp_path, *(BLANK | {"seed": seed} for seed in range(5)))
     alone = [painter([one])[0] for one in batch]
-    monkeypatch.setattr(paint, "BATCH_TOKENS", 4 * TOKENS)
-    labels, before = [], painter.compiles
+    monkeypatch.setattr("vcloze_jax.painter.BATCH_TOKENS", 4 * TOKENS)
+    labels, before = [], spent["programs"]
     together = painter(batch, lambda steps, label: labels.append(label) or steps)
     assert labels == [f"{n} x {2 * TOKENS} tokens" for n in (2, 2, 1)]
-    assert painter.compiles - before <= 3  # a batch of two: modulations, those of a step, the step
+    assert spent["programs"] - before <= 3  # a batch of two: modulations, those of a step, the step
     for one, painted in zip(alone, together, strict=True):
         assert tiny.relative(painted.latents, one.latents) < 1e-5
 
@@ -230,14 +229,11 @@ def test_compiles(painters, tmp_path):
     more than its modulations."""
     painter = painters[1]
     painter(jobs(tmp_path, BLANK))
-    before = painter.compiles
+    before = spent["programs"]
     painter(jobs(tmp_path, BLANK | {"seed": 5, "guidance_scale": 2, "content_prompt": "an owl"}))
-    assert painter.compiles == before
-    step = painter.programs.jitted[-2]
-    assert step.__wrapped__ is paint.euler_step
-    steps = step._cache_size()
+    assert spent["programs"] == before
     painter(jobs(tmp_path, BLANK | {"num_inference_steps": 3}))
-    assert step._cache_size() == steps
+    assert spent["programs"] - before <= 2  # the modulations, and those of a step
 
 
 # --- never a black picture, never a picture of wrong inputs ---

@@ -109,7 +109,7 @@ def abstract(preset):
 
 
 PRESETS = {
-    preset.name: replace(preset, flux=replace(preset.flux, rank=preset.train.rank))
+    preset.name: replace(preset, flux=replace(preset.flux, rank=preset.recipe.rank))
     for preset in (MINI, FLUX_FILL)
 }
 
@@ -204,7 +204,7 @@ def host_batch():
     return ((pixels[0], None), (pixels[1], mask)), t5_ids, clip_ids, pe
 
 
-LOSS = dict(preset=PRESET, region="target", dtype=jnp.float32)
+LOSS = dict(recipe=PRESET.recipe, dtype=jnp.float32)
 
 
 @cache
@@ -280,7 +280,8 @@ def test_regions_of_the_loss(monkeypatch):
     batch = Batch(*host_batch())
     weight = {}
     for region in ("target", "grid"):
-        loss = partial(loss_fn, graphdef=graphdef, batch=batch, **LOSS | dict(region=region))
+        recipe = replace(PRESET.recipe, loss_region=region)
+        loss = partial(loss_fn, graphdef=graphdef, batch=batch, recipe=recipe, dtype=jnp.float32)
         weight[region] = jax.jit(loss, compiler_options=quick())(
             adapter, base, key=jax.random.key(0)
         )

@@ -11,7 +11,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from vcloze_jax.config import MINI, CLIPConfig, T5Config, UserError
-from vcloze_jax.model.text import CLIPTextEncoder, T5Encoder, Tokenizers, relative_buckets
+from vcloze_jax.model.text import CLIPTextEncoder, T5Encoder, relative_buckets
+from vcloze_jax.storage.textreader import Tokenizers
 
 FIXTURE = Path(__file__).parent / "data/text.safetensors"  # scripts/fixtures_text.py describes it
 MINI_FOLDER = Path(__file__).parents[1] / "vcloze_jax/mini"

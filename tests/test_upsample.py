@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 
 import jax
@@ -10,11 +11,12 @@ import pytest
 import tiny
 from PIL import Image
 
-from vcloze_jax import flow, pipeline
+from vcloze_jax import flow
 from vcloze_jax.config import MINI, UserError
-from vcloze_jax.inputs.spec import read_specs
+from vcloze_jax.grid import Upsampling
+from vcloze_jax.inputs.spec import read_specs, upsampled_size
+from vcloze_jax.painter import Canvas, second_passes
 from vcloze_jax.pipeline import load_painter
-from vcloze_jax.upsample import Upsampling, upsampled_size
 
 SIZES = {"a": (48, 32), "big": (2000, 1000), "small": (40, 20)}
 
@@ -72,7 +74,7 @@ def test_defaults(read):
     assert (up.width, up.height, up.strength, up.num_inference_steps) == (48, 32, 0.4, 7)
     given = dict(width=64, height=32, strength=1, num_inference_steps=3, latents="noise.npy")
     spec = read(given)
-    assert spec.upsampling.noise.shape == (8, 64) and spec.upsampling.tokens == 8
+    assert spec.upsampling.latents.shape == (8, 64) and spec.upsampling.tokens == 8
     assert read(spec.resolved["upsampling"]).resolved == spec.resolved
     assert read(None).upsampling is None and read(None).resolved["upsampling"] is None
 
@@ -140,18 +142,15 @@ def test_second_pass(painter, read):
     small = dict(row=(None, "a.png", None), num_inference_steps=2)
     prompt = "The bottom-right corner image presents: a fox"
     spec = read({"width": 64, "num_inference_steps": 5}, **small, content_prompt=prompt)
-    job = pipeline.job(spec)
-    (first,) = painter.paint([job], painter.read([job.prompt]), lambda steps, label: steps)
-    (both,) = painter([job])
+    (first,) = painter([replace(spec, upsampling=None)])
+    (both,) = painter([spec])
     assert np.array_equal(both.pixels, first.pixels)
     assert [t.shape for t in both.targets] == [(32, 64, 3)] * 2  # 64 * 32 / 48 = 42, floored
-    assert [r["tokens"]["image"] for r in both.record["upsampling"]] == [8, 8]
-    again = job.second_passes(spec.grid.cut(first.pixels))
-    assert {j.prompt for j in again} == {"a fox"}
-    assert len(again[0].times(MINI.flow)) == 3  # of 5 steps the last 2
-    texts = painter.read(["a fox"])
-    passed = painter.paint(again, texts, lambda steps, label: steps)
-    for painted, target in zip(passed, both.targets, strict=True):
+    assert [r["tokens"]["image"] for r in both.record(MINI)["upsampling"]] == [8, 8]
+    again = second_passes(spec, first.targets)
+    assert {second.prompt for second in again} == {"a fox"}
+    for painted, target in zip(painter(again), both.targets, strict=True):
+        assert len(painted.times) == 3  # of 5 steps the last 2
         assert np.array_equal(painted.pixels, target)
 
 
@@ -163,8 +162,10 @@ def test_start(painter, read):
     def start(strength, value, noise=None):
         target = np.full((32, 48, 3), value, np.uint8)
         up = Upsampling(64, 32, strength, 4, noise)
-        job = replace(pipeline.job(read({})), upsampling=up)
-        return painter.encode(*job.second_passes([target])).x
+        (second,) = second_passes(replace(read({}), upsampling=up), [target])
+        canvas = Canvas(second, None, None, {}, Counter())
+        painter.encode(canvas)
+        return canvas.latents
 
     assert np.array_equal(start(1, 0), noise) and np.array_equal(start(1, 255), noise)
     assert not np.allclose(start(0.5, 0), start(0.5, 255))

@@ -1,5 +1,7 @@
 """Pixels and prompts -> what the MMDiT reads. Training and sampling share every line of it."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,21 @@ class Models(nnx.Module):
         self.vae = VAE(preset.vae, rngs=rngs)
         self.t5 = T5Encoder(preset.t5, rngs=rngs)
         self.clip = CLIPTextEncoder(preset.clip, rngs=rngs)
+
+    def encoders(self):
+        """T5 and CLIP."""
+        return self.t5, self.clip
+
+
+class Context(NamedTuple):
+    """What the MMDiT reads beside the noisy tokens, the same for the loss and for sampling."""
+
+    condition: jax.Array  # [B, S, 320]: latent of the blanked grid | mask
+    txt: jax.Array  # [B, T, text_width]
+    pooled: jax.Array  # [B, vec_width]
+    guidance: jax.Array  # float32 [B]
+    pe: tuple[jax.Array, jax.Array]  # cos, sin float32 [B or 1, T + S, 1, K/2]
+    lengths: jax.Array | None = None  # int32 [B], real tokens, text included; None: no padding
 
 
 def to_model(pixels, dtype=jnp.float32):
@@ -58,36 +75,40 @@ def encode_picture(vae, pixels, dtype=jnp.float32):
 
 
 def encode_training(vae, rows, fill, key, dtype=jnp.float32):
-    """Rows of a micro-batch -> clean latents [B, S, 64], condition [B, S, 320], mask [B, S].
+    """Rows of a micro-batch -> clean latents [B, S, 64], condition [B, S, 320], share [B, S].
 
     A row is (pixels uint8 [B, h, W, 3], mask bool [B, h, W] or None where nothing is ever
     masked). Latent and condition are two draws from the posterior; without a mask it is the same
-    posterior, and the row is encoded once. The mask returned is the masked share of each token.
+    posterior, and the row is encoded once. The share is that of a token's masked pixels.
     Source: lzyhha/VisualCloze:train.py.
     """
-    clean = [to_model(pixels, dtype) for pixels, _ in rows]
-    masked = {i: mask for i, (_, mask) in enumerate(rows) if mask is not None}
-    blanked = [blank(clean[i], mask, fill) for i, mask in masked.items()]
-    posteriors = encode_each(vae, clean + blanked)  # of all clean rows, then of the blanked ones
-    of_blanked = dict(zip(masked, posteriors[len(rows) :], strict=True))
-
-    def tokens(posteriors):
-        """Mean and deviation of all rows as tokens, [2, B, S, 64], in model scale."""
-        parts = [[pack(vae.scaled(mean)), pack(std * vae.config.scale)] for mean, std in posteriors]
-        return jnp.concatenate([jnp.stack(part) for part in parts], 2)
-
-    clean_tokens = tokens(posteriors[: len(rows)])
-    blanked_tokens = tokens([of_blanked.get(i, posteriors[i]) for i in range(len(rows))])
-    draws = jax.random.normal(key, clean_tokens.shape, dtype)  # one for each of the two
-    latents, condition = (
-        mean + std * draw
-        for (mean, std), draw in zip((clean_tokens, blanked_tokens), draws, strict=True)
-    )
-    no_mask = [jnp.zeros(x.shape[:3], dtype) for x in clean]
-    packed = [pack_mask(masked.get(i, no).astype(dtype)) for i, no in enumerate(no_mask)]
-    mask = jnp.concatenate(packed, 1)  # B S 256
+    clean, blanked, masks = [], {}, []
+    for i, (pixels, mask) in enumerate(rows):
+        clean.append(to_model(pixels, dtype))
+        if mask is None:
+            mask = jnp.zeros(pixels.shape[:3], dtype)
+        else:
+            blanked[i] = blank(clean[i], mask, fill)
+        masks.append(pack_mask(mask.astype(dtype)))
+    posteriors = encode_each(vae, [*clean, *blanked.values()])
+    of_clean, of_condition = posteriors[: len(rows)], posteriors[: len(rows)]
+    for i, posterior in zip(blanked, posteriors[len(rows) :], strict=True):
+        of_condition[i] = posterior
+    mean, std = posterior_tokens(vae, of_clean)  # B S 64
+    condition_mean, condition_std = posterior_tokens(vae, of_condition)
+    draws = jax.random.normal(key, (2, *mean.shape), dtype)
+    latents = mean + std * draws[0]
+    condition = condition_mean + condition_std * draws[1]
+    mask = jnp.concatenate(masks, 1)  # B S 256
     share = mask.astype(jnp.float32).mean(-1)
     return latents, jnp.concatenate([condition, mask], -1), share
+
+
+def posterior_tokens(vae, posteriors):
+    """(mean, std) of all rows -> mean and std as tokens in model scale, each [B, S, 64]."""
+    means, stds = zip(*posteriors, strict=True)
+    mean = jnp.concatenate([pack(vae.scaled(mean)) for mean in means], 1)
+    return mean, jnp.concatenate([pack(std * vae.config.scale) for std in stds], 1)
 
 
 def encode_each(vae, pictures):
@@ -119,7 +140,17 @@ def encode_text(t5, clip, t5_ids, clip_ids, dtype=jnp.float32):
     return t5(t5_ids).astype(dtype), clip(clip_ids).astype(dtype)
 
 
-def velocity(flux, x, condition, txt, mod, pe, lengths=None):
-    """What the MMDiT says about noisy tokens x [B, S, 64]: velocity [B, S, 64]."""
+def velocity(flux, x, mod, context):
+    """What the MMDiT says about noisy tokens x [B, S, 64]: velocity [B, S, 64].
+
+    `mod` is `modulation` of their time: a function of that alone, so that a sampler computes those
+    of all its steps at once.
+    """
+    condition = context.condition
     img = jnp.concatenate([x.astype(condition.dtype), condition], -1)  # B S 384
-    return flux(img, txt, mod, pe, lengths)
+    return flux(img, context.txt, mod, context.pe, context.lengths)
+
+
+def modulation(flux, t, context):
+    """What time t float32 [B], guidance and pooled text say to every layer of the MMDiT."""
+    return flux.modulation(t, context.guidance, context.pooled)

@@ -4,7 +4,7 @@ Defaults are those of FLUX.1-Fill-dev (black-forest-labs/flux:src/flux/util.py, 
 Dtypes are strings, so that this room imports nothing.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 
 class UserError(Exception):
@@ -92,36 +92,94 @@ class CLIPConfig:
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Rectified flow: the shift of time in sampling, and what is drawn in training.
-
-    `mask_fill` is the value of masked pixels of the condition picture in training
-    (the authors multiply by 1 - mask, hence 0, but sample with -1, a black cell).
-    """
+    """Rectified flow: the shift of time in sampling."""
 
     base_shift: float = 0.5
     max_shift: float = 1.15
     base_tokens: int = 256
     max_tokens: int = 4096
-    time_mean: float = 0.0  # of the training times' logit; above 0 is noisier
-    guidance_range: tuple[float, float] = (1.0, 1.0)  # log-uniform in training
-    mask_fill: float = 0.0
-    caption_dropout: float = 0.1
+
+
+def flag(name):
+    """ "micro_batch" -> "--micro-batch"."""
+    return f"--{name.replace('_', '-')}"
+
+
+def setting(default, help, *, group="recipe (defaults are the preset's)", free=False, **options):
+    """A field of Recipe: its default, what --help says, and whether it is `free` to change when a
+    run goes on. `least` is the least value; the rest are argparse's."""
+    return field(default=default, metadata=dict(help=help, group=group, free=free) | options)
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """The recipe of a preset; flags of train.py replace single values (paper, section 4)."""
+class Recipe:
+    """Every value of a training run, each a flag of train.py and an entry of RUN/config.json.
 
-    lr: float = 1e-4
-    batch: int = 64
-    micro_batch: int = 8
-    steps: int = 20_000
-    warmup: int = 0
-    clip: float = 2.0
-    rank: int = 256
-    data: str = "graph200k"
-    save_every: int = 500
-    preview_every: int = 500
+    All but the free ones are the run's identity. Defaults are the paper's (section 4) and the
+    authors' code's (lzyhha/VisualCloze:train.py); a preset brings its own.
+    """
+
+    preset: str = setting("flux-fill", "sizes and defaults", group="start from")
+    weights: str = setting(
+        "mini", "folder in diffusers' layout (default: mini's)", group="start from", metavar="DIR"
+    )
+    lora: str | None = setting(None, "go on from this adapter", group="start from", metavar="FILE")
+    from_scratch: bool = setting(
+        False,
+        "random MMDiT and text encoders, all trained; the VAE is that of --weights",
+        group="start from",
+    )
+    data: str = setting(
+        "graph200k",
+        "graphemoji, graphemoji:TASK, graphemoji-fill, or a JSON-lines file",
+        group="data",
+    )
+    resolution: int = setting(
+        384, "a cell's area is its square; for JSON-lines data", group="data", least=16
+    )
+    rank: int = setting(256, "of the adapter; 0 trains the MMDiT itself")
+    lr: float = setting(1e-4, "learning rate")
+    warmup: int = setting(0, "steps over which the rate rises to --lr", least=0)
+    clip: float = setting(2.0, "largest norm of a step's gradient")
+    batch: int = setting(64, "grids per step", least=1)
+    micro_batch: int = setting(8, "grids at a time; --batch is a multiple", least=1)
+    steps: int = setting(20_000, "optimizer steps in all", least=1, free=True)
+    loss_region: str = setting(
+        "target",
+        "the masked pixels, or all rows as in the authors' code",
+        choices=("target", "grid"),
+    )
+    time_mean: float = setting(0.0, "of the logit of a training time; above 0 is noisier")
+    guidance_range: tuple[float, float] = setting(
+        (1.0, 1.0), "training draws the guidance between these", metavar=("LOW", "HIGH")
+    )
+    # The authors multiply by 1 - mask, hence 0, but sample with -1, a black cell.
+    mask_fill: float = setting(0.0, "of masked pixels in the condition picture, in [-1, 1]")
+    caption_dropout: float = setting(0.1, "share of grids without any text")
+    seed: int = setting(0, "of all that is drawn")
+    mesh: str = setting(
+        "",
+        "8, or data=2,fsdp=2,tensor=2 (default: all accelerators, or one CPU device); virtual "
+        "CPU devices are made where there is no accelerator",
+        group="run",
+        free=True,
+    )
+    save_every: int = setting(500, "between checkpoints", least=1, free=True, metavar="STEPS")
+    preview_every: int = setting(500, "between previews", least=1, free=True, metavar="STEPS")
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, least = getattr(self, f.name), f.metadata.get("least")
+            if least is not None and value < least:
+                raise UserError(f"{flag(f.name)} {value}: must be at least {least}")
+        if self.rank < 0 or not 0 <= self.seed < 2**32 or not 0 < self.lr < 1:
+            raise UserError("--rank from 0, --seed in 0 … 2^32-1, --lr between 0 and 1")
+        if self.batch % self.micro_batch:
+            raise UserError(
+                f"--batch {self.batch}: not a multiple of --micro-batch {self.micro_batch}"
+            )
+        if self.from_scratch and (self.rank or self.lora):
+            raise UserError("--from-scratch trains every weight: leave --rank and --lora away")
 
 
 @dataclass(frozen=True)
@@ -134,10 +192,14 @@ class Preset:
     t5: T5Config = field(default_factory=T5Config)
     clip: CLIPConfig = field(default_factory=CLIPConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    resolution: int = 384
+    recipe: Recipe = field(default_factory=Recipe)
     num_inference_steps: int = 30
     guidance_scale: float = 30.0
+
+    @property
+    def resolution(self) -> int:
+        """A cell's area is its square, unless a spec says otherwise."""
+        return self.recipe.resolution
 
 
 FLUX_FILL = Preset("flux-fill")
@@ -158,19 +220,22 @@ MINI = Preset(
     vae=VAEConfig(channels=(8, 16, 32, 64), layers=1, groups=1, scale=1.0, shift=0.0),
     t5=T5Config(vocab=2048, width=128, head_dim=32, heads=4, mlp=256, layers=2, max_length=96),
     clip=CLIPConfig(vocab=2048, width=64, heads=2, mlp=256, layers=2, eos=2047),
-    flow=FlowConfig(time_mean=1.0, guidance_range=(1.0, 50.0), mask_fill=-1.0),
-    train=TrainConfig(
+    recipe=Recipe(
+        preset="mini",
+        resolution=64,
         lr=2e-3,
         batch=16,
         micro_batch=16,
         steps=150,
         warmup=50,
         rank=32,
+        time_mean=1.0,
+        guidance_range=(1.0, 50.0),
+        mask_fill=-1.0,
         data="graphemoji:gray->fluent_flat",
         save_every=50,
         preview_every=50,
     ),
-    resolution=64,
 )
 
 PRESETS = {preset.name: preset for preset in (MINI, FLUX_FILL)}

@@ -18,9 +18,10 @@ from vcloze_jax.config import UserError
 from vcloze_jax.data import graph
 from vcloze_jax.data.conditions import NODES
 from vcloze_jax.data.loader import GraphEmojiGrids
+from vcloze_jax.grid import Spec
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.pictures import save_png, save_text
-from vcloze_jax.painter import Job, bar
+from vcloze_jax.painter import steps_bar
 from vcloze_jax.pipeline import load_painter
 
 TASKS = {
@@ -118,7 +119,9 @@ def measure(painter, source, task, subjects, steps, progress):
         shown = others.get(setting.wrong, task)
         questions = [ask(source, task, shown, setting, subject) for subject in subjects]
         guidance = painter.preset.guidance_scale
-        jobs = [Job(grid, prompt, steps, guidance, i) for i, (grid, prompt) in enumerate(questions)]
+        jobs = [
+            Spec(grid, prompt, steps, guidance, i) for i, (grid, prompt) in enumerate(questions)
+        ]
         painted = painter(jobs, progress)
         out = [job.grid.cut(p.pixels)[-1] for job, p in zip(jobs, painted, strict=True)]
         out = cells[setting.name] = np.stack(out).astype(np.float32) / 255
@@ -207,7 +210,7 @@ def main(argv):
         for name in names:
             task = graph.parse_task(name)
             steps = args.num_inference_steps
-            row, cells = measure(painter, source, task, subjects, steps, bar)
+            row, cells = measure(painter, source, task, subjects, steps, steps_bar)
             table[name] = {"group": group} | row
             sheet = contact_sheet(source, task, cells, subjects)
             save_png(args.out / f"{name.replace('->', '_to_')}.png", sheet)

@@ -1,4 +1,5 @@
-"""A grid of cells: its sizes, masks, tokens and 3-D positions, and its targets cut out again.
+"""A grid of cells: its sizes, masks, tokens and 3-D positions, and its targets cut out again; and
+what is asked of it, the Spec.
 
 Every row is one picture of C equal cells side by side, and is encoded as one; rows may differ in
 size. The last row is the query: its masked pixels are generated, all other pixels are given.
@@ -6,7 +7,8 @@ Sizes follow VisualCloze (lzyhha/VisualCloze:visualcloze.py), resizing follows d
 (huggingface/diffusers:src/diffusers/pipelines/visualcloze/visualcloze_utils.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -133,6 +135,52 @@ def _mark(sheet: np.ndarray, box: list[int]) -> None:
     frame[2:-2, 2:-2] = False
     frame[10:-10] = frame[:, 10:-10] = False
     sheet[y : y + h, x : x + w][frame] = MARK
+
+
+@dataclass(frozen=True, eq=False)
+class Upsampling:
+    """The second pass that a spec asks for (SDEdit): each target, enlarged, half drowned in noise,
+    is painted again as stock FLUX.1-Fill does it with one picture, all of it masked.
+
+    Source: huggingface/diffusers:src/diffusers/pipelines/flux/pipeline_flux_fill.py.
+    """
+
+    width: int
+    height: int
+    strength: float  # share of noise in the start: (0, 1], 1 forgets the first pass
+    num_inference_steps: int  # N, of which the last strength * N are taken
+    latents: np.ndarray | None = None  # float32 [S, 64] at t = 1, the same for every target
+
+    @property
+    def tokens(self) -> int:
+        """S of one target."""
+        return self.width // PATCH * (self.height // PATCH)
+
+    def grid(self, target: np.ndarray) -> Grid:
+        """A target, uint8 [h, w, 3], as the picture to start from: one cell, all of it masked."""
+        size = self.width, self.height
+        picture = Image.fromarray(target).resize(size, Image.Resampling.LANCZOS)
+        row = Row(np.asarray(picture), np.ones(size[::-1], bool))
+        return Grid((row,), columns=1, first_row=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Spec:
+    """One grid to paint, and how. With a `strength` it is a second pass: the masked pixels of its
+    grid are what to start from."""
+
+    grid: Grid
+    prompt: str
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int = 0
+    latents: np.ndarray | None = None  # float32 [S, 64], the noise at t = 1; None: by the seed
+    upsampling: Upsampling | None = None
+    content_prompt: str = ""  # bare; all that the second pass is told
+    strength: float | None = None
+    name: str = "grid"
+    source: Path = Path()  # the file that it stood in
+    resolved: dict = field(default_factory=dict)  # as JSON, every default filled in
 
 
 def bucket(tokens: int, resolution: int) -> int:

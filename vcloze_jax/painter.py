@@ -7,9 +7,8 @@ the result of one does not depend on the others.
 """
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 import flax
 import jax
@@ -17,189 +16,139 @@ import numpy as np
 from tqdm import tqdm
 
 from vcloze_jax import __version__, conditioning, flow
-from vcloze_jax.grid import Grid, bucket
+from vcloze_jax.grid import Spec, bucket
 from vcloze_jax.model.ops import unpack
-from vcloze_jax.programs import Programs
+from vcloze_jax.programs import spent, timed
 from vcloze_jax.sharding import batch_sharding, compute_dtype
-from vcloze_jax.upsample import Upsampling
 
 PARTS = ("load", "text", "vae", "compile", "paint", "decode")  # of the seconds in a record
 BATCH_TOKENS = 2**13  # image tokens per device and call: enough to keep any accelerator busy
 
 
-@dataclass(frozen=True, eq=False)
-class Job:
-    """One grid to paint. `noise` is float32 [S, 64] at t = 1; None draws it from the seed.
+@dataclass(eq=False)
+class Canvas:
+    """A grid on its way from spec to picture; every stage adds what it made."""
 
-    With a `strength` it is a second pass: the masked pixels of its grid are what to start from.
-    """
-
-    grid: Grid
-    prompt: str
-    num_inference_steps: int
-    guidance_scale: float
-    seed: int = 0
-    noise: np.ndarray | None = None
-    upsampling: Upsampling | None = None
-    content_prompt: str = ""  # bare; all that the second pass is told
-    strength: float | None = None
-
-    def times(self, c):
-        """Times of its Euler steps, float32 [N + 1]."""
-        return flow.schedule(self.num_inference_steps, self.grid.tokens, c, self.strength or 1.0)
-
-    def draw(self):
-        """Its noise, float32 [S, 64]: drawn without padding, so that no bucket changes it."""
-        if self.noise is not None:
-            return self.noise
-        return np.asarray(jax.random.normal(jax.random.key(self.seed), (self.grid.tokens, 64)))
-
-    def second_passes(self, targets):
-        """The jobs of the second pass over its painted targets, if it asks for one."""
-        up = self.upsampling
-        if up is None:
-            return []
-        rest = (self.content_prompt, up.num_inference_steps, self.guidance_scale, self.seed)
-        return [Job(up.grid(t), *rest, noise=up.noise, strength=up.strength) for t in targets]
-
-
-@dataclass(frozen=True)
-class Painted:
-    """A painted query row and how it came about."""
-
-    pixels: np.ndarray  # uint8 [h, C*w, 3]
-    latents: np.ndarray  # float32 [S, 64] at t = 0
-    targets: list[np.ndarray]  # uint8 [h, w, 3] each, in column order, upsampled if asked for
-    record: dict  # tokens, dropped_tokens, seconds by part, compiles, versions
-
-
-class Text(NamedTuple):
-    """One prompt as the MMDiT reads it."""
-
+    spec: Spec
     txt: np.ndarray  # [T, text_width]
     pooled: np.ndarray  # [vec_width]
-    dropped: dict  # tokens lost, by encoder
-    seconds: Counter
-
-
-class Inputs(NamedTuple):
-    """One grid as the MMDiT reads it."""
-
-    condition: np.ndarray  # float32 [S, 320]
-    x: np.ndarray  # float32 [S, 64] at the first time
-    times: np.ndarray  # float32 [N + 1]
-    seconds: Counter
+    dropped: dict  # tokens that the prompt lost, by encoder
+    seconds: Counter  # by part
+    times: np.ndarray = None  # float32 [N + 1], of the Euler steps
+    condition: np.ndarray = None  # float32 [S, 320]
+    latents: np.ndarray = None  # float32 [S, 64], from the first time to t = 0
+    pixels: np.ndarray = None  # uint8 [h, C*w, 3], the painted query row
+    second_passes: list["Canvas"] = field(default_factory=list)  # one a target, if asked for
 
     @property
-    def steps(self):
-        return len(self.times) - 1
+    def targets(self):
+        """The painted cells in column order, uint8 [h, w, 3] each, upsampled if asked for."""
+        if self.second_passes:
+            return [canvas.pixels for canvas in self.second_passes]
+        return self.spec.grid.cut(self.pixels)
+
+    def record(self, preset):
+        """All that made the picture, as JSON."""
+        grid = self.spec.grid
+        record = {
+            "spec": self.spec.resolved,
+            "prompt": self.spec.prompt,
+            "sizes": [[width // grid.columns, height] for height, width in grid.shape],
+            "boxes": grid.boxes,
+            **self.costs(preset),
+            "compiles": spent["programs"],
+            "versions": versions(),
+        }
+        if self.second_passes:
+            record["upsampling"] = [canvas.costs(preset) for canvas in self.second_passes]
+        return record
+
+    def costs(self, preset):
+        """Tokens and seconds of one pass."""
+        tokens = self.spec.grid.tokens
+        sizes = dict(image=tokens, text=len(self.txt), bucket=bucket(tokens, preset.resolution))
+        seconds = {part: round(self.seconds[part], 4) for part in PARTS}
+        return {"tokens": sizes, "dropped_tokens": self.dropped, "seconds": seconds}
 
 
 class Painter:
     """The models of a preset on a mesh, and the compiled parts of sampling.
 
-    `models` has the attributes flux, vae, t5 and clip; each is asked for where its stage begins,
-    and the text encoders are let go at the end of theirs. `remember(encode, t5_ids, clip_ids)`
-    may know what `encode(t5_ids, clip_ids)` would say.
+    `models` has the attributes flux and vae, each asked for where its stage begins;
+    `read_texts(prompts)` -> {prompt: (txt, pooled, dropped, seconds)}.
     """
 
-    def __init__(
-        self, preset, models, tokenizers, mesh, remember=lambda encode, *ids: encode(*ids)
-    ):
-        self.preset, self.models, self.tokenizers = preset, models, tokenizers
-        self.mesh, self.remember = mesh, remember
+    def __init__(self, preset, models, read_texts, mesh):
+        self.preset, self.models, self.read_texts, self.mesh = preset, models, read_texts, mesh
         self.shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self.dtype = dtype = compute_dtype(mesh)
-        self.programs = Programs()
-        jit = self.programs.jit
-        self.encode_text = jit(partial(conditioning.encode_text, dtype=dtype))
-        self.encode_condition = jit(partial(conditioning.encode_condition, dtype=dtype))
-        self.encode_picture = jit(partial(conditioning.encode_picture, dtype=dtype))
-        self.modulate = jit(modulate_steps)
-        self.at_step = jit(at_step)
+        self.encode_condition = jax.jit(partial(conditioning.encode_condition, dtype=dtype))
+        self.encode_picture = jax.jit(partial(conditioning.encode_picture, dtype=dtype))
+        self.modulate_steps = jax.jit(modulate_steps)
+        self.select_step = jax.jit(select_step)
         # The mesh's way of lying is said, or the second step would be another program.
-        self.step = jit(euler_step, donate_argnums=1, out_shardings=batch_sharding(mesh))
-        self.decode = jit(decode, static_argnums=(2, 3))
+        placed = dict(donate_argnums=1, out_shardings=batch_sharding(mesh))
+        self.euler_step = jax.jit(euler_step, **placed)
+        self.decode_row = jax.jit(decode_row, static_argnums=(2, 3))
 
-    @property
-    def compiles(self):
-        """Programs compiled so far."""
-        return self.programs.count
-
-    def __call__(self, jobs, progress=lambda steps, label: steps):
-        """Paint every job -> list of Painted, in order.
+    def __call__(self, specs, progress=lambda steps, label: steps):
+        """Paint every spec -> list of Canvas, in order.
 
         `progress(steps, label)` wraps the Euler steps of each batch. Raises FloatingPointError if
         a picture is not finite.
         """
-        prompts = [job.prompt for job in jobs]
-        texts = self.read(prompts + [job.content_prompt for job in jobs if job.upsampling])
-        painted = self.paint(jobs, texts, progress)
-        again = [job.second_passes(p.targets) for job, p in zip(jobs, painted, strict=True)]
-        upsampled = iter(self.paint(sum(again, []), texts, progress))
-        shared = {"compiles": self.compiles, "versions": versions()}
-        return [
-            joined(p, [next(upsampled) for _ in passes], shared)
-            for p, passes in zip(painted, again, strict=True)
-        ]
+        prompts = [spec.prompt for spec in specs]
+        texts = self.read_texts(prompts + [s.content_prompt for s in specs if s.upsampling])
+        canvases = [Canvas(spec, *texts[spec.prompt]) for spec in specs]
+        self.paint(canvases, progress)
+        for canvas in canvases:
+            again = second_passes(canvas.spec, canvas.targets)
+            canvas.second_passes = [Canvas(spec, *texts[spec.prompt]) for spec in again]
+        self.paint([second for canvas in canvases for second in canvas.second_passes], progress)
+        return canvases
 
-    def read(self, prompts):
-        """Prompt -> Text, one at a time, so that none depends on the others."""
-        prompts = list(dict.fromkeys(prompts))
-        encoders, texts = [], {}
+    def paint(self, canvases, progress):
+        """One pass over all canvases."""
+        for canvas in canvases:
+            canvas.seconds = Counter(canvas.seconds)  # a text may be that of several
+            self.encode(canvas)
+        for size, members, fill in self.batches(canvases):
+            label = f"{len(members)} x {size} tokens"
+            label += ", upsampling" if members[0].spec.strength else ""
+            steps = progress(range(len(members[0].times) - 1), label)
+            self.denoise(members, fill, size, steps)
+        for canvas in canvases:
+            self.decode(canvas)
 
-        def encode(*ids):
-            if not encoders:
-                with self.programs.timed(seconds, "load"):
-                    encoders.extend([self.models.t5, self.models.clip])
-            with self.programs.timed(seconds, "text"):
-                return [np.asarray(x)[0] for x in self.encode_text(*encoders, *ids)]
-
-        for prompt, t5, clip, lost in zip(prompts, *self.tokenizers(prompts), strict=True):
-            seconds = Counter()
-            texts[prompt] = Text(*self.remember(encode, t5[None], clip[None]), lost, seconds)
-        return texts
-
-    def paint(self, jobs, texts, progress):
-        """One pass over all jobs -> list of Painted, in order."""
-        texts = [texts[job.prompt] for job in jobs]
-        inputs = [self.encode(job) for job in jobs]
-        latents = [None] * len(jobs)
-        for size, members, batch in self.batches(inputs):
-            label = f"{len(members)} x {size} tokens" + ", upsampling" * bool(jobs[0].strength)
-            bar = progress(range(inputs[batch[0]].steps), label)
-            parts = ([items[i] for i in batch] for items in (jobs, texts, inputs))
-            results, seconds = self.paint_batch(*parts, size, bar)
-            for i, z in zip(members, results, strict=False):
-                latents[i] = z[: jobs[i].grid.tokens]
-                inputs[i].seconds.update(seconds)
-        return list(map(self.finish, jobs, texts, inputs, latents))
-
-    def encode(self, job):
-        """What the MMDiT reads of one grid, whose rows are encoded one by one at exact width."""
-        seconds, rows, second = Counter(), job.grid.rows, job.strength is not None
-        with self.programs.timed(seconds, "load"):
+    def encode(self, canvas):
+        """Condition, times and noise of one grid, whose rows are encoded at their exact width."""
+        spec, seconds = canvas.spec, canvas.seconds
+        rows, second = spec.grid.rows, spec.strength is not None
+        with timed(seconds, "load"):
             vae = self.models.vae
-        with self.programs.timed(seconds, "vae"):
+        with timed(seconds, "vae"):
             fill = np.float32(conditioning.GREY if second else conditioning.BLACK)
             tokens = [self.encode_condition(vae, r.pixels[None], r.mask[None], fill) for r in rows]
-            condition = np.concatenate([np.asarray(t[0], np.float32) for t in tokens])
-            x, times = job.draw(), job.times(self.preset.flow)
+            canvas.condition = np.concatenate([np.asarray(t[0], np.float32) for t in tokens])
+            canvas.times = times = flow.schedule(
+                spec.num_inference_steps, spec.grid.tokens, self.preset.flow, spec.strength or 1.0
+            )
+            canvas.latents = initial_noise(spec)
             if second:
                 (row,) = rows
                 picture = np.asarray(self.encode_picture(vae, row.pixels[None])[0], np.float32)
-                x = (1 - times[0]) * picture + times[0] * x
-        return Inputs(condition, x, times, seconds)
+                canvas.latents = (1 - times[0]) * picture + times[0] * canvas.latents
 
-    def batches(self, inputs):
-        """(bucket, members, batch): indices of grids of one bucket and number of steps.
+    def batches(self, canvases):
+        """(bucket, members, copies): canvases of one bucket and number of steps.
 
-        All batches of a bucket have one size, so that one program serves it; copies fill those
-        that are short, and what becomes of copies is dropped.
+        All batches of a bucket have one size, so that one program serves it; copies of the first
+        member fill those that are short, and what becomes of copies is dropped.
         """
         groups = defaultdict(lambda: defaultdict(list))
-        for i, each in enumerate(inputs):
-            groups[bucket(len(each.x), self.preset.resolution)][each.steps].append(i)
+        for canvas in canvases:
+            size = bucket(len(canvas.latents), self.preset.resolution)
+            groups[size][len(canvas.times)].append(canvas)
         for size, by_steps in groups.items():
             most = max(1, BATCH_TOKENS // size) * self.shards
             largest = max(map(len, by_steps.values()))
@@ -208,79 +157,87 @@ class Painter:
             for group in by_steps.values():
                 for start in range(0, len(group), full):
                     members = group[start : start + full]
-                    yield size, members, members + members[:1] * (full - len(members))
+                    yield size, members, full - len(members)
 
-    def paint_batch(self, jobs, texts, inputs, size, steps):
-        """A batch padded to `size` tokens -> latents float32 [B, size, 64], seconds by part."""
-        seconds, c = Counter(), self.preset
-        with self.programs.timed(seconds, "load"):
+    def denoise(self, members, copies, size, steps):
+        """The Euler steps of a batch, padded to `size` tokens."""
+        seconds, batch = Counter(), members + members[:1] * copies
+        with timed(seconds, "load"):
             flux = self.models.flux
-        with self.programs.timed(seconds, "paint"), jax.set_mesh(self.mesh):
-            T, grids = c.t5.max_length, [job.grid for job in jobs]
-            arrays = (
-                np.stack([pad(each.x, size) for each in inputs]),  # B S 64
-                np.stack([pad(each.condition, size) for each in inputs]).astype(self.dtype),
-                np.stack([text.txt for text in texts]),  # B T D
-                np.stack([text.pooled for text in texts]),  # B V
-                np.stack([each.times for each in inputs]),  # B N+1
-                np.array([job.guidance_scale for job in jobs], np.float32),  # B
-                conditioning.position_table(grids, c.flux, T, size),  # B L 1 K/2, twice
-                np.array([T + grid.tokens for grid in grids], np.int32),  # B
-            )
-            arrays = jax.device_put(arrays, batch_sharding(self.mesh))
-            x, condition, txt, pooled, times, guidance, pe, lengths = arrays
-            mods = self.modulate(flux, times, guidance, pooled)
+        with timed(seconds, "paint"), jax.set_mesh(self.mesh):
+            x, times, context = jax.device_put(self.stack(batch, size), batch_sharding(self.mesh))
+            mods = self.modulate_steps(flux, times, context)
             for i in steps:
-                now = self.at_step(mods, times, i)
-                x = self.step(flux, x, condition, txt, pe, lengths, *now).block_until_ready()
-        return np.asarray(x), seconds
+                mod, t, t_next = self.select_step(mods, times, i)
+                x = self.euler_step(flux, x, mod, context, t, t_next).block_until_ready()
+        for canvas, latents in zip(members, np.asarray(x), strict=False):
+            canvas.latents = latents[: len(canvas.latents)]
+            canvas.seconds.update(seconds)
 
-    def finish(self, job, text, inputs, z):
-        """Latents z [S, 64] -> Painted. Pictures are decoded one by one, each in one piece: its
-        norms and its attention see all of it, so that tiles would not give the same picture."""
-        row, seconds = job.grid.query, text.seconds + inputs.seconds
-        with self.programs.timed(seconds, "load"):
-            vae = self.models.vae
-        with self.programs.timed(seconds, "decode"):
-            h, w = row.height // 8, row.width // 8
-            last = z[None, len(z) - h * w // 4 :].astype(self.dtype)
-            pixels = conditioning.to_pixels(self.decode(vae, last, h, w)[0])
-        size = bucket(len(z), self.preset.resolution)
-        record = dict(
-            tokens=dict(image=len(z), text=len(text.txt), bucket=size),
-            dropped_tokens=text.dropped,
-            seconds={part: round(seconds[part], 4) for part in PARTS},
+    def stack(self, batch, size):
+        """Latents [B, size, 64], times [B, N + 1] and Context of a batch, on the host."""
+        T, grids = self.preset.t5.max_length, [canvas.spec.grid for canvas in batch]
+        condition = np.stack([pad(canvas.condition, size) for canvas in batch])
+        context = conditioning.Context(
+            condition.astype(self.dtype),
+            np.stack([canvas.txt for canvas in batch]),
+            np.stack([canvas.pooled for canvas in batch]),
+            np.array([canvas.spec.guidance_scale for canvas in batch], np.float32),
+            conditioning.position_table(grids, self.preset.flux, T, size),
+            np.array([T + grid.tokens for grid in grids], np.int32),
         )
-        return Painted(pixels, z, job.grid.cut(pixels), record)
+        latents = np.stack([pad(canvas.latents, size) for canvas in batch])
+        return latents, np.stack([canvas.times for canvas in batch]), context
+
+    def decode(self, canvas):
+        """Latents -> pixels. Pictures are decoded one by one, each in one piece: its norms and its
+        attention see all of it, so that tiles would not give the same picture."""
+        row = canvas.spec.grid.query
+        with timed(canvas.seconds, "load"):
+            vae = self.models.vae
+        with timed(canvas.seconds, "decode"):
+            h, w = row.height // 8, row.width // 8
+            last = canvas.latents[None, -(h * w // 4) :].astype(self.dtype)
+            canvas.pixels = conditioning.to_pixels(self.decode_row(vae, last, h, w)[0])
 
 
-def joined(painted, passes, record):
-    """A first pass whose targets are those of its second passes, if it had any."""
-    record = painted.record | record
-    if not passes:
-        return replace(painted, record=record)
-    record["upsampling"] = [second.record for second in passes]
-    return replace(painted, targets=[second.pixels for second in passes], record=record)
+def second_passes(spec, targets):
+    """The specs of the second pass over painted targets, if one is asked for."""
+    up = spec.upsampling
+    if up is None:
+        return []
+    how = dict(seed=spec.seed, latents=up.latents, strength=up.strength)
+    return [
+        Spec(
+            up.grid(target), spec.content_prompt, up.num_inference_steps, spec.guidance_scale, **how
+        )
+        for target in targets
+    ]
 
 
-def modulate_steps(flux, times, guidance, pooled):
+def initial_noise(spec):
+    """Noise of a spec, float32 [S, 64]: drawn without padding, so that no bucket changes it."""
+    if spec.latents is not None:
+        return spec.latents
+    return np.asarray(jax.random.normal(jax.random.key(spec.seed), (spec.grid.tokens, 64)))
+
+
+def modulate_steps(flux, times, context):
     """The modulations of all steps at once; leaves get a leading axis N."""
-    at = lambda t: flux.modulation(t, guidance, pooled)  # noqa: E731
-    return jax.vmap(at)(times[:, :-1].T)
+    return jax.vmap(lambda t: conditioning.modulation(flux, t, context))(times[:, :-1].T)
 
 
-def at_step(mods, times, i):
+def select_step(mods, times, i):
     """Modulation, time and next time of step i: without N, so that one program serves every N."""
     return jax.tree.map(lambda leaf: leaf[i], mods), times[:, i], times[:, i + 1]
 
 
-def euler_step(flux, x, condition, txt, pe, lengths, mod, t, t_next):
+def euler_step(flux, x, mod, context, t, t_next):
     """One step of x float32 [B, S, 64] from t to t_next, float32 [B]."""
-    velocity = conditioning.velocity(flux, x, condition, txt, mod, pe, lengths)
-    return flow.euler(x, velocity, t, t_next)
+    return flow.euler(x, conditioning.velocity(flux, x, mod, context), t, t_next)
 
 
-def decode(vae, z, h, w):
+def decode_row(vae, z, h, w):
     """Latent tokens [B, S, 64] of one row of h x w latent pixels -> pictures [B, 8h, 8w, 3]."""
     return vae.decode(unpack(z, h, w))
 
@@ -290,7 +247,7 @@ def versions():
     return {"vcloze_jax": __version__, "jax": jax.__version__, "flax": flax.__version__}
 
 
-def bar(steps, label):
+def steps_bar(steps, label):
     """The Euler steps of one batch as a progress bar, with the seconds that each takes."""
     form = "{desc}: |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
     return tqdm(steps, label, unit="step", dynamic_ncols=True, bar_format=form)

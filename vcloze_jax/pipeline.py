@@ -7,21 +7,17 @@ painting.images[0].save("b.png")
 
 import json
 from dataclasses import dataclass
-from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-from flax import nnx
 from PIL import Image
 
 from vcloze_jax.inputs.pictures import save_png, save_text
 from vcloze_jax.inputs.spec import output_names, read_spec
-from vcloze_jax.model.lora import fold
-from vcloze_jax.model.text import Tokenizers
-from vcloze_jax.painter import Job, Painter, versions
-from vcloze_jax.sharding import compute_dtype, make_mesh, parse_mesh, put, shardings
+from vcloze_jax.painter import Painter
+from vcloze_jax.sharding import make_mesh, parse_mesh
 from vcloze_jax.storage import adapters, places, weights
-from vcloze_jax.storage.textreader import TextCache
+from vcloze_jax.storage.models import LazyModels
 
 
 @dataclass(frozen=True)
@@ -76,111 +72,22 @@ class Pipeline:
         return self.paint([read_spec(table, self.painter.preset)])[0]
 
     def paint(self, specs, progress=lambda steps, label: steps):
-        """Paint specs (spec.py) as batches -> list of Painting, in order."""
-        return list(map(painting, specs, self.painter(list(map(job, specs)), progress)))
-
-
-def job(spec):
-    """A spec as the Painter takes it."""
-    numbers = (spec.num_inference_steps, spec.guidance_scale, spec.seed, spec.latents)
-    return Job(spec.grid, spec.prompt, *numbers, spec.upsampling, spec.content_prompt)
-
-
-def painting(spec, painted):
-    """A spec and what the Painter made of it -> Painting."""
-    grid = spec.grid
-    record = {
-        "spec": spec.resolved,
-        "prompt": spec.prompt,
-        "sizes": [[width // grid.columns, height] for height, width in grid.shape],
-        "boxes": grid.boxes,
-        **painted.record,
-    }
-    sheet = Image.fromarray(grid.compose(painted.pixels))
-    return Painting([Image.fromarray(target) for target in painted.targets], sheet, record)
+        """Paint specs (grid.Spec) as batches -> list of Painting, in order."""
+        paintings = []
+        for canvas in self.painter(specs, progress):
+            sheet = canvas.spec.grid.compose(canvas.pixels)
+            images = [Image.fromarray(target) for target in canvas.targets]
+            record = canvas.record(self.painter.preset)
+            paintings.append(Painting(images, Image.fromarray(sheet), record))
+        return paintings
 
 
 def load_painter(folder, lora, mesh):
     """A Painter of what those three name; see Pipeline.load."""
-    folder, loras = places.model_of(folder, lora)
+    folder, loras = places.named_model(folder, lora)
     mesh = make_mesh(parse_mesh(mesh) if mesh else None)
     preset = weights.check_fill(folder)
     for file, _ in loras:
         adapters.check(file, preset.flux)
-    tokenizers = Tokenizers(folder, preset.t5, preset.clip)
-    shelf = Shelf(folder, preset, loras, mesh)
-    return Painter(preset, shelf, tokenizers, mesh, shelf.remember)
-
-
-class Shelf:
-    """The models of a weights folder, each put on the mesh when it is first asked for.
-
-    MMDiT and autoencoder stay there. The text encoders, half as large as the MMDiT and needed for
-    a moment, are loaded whenever they are asked for, and live no longer than they are held.
-    """
-
-    def __init__(self, folder, preset, loras, mesh):
-        self.folder, self.preset, self.loras, self.mesh = folder, preset, loras, mesh
-        self.dtype = compute_dtype(mesh)
-
-    @cached_property
-    def flux(self):
-        """The MMDiT, with the adapters folded in."""
-        graphdef, state = nnx.split(self.load("flux"))
-        tree = nnx.to_pure_dict(state)
-        del state  # or the weights before the folding would be held till its end
-        for file, scale in self.loras:
-            adapter = put(adapters.load(file, self.preset.flux), self.mesh, "flux/")
-            fold_into(tree, adapter, scale)
-        return nnx.merge(graphdef, tree)
-
-    @cached_property
-    def vae(self):
-        return self.load("vae")
-
-    @property
-    def t5(self):
-        return self.load("t5")
-
-    @property
-    def clip(self):
-        return self.load("clip")
-
-    def load(self, name):
-        place = partial(shardings, mesh=self.mesh, root=f"{name}/")
-        config = getattr(self.preset, name)
-        return weights.load(weights.MODULES[name], config, self.folder, self.dtype, place)
-
-    def remember(self, encode, *ids):
-        """Text embeddings of these encoders on this mesh: from disk, or else by `encode`."""
-        t5, clip = self.preset.t5, self.preset.clip
-        shapes = [(t5.max_length, t5.width), (clip.width,)]
-        cache = TextCache(places.cache_folder() / "text", self.identity(), shapes, self.dtype)
-        return cache(encode, *ids)
-
-    def identity(self):
-        """All that an embedding depends on beside its ids. Files are known as git knows them: by
-        name, size, time of change and inode."""
-        stats = [(file.name, file.stat()) for file in self.text_files]
-        files = [(name, s.st_size, s.st_mtime_ns, s.st_dev, s.st_ino) for name, s in stats]
-        mesh = dict(self.mesh.shape), self.mesh.devices.flat[0].device_kind
-        return repr((files, self.preset.t5, self.preset.clip, self.dtype, mesh, versions()))
-
-    @cached_property
-    def text_files(self):
-        """The files of both text encoders."""
-        paths = [
-            weights.plan(weights.MODULES[name], getattr(self.preset, name), self.folder)[0].path
-            for name in ("t5", "clip")
-        ]
-        files = [sorted(path.rglob("*")) if path.is_dir() else [path] for path in paths]
-        return [file for part in files for file in part]
-
-
-def fold_into(tree, adapter, scale):
-    """lora.fold in place and layer by layer, so that two whole trees are never held."""
-    for name, branch in adapter.items():
-        if isinstance(branch, dict) and any(isinstance(b, dict) for b in branch.values()):
-            fold_into(tree[name], branch, scale)
-        else:
-            tree.update(fold({name: tree.pop(name)}, {name: branch}, scale))
+    models = LazyModels(folder, preset, loras, mesh)
+    return Painter(preset, models, models.text_reader(), mesh)

@@ -1,4 +1,4 @@
-"""Compiled programs, counted and timed, so that a record can tell compiling from computing."""
+"""How many programs XLA compiled in this process, and how long that took."""
 
 import time
 from collections import Counter
@@ -6,40 +6,26 @@ from contextlib import contextmanager
 
 import jax
 
+COMPILE = "/jax/core/compile/backend_compile_duration"  # one event a program, also of the cache's
+LOWER = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+spent = Counter()  # "programs", and "seconds" of lowering and compiling them
 
-class Programs:
-    """Jitted functions, with the number of their programs and the seconds spent compiling them.
 
-    A call that compiles is counted whole: the devices are then given their work, not waited for.
-    """
+def _listen(event, seconds, **_):
+    if event in (LOWER, COMPILE):
+        spent["seconds"] += seconds
+        spent["programs"] += event == COMPILE
 
-    def __init__(self):
-        self.jitted, self.seconds = [], 0.0
 
-    @property
-    def count(self):
-        """Programs compiled so far, or fetched from the cache on disk."""
-        return sum(f._cache_size() for f in self.jitted)
+jax.monitoring.register_event_duration_secs_listener(_listen)
 
-    def jit(self, function, **options):
-        """jax.jit(function, **options), counted and timed."""
-        jitted = jax.jit(function, **options)
-        self.jitted.append(jitted)
 
-        def call(*args):
-            before, start = jitted._cache_size(), time.perf_counter()
-            out = jitted(*args)
-            if jitted._cache_size() > before:
-                self.seconds += time.perf_counter() - start
-            return out
-
-        return call
-
-    @contextmanager
-    def timed(self, seconds: Counter, part: str):
-        """Add the seconds inside to `part`, but those of compiling to "compile"."""
-        start, before = time.perf_counter(), self.seconds
-        yield
-        compiling = self.seconds - before
-        seconds["compile"] += compiling
-        seconds[part] += time.perf_counter() - start - compiling
+@contextmanager
+def timed(seconds: Counter, part: str):
+    """Add the seconds inside to `part`, but those of compiling to "compile", so that a record can
+    tell compiling from computing."""
+    start, before = time.perf_counter(), spent["seconds"]
+    yield
+    compiling = spent["seconds"] - before
+    seconds["compile"] += compiling
+    seconds[part] += time.perf_counter() - start - compiling

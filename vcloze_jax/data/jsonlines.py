@@ -66,7 +66,7 @@ def open_own(name, preset):
             f"--data {name}: no such data; use graphemoji, graphemoji:TASK, graphemoji-fill "
             "or a JSON-lines file"
         )
-    return JSONLinesGrids(name, preset.resolution, preset.flow.caption_dropout)
+    return JSONLinesGrids(name, preset.resolution, preset.recipe.caption_dropout)
 
 
 def read_example(table, resolution, folder):

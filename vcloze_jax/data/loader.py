@@ -47,7 +47,7 @@ class GraphEmojiGrids:
 
 def open_data(name, preset, split="train"):
     """What `--data` names. Raises UserError for a name or file that is not there."""
-    dropout = preset.flow.caption_dropout
+    dropout = preset.recipe.caption_dropout
     kind, _, task = name.partition(":")
     if name == "graph200k":
         raise UserError("--data graph200k: not yet; use graphemoji or a JSON-lines file")

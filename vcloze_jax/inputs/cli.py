@@ -1,12 +1,13 @@
-"""What the commands share: one-line errors, exit codes, and the flags that name a model."""
+"""What the commands share: flags, one-line errors and exit codes."""
 
 import argparse
 import os
 import signal
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
-from vcloze_jax.config import UserError
+from vcloze_jax.config import PRESETS, Recipe, UserError, flag
 from vcloze_jax.storage.places import cache_folder, file_and_scale
 
 
@@ -38,6 +39,45 @@ def add_model_flags(parser):
         help="adapter to fold in, repeatable; on mini it replaces mini's own",
     )
     add("--mesh", help="8, or data=2,fsdp=2,tensor=2 (default: all accelerators, or one CPU)")
+
+
+def add_recipe_flags(parser):
+    """A flag for every field of Recipe; one that is not given stays None: the preset's holds."""
+    groups = {}
+    for f in fields(Recipe):
+        options = dict(f.metadata)
+        title, free = options.pop("group"), options.pop("free")
+        options.pop("least", None)
+        if isinstance(f.default, bool):
+            options["action"] = "store_true"
+        elif isinstance(f.default, tuple):
+            options |= dict(type=float, nargs=len(f.default))
+        elif f.default is not None:
+            options["type"] = type(f.default)
+        if f.name == "preset":
+            options["choices"] = PRESETS
+        options["help"] += "; may change when a run goes on" if free else ""
+        group = groups.setdefault(title, None) or parser.add_argument_group(title)
+        groups[title] = group
+        group.add_argument(flag(f.name), default=None, **options)
+
+
+def read_recipe(args):
+    """The Recipe that flags ask for, over the defaults of their preset. Raises UserError."""
+    given = {f.name: getattr(args, f.name) for f in fields(Recipe)}
+    given = {name: value for name, value in given.items() if value is not None}
+    preset = PRESETS[given.get("preset", "mini")]
+    if "weights" not in given and preset.name != "mini":
+        raise UserError(f"--preset {preset.name}: its weights are yours; add --weights DIR")
+    for name in {"weights", "lora"} & given.keys():
+        given[name] = str(Path(given[name]).resolve())
+    if "guidance_range" in given:
+        given["guidance_range"] = tuple(given["guidance_range"])
+    if given.get("from_scratch"):
+        given.setdefault("rank", 0)
+    batch = given.get("batch", preset.recipe.batch)
+    given.setdefault("micro_batch", min(preset.recipe.micro_batch, max(batch, 1)))
+    return replace(preset.recipe, **given)
 
 
 def run(main):

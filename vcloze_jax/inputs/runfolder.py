@@ -2,66 +2,67 @@
 
 import json
 import signal
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, fields
 from pathlib import Path
 
-from vcloze_jax.config import UserError
+from vcloze_jax.config import PRESETS, Recipe, UserError
 from vcloze_jax.inputs.pictures import save_text
 
-FREE = ("mesh", "steps", "save_every", "preview_every")  # may change when a run goes on
+FREE = tuple(f.name for f in fields(Recipe) if f.metadata["free"])
+OLDEST = {"preset", "data", "seed", "steps"}  # entries that every run has written
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a run is. All of it but `FREE` is its identity, and must be the same on resume."""
+class RunFolder:
+    """What a run writes, and where."""
 
-    preset: str
-    weights: str
-    lora: str | None
-    from_scratch: bool
-    data: str
-    rank: int
-    lr: float
-    batch: int
-    micro_batch: int
-    steps: int
-    resolution: int
-    loss_region: str
-    seed: int
-    save_every: int
-    preview_every: int
-    mesh: str
+    def __init__(self, path):
+        self.path = Path(path)
+        self.config, self.metrics = self.path / "config.json", self.path / "metrics.jsonl"
+        self.checkpoints, self.previews = self.path / "checkpoints", self.path / "previews"
 
-
-def compare(out, settings):
-    """Raise UserError if `out` is not a run's folder, or of another run, naming what differs."""
-    out, new = Path(out), asdict(settings)
-    file = out / "config.json"
-    if not file.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out}: not a run of train.py, and not empty; choose another --out")
-        return
-    try:
-        old = asdict(Settings(**json.loads(file.read_text())))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file}: not a run's settings ({error}); move the folder away") from None
-    for key in new:
-        if key not in FREE and old[key] != new[key]:
+    def compare(self, recipe):
+        """Raise UserError if this is not a run's folder, or of another run, naming what differs."""
+        if not self.config.exists():
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise UserError(
+                    f"{self.path}: not a run of train.py, and not empty; choose another --out"
+                )
+            return
+        old, new = read_identity(self.config), asdict(recipe)
+        for key in new:
+            if key not in FREE and old[key] != new[key]:
+                raise UserError(
+                    f"{self.config}: {key} is {old[key]!r}, this command says {new[key]!r}; "
+                    "use the same flags or another --out"
+                )
+        if old["steps"] > new["steps"]:
             raise UserError(
-                f"{file}: {key} is {old[key]!r}, this command says {new[key]!r}; "
-                "use the same flags or another --out"
+                f"{self.config}: steps is {old['steps']}, and can only grow; raise --steps"
             )
-    if old["steps"] > new["steps"]:
-        raise UserError(f"{file}: steps is {old['steps']}, and can only grow; raise --steps")
+
+    def create(self, recipe):
+        """Make the folder, or let the run's free settings follow this command. Raises UserError."""
+        try:
+            self.previews.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.path}: {error.strerror}; choose another folder") from None
+        save_text(self.config, json.dumps(asdict(recipe), indent=1) + "\n")
 
 
-def create(out, settings):
-    """Make the folder, or let the run's free settings follow this command. Raises UserError."""
+def read_identity(file):
+    """What a run was begun with, {field of Recipe: value}; what an older version did not write has
+    the preset's default. Raises UserError."""
     try:
-        (Path(out) / "previews").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; choose another folder") from None
-    save_text(Path(out) / "config.json", json.dumps(asdict(settings), indent=1) + "\n")
+        entries = json.loads(file.read_text())
+        if missing := OLDEST - entries.keys():
+            raise ValueError(f"no {', '.join(sorted(missing))}")
+        known = asdict(PRESETS[entries["preset"]].recipe)
+        if unknown := entries.keys() - known:
+            raise ValueError(f"{', '.join(sorted(unknown))} is of a newer version")
+        entries |= {key: tuple(x) for key, x in entries.items() if isinstance(x, list)}
+        return known | entries | {"steps": int(entries["steps"])}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{file}: not a run's settings ({error}); move the folder away") from None
 
 
 class Log:

@@ -7,7 +7,6 @@ A spec uses the argument names of diffusers' VisualCloze pipeline. Every message
 import json
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from PIL import Image
 
 from vcloze_jax import prompts
 from vcloze_jax.config import Preset, UserError
-from vcloze_jax.grid import PATCH, Cell, Grid, build_grid
+from vcloze_jax.grid import PATCH, Cell, Grid, Spec, Upsampling, build_grid, floor, row_size
 from vcloze_jax.inputs import checks
 from vcloze_jax.inputs.checks import named, take
 from vcloze_jax.inputs.pictures import (
@@ -25,7 +24,6 @@ from vcloze_jax.inputs.pictures import (
     quiet_decoders,
     to_mask,
 )
-from vcloze_jax.upsample import Upsampling, upsampled_size
 
 PROMPTS = ("layout_prompt", "task_prompt", "content_prompt")
 NUMBERS = ("resolution", "num_inference_steps", "guidance_scale", "seed")
@@ -34,24 +32,8 @@ KEYS = ("image", *OPTIONAL, *NUMBERS)
 UPSAMPLING = ("width", "height", "strength", "num_inference_steps", "latents")
 MAX_BYTES = 2**22  # of a spec file
 MAX_SIDE = 4096  # of a picture that is painted
+SIDE = 1024  # an upsampled target whose size nobody asked for has an area of at most SIDE²
 LATENT_WIDTH = 64  # channels of a packed token: 16 of the VAE, 2 x 2 pixels
-
-
-@dataclass(frozen=True, eq=False)
-class Spec:
-    """One grid to paint, validated. `resolved` is the spec with every default filled in."""
-
-    name: str
-    source: Path
-    grid: Grid
-    prompt: str
-    content_prompt: str  # bare, for the second pass
-    num_inference_steps: int
-    guidance_scale: float
-    seed: int
-    latents: np.ndarray | None  # float32 [S, 64], the noise at t = 1
-    upsampling: Upsampling | None
-    resolved: dict
 
 
 def read_specs(paths: list[str | Path], preset: Preset) -> list[Spec]:
@@ -142,7 +124,17 @@ def read_spec(table: dict, preset: Preset, name: str = "grid", source: Path = Pa
     prompt = prompts.join(layout, task, prompts.content_sentence(content))
     bare = prompts.strip_prefix(content)
     return Spec(
-        name, source, grid, prompt, bare, steps, guidance, seed, latents, upsampling, resolved
+        grid,
+        prompt,
+        steps,
+        guidance,
+        seed,
+        latents,
+        upsampling=upsampling,
+        content_prompt=bare,
+        name=name,
+        source=source,
+        resolved=resolved,
     )
 
 
@@ -163,7 +155,22 @@ def _read_upsampling(
         table, "latents", (None, None), _open_latents, tokens, "an upsampled target", folder
     )
     values = dict(width=width, height=height, strength=strength, num_inference_steps=steps)
-    return values | {"latents": path}, Upsampling(**values, noise=noise)
+    return values | {"latents": path}, Upsampling(**values, latents=noise)
+
+
+def upsampled_size(
+    width: int | None, height: int | None, own: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Size (w, h) of an upsampled target, floored to 16.
+
+    One side sets the other by the aspect of `own`, the size (w, h) of the query's first picture
+    (None: it has none, and counts as 1024 x 1024). Without a side it is that size itself, scaled
+    down to the area 1024² if that is less (lzyhha/VisualCloze:visualcloze.py).
+    """
+    w, h = own or (SIDE, SIDE)
+    if width is None and height is None:
+        return row_size(w, h, SIDE) if w * h > SIDE * SIDE else (floor(w), floor(h))
+    return floor(width or height * w // h), floor(height or width * h // w)
 
 
 def open_cells(rows: list, folder: Path) -> tuple[list, list]:

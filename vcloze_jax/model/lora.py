@@ -16,37 +16,24 @@ def split(model):
     return graphdef, nnx.to_pure_dict(adapter), nnx.to_pure_dict(base)
 
 
-def combine(graphdef, adapter, base):
-    """The inverse of `split`: the module in which base and adapter meet."""
-    return nnx.merge(graphdef, adapter, base)
+def fold(tree, adapter, scale=1.0):
+    """Fold an adapter into the weights of `tree`, in place and layer by layer, so that two whole
+    trees are never held.
 
-
-def init(make, key):
-    """A new adapter of the module that `make(rngs)` builds: A random, B and its bias zero.
-
-    Under jit, so that the base's random numbers are never drawn.
+    W + scale * A B and b + scale * b_B wherever `adapter` has a branch; a norm that it gives whole
+    takes the place of the base's, by `scale` of the way. Computed in float32, kept in the dtype of
+    the base. ValueError if the base lacks a layer of the adapter.
     """
-    return jax.jit(lambda key: split(make(nnx.Rngs(params=key)))[1])(key)
-
-
-def fold(base, adapter, scale=1.0):
-    """W + scale * A B and b + scale * b_B wherever `adapter` has a branch; the rest as it is.
-
-    A norm that the adapter gives whole takes the place of the base's, by `scale` of the way.
-    Computed in float32, returned in the dtype of the base. ValueError if the base lacks a layer
-    of the adapter.
-    """
-    if strange := set(adapter) - set(base):
-        raise ValueError(f"the base has no {', '.join(map(str, sorted(strange)))}")
-    out = dict(base)
+    if unknown := set(adapter) - set(tree):
+        raise ValueError(f"the base has no {', '.join(map(str, sorted(unknown)))}")
     for name, branch in adapter.items():
-        if isinstance(branch, dict):
-            put = fold_dense if "lora_a" in branch else fold
-            out[name] = put(base[name], branch, scale)
+        if not isinstance(branch, dict):
+            norm = (1 - scale) * tree[name].astype(jnp.float32) + scale * branch
+            tree[name] = norm.astype(tree[name].dtype)
+        elif "lora_a" in branch:
+            tree[name] = fold_dense(tree.pop(name), branch, scale)
         else:
-            norm = (1 - scale) * base[name].astype(jnp.float32) + scale * branch
-            out[name] = norm.astype(base[name].dtype)
-    return out
+            fold(tree[name], branch, scale)
 
 
 @jax.jit
@@ -59,8 +46,3 @@ def fold_dense(dense, branch, scale):
     a, b = branch["lora_a"].astype(jnp.float32), branch["lora_b"].astype(jnp.float32)
     kernel = add(dense["kernel"], jnp.matmul(a, b, precision="highest"))
     return dense | dict(kernel=kernel, bias=add(dense["bias"], branch["lora_bias"]))
-
-
-def count(tree) -> int:
-    """Numbers in a tree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))

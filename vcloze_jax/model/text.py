@@ -6,14 +6,13 @@ a leading layer axis. Source: huggingface/transformers:src/transformers/models/{
 """
 
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vcloze_jax.config import CLIPConfig, T5Config, UserError
+from vcloze_jax.config import CLIPConfig, T5Config
 from vcloze_jax.model.layers import Dense, RMSNorm, stack
 from vcloze_jax.model.ops import layer_norm
 
@@ -138,66 +137,3 @@ def attend(block, x, **kind):
 
 def normal(rngs, shape, std):
     return std * jax.random.normal(rngs.params(), shape)
-
-
-class Tokenizers:
-    """Prompts to token ids, with the two tokenizers of a weights folder laid out as FLUX's.
-
-    `folder` holds `tokenizer/` (CLIP) and `tokenizer_2/` (T5); nothing is downloaded. Raises
-    UserError if one is missing, unreadable, or not that of the text encoder: JAX clamps an id
-    beyond the vocabulary to its last row and would never say so.
-    """
-
-    def __init__(self, folder: Path, t5: T5Config, clip: CLIPConfig):
-        from transformers import CLIPTokenizer, T5Tokenizer  # slow to import
-
-        self.t5 = load_tokenizer(T5Tokenizer, Path(folder) / "tokenizer_2", t5.vocab)
-        self.clip = load_tokenizer(CLIPTokenizer, Path(folder) / "tokenizer", clip.vocab)
-        self.t5_length, self.clip_length = t5.max_length, clip.max_length
-        if self.clip.eos_token_id != clip.eos:
-            raise UserError(
-                f"{folder}/tokenizer: the end token is {self.clip.eos_token_id}, but the text "
-                f"encoder pools at {clip.eos}; take both from one model"
-            )
-
-    def __call__(self, prompts: list[str]):
-        """-> T5 ids int32 [B, T5 max_length], CLIP ids int32 [B, CLIP max_length], dropped.
-
-        Too long a prompt loses its last words but keeps its end token; `dropped` counts the
-        lost tokens: one {"t5": n, "clip": n} per prompt. A short one is padded on the right.
-        """
-        t5_ids, t5_dropped = tokenize(self.t5, prompts, self.t5_length)
-        clip_ids, clip_dropped = tokenize(self.clip, prompts, self.clip_length)
-        dropped = [
-            {"t5": t5, "clip": clip} for t5, clip in zip(t5_dropped, clip_dropped, strict=True)
-        ]
-        return t5_ids, clip_ids, dropped
-
-
-def load_tokenizer(cls, folder, vocab):
-    """A tokenizer of `transformers` from its folder, never from the network; see Tokenizers."""
-    # Where its files are missing, transformers makes an empty tokenizer and says nothing.
-    if not any((folder / name).is_file() for name in cls.vocab_files_names.values()):
-        files = " or ".join(cls.vocab_files_names.values())
-        raise UserError(f"{folder}: no {files}; take the folder from the model that you load")
-    try:
-        tokenizer = cls.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception on a broken file
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}: not a tokenizer ({reason}); fetch it again") from error
-    if len(tokenizer) > vocab:
-        raise UserError(
-            f"{folder}: {len(tokenizer)} tokens, but the text encoder knows {vocab}; "
-            "take both from one model"
-        )
-    return tokenizer
-
-
-def tokenize(tokenizer, prompts, length):
-    """-> ids int32 [B, length] and the number of tokens that each prompt lost."""
-    rows = tokenizer(prompts, verbose=False)["input_ids"]
-    cut = [row if len(row) <= length else [*row[: length - 1], row[-1]] for row in rows]
-    ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
-    for i, row in enumerate(cut):
-        ids[i, : len(row)] = row
-    return ids, [len(row) - len(kept) for row, kept in zip(rows, cut, strict=True)]

@@ -42,6 +42,14 @@ def check_space(folder: str | Path, state) -> None:
         raise UserError(f"{folder}: {sizes}; free some space")
 
 
+def resume(folder: str | Path, state) -> tuple[int, object]:
+    """Make `folder` ready for a run's checkpoints, and take up the newest intact one: (step, state)
+    as `restore` says, or (0, state) where there is none. Raises UserError."""
+    check_space(folder, state)
+    clean(folder)
+    return (0, state) if latest(folder) is None else restore(folder, state)
+
+
 def clean(folder: str | Path) -> None:
     """Remove what killed runs left half written or half removed; at start, when nobody saves."""
     if jax.process_index() == 0:

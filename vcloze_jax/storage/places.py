@@ -11,7 +11,7 @@ MINI = Path(__file__).parents[1] / "mini"  # shipped weights: the base, lora.saf
 LORA = MINI / "lora.safetensors"
 
 
-def model_of(weights, lora):
+def named_model(weights, lora):
     """Weights folder and adapters [(file, scale)] that those flags name, or their absence; an
     adapter may also be a path, or "FILE:SCALE"."""
     if not lora and not weights:

@@ -1,65 +1,173 @@
-"""Text embeddings on disk: a prompt that was read once needs no text encoder, nor its 10 GB.
+"""Prompts -> what the MMDiT reads of them: tokenizers, text encoders, and a memory on disk.
 
-A file is named after the SHA-256 of everything that its numbers depend on, and holds their own
-SHA-256, then the numbers. A file that is missing, cut or changed is one that is not there.
+A prompt that was read once needs no text encoder, nor its 10 GB. Its file is named after the
+SHA-256 of everything that the numbers depend on, and holds their own SHA-256; a file that is
+missing, cut or changed is one that is not there.
 """
 
 import hashlib
 import os
+from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
 import ml_dtypes  # noqa: F401 (NumPy learns bfloat16)
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from ports import read
+from vcloze_jax import conditioning
+from vcloze_jax.config import CLIPConfig, T5Config, UserError
+from vcloze_jax.programs import timed
 
 LIMIT = 256  # files, 1 GiB of FLUX's; the oldest go first
 
 
-class TextCache:
-    """Embeddings of one pair of text encoders.
+class Text(NamedTuple):
+    """One prompt as the MMDiT reads it."""
 
-    `identity` says all that they depend on beside the token ids; `shapes` are those of txt and
-    pooled, of one `dtype`.
+    txt: np.ndarray  # [T, text_width]
+    pooled: np.ndarray  # [vec_width]
+    dropped: dict[str, int]  # tokens that it lost, by encoder
+    seconds: Counter  # "load" and "text", nothing where it was remembered
+
+
+class TextReader:
+    """Reads prompts one at a time, so that none depends on the others.
+
+    `load_encoders()` -> (T5Encoder, CLIPTextEncoder) is called when a prompt is new, and what it
+    gives is held no longer than the reading lasts. `cache` is a TextCache, or None where weights
+    change under it.
     """
 
-    def __init__(self, folder: Path, identity: str, shapes: list[tuple], dtype: str):
+    def __init__(self, tokenizers, load_encoders, dtype, cache=None):
+        self.tokenizers, self.load_encoders, self.cache = tokenizers, load_encoders, cache
+        self.encode = jax.jit(partial(conditioning.encode_text, dtype=dtype))
+
+    def __call__(self, prompts: list[str]) -> dict[str, Text]:
+        """Prompt -> Text."""
+        prompts = list(dict.fromkeys(prompts))
+        encoders, texts = (), {}
+        for prompt, *ids, dropped in zip(prompts, *self.tokenizers(prompts), strict=True):
+            t5_ids, clip_ids = (row[None] for row in ids)
+            seconds = Counter()
+            embeddings = self.cache and self.cache.read(t5_ids, clip_ids)
+            if embeddings is None:
+                with timed(seconds, "load"):
+                    encoders = encoders or self.load_encoders()
+                with timed(seconds, "text"):
+                    encoded = self.encode(*encoders, t5_ids, clip_ids)
+                    embeddings = [np.asarray(x)[0] for x in encoded]
+                if self.cache:
+                    self.cache.write(t5_ids, clip_ids, embeddings)
+            texts[prompt] = Text(*embeddings, dropped, seconds)
+        return texts
+
+
+class TextCache:
+    """Embeddings of one pair of text encoders; `identity` says all that they depend on beside the
+    token ids."""
+
+    def __init__(self, folder: Path, identity: str):
         self.folder, self.identity = Path(folder), identity
-        self.shapes, self.dtype = shapes, np.dtype(dtype)
 
-    def __call__(self, encode, t5_ids: np.ndarray, clip_ids: np.ndarray):
-        """-> txt and pooled of these ids: what is stored, or else what `encode(t5_ids, clip_ids)`
-        says, which is then stored where the disk allows."""
+    def file(self, t5_ids, clip_ids):
         key = hashlib.sha256(self.identity.encode() + t5_ids.tobytes() + clip_ids.tobytes())
-        file = self.folder / key.hexdigest()
-        embeddings = self.read(file)
-        if embeddings is None:
-            embeddings = encode(t5_ids, clip_ids)
-            self.write(file, embeddings)
-        return embeddings
+        return self.folder / f"{key.hexdigest()}.safetensors"
 
-    def read(self, file):
+    def read(self, t5_ids: np.ndarray, clip_ids: np.ndarray):
+        """[txt, pooled] of these ids as they were written, or None."""
         try:
-            content = file.read_bytes()
-        except OSError:
+            source = read.Source(self.file(t5_ids, clip_ids))
+            embeddings = [source.read("txt"), source.read("pooled")]
+            return embeddings if source.metadata["sha256"] == digest(embeddings) else None
+        except (OSError, KeyError, read.PortError):
             return None
-        digest, content = content[:32], content[32:]
-        if hashlib.sha256(content).digest() != digest:
-            return None
-        numbers = np.frombuffer(content, self.dtype)
-        ends = np.cumsum([np.prod(shape) for shape in self.shapes])
-        parts = np.split(numbers, ends[:-1])
-        return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
-    def write(self, file, embeddings):
-        content = b"".join(np.ascontiguousarray(x, self.dtype).tobytes() for x in embeddings)
-        part = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    def write(self, t5_ids: np.ndarray, clip_ids: np.ndarray, embeddings):
+        """Remember [txt, pooled], where the disk allows."""
+        file = self.file(t5_ids, clip_ids)
+        part = file.with_name(f".{file.stem}.{os.getpid()}.tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(hashlib.sha256(content).digest() + content)
+            tensors = dict(zip(("txt", "pooled"), embeddings, strict=True))
+            save_file(tensors, part, metadata={"sha256": digest(embeddings)})
             os.replace(part, file)
             files = sorted(self.folder.iterdir(), key=lambda f: f.stat().st_mtime)
             for old in files[:-LIMIT]:
                 old.unlink(missing_ok=True)
-        except OSError:  # no room, or not ours to write: the cache is a help, no more
+        except (OSError, SafetensorError):  # no room, or not ours to write: it is a help, no more
             with suppress(OSError):
                 part.unlink()
+
+
+def digest(embeddings):
+    """SHA-256 of the numbers of txt and pooled."""
+    return hashlib.sha256(b"".join(x.tobytes() for x in embeddings)).hexdigest()
+
+
+class Tokenizers:
+    """Prompts to token ids, with the two tokenizers of a weights folder laid out as FLUX's.
+
+    `folder` holds `tokenizer/` (CLIP) and `tokenizer_2/` (T5); nothing is downloaded. Raises
+    UserError if one is missing, unreadable, or not that of the text encoder: JAX clamps an id
+    beyond the vocabulary to its last row and would never say so.
+    """
+
+    def __init__(self, folder: Path, t5: T5Config, clip: CLIPConfig):
+        from transformers import CLIPTokenizer, T5Tokenizer  # slow to import
+
+        self.t5 = load_tokenizer(T5Tokenizer, Path(folder) / "tokenizer_2", t5.vocab)
+        self.clip = load_tokenizer(CLIPTokenizer, Path(folder) / "tokenizer", clip.vocab)
+        self.t5_length, self.clip_length = t5.max_length, clip.max_length
+        if self.clip.eos_token_id != clip.eos:
+            raise UserError(
+                f"{folder}/tokenizer: the end token is {self.clip.eos_token_id}, but the text "
+                f"encoder pools at {clip.eos}; take both from one model"
+            )
+
+    def __call__(self, prompts: list[str]):
+        """-> T5 ids int32 [B, T5 max_length], CLIP ids int32 [B, CLIP max_length], dropped.
+
+        Too long a prompt loses its last words but keeps its end token; `dropped` counts the
+        lost tokens: one {"t5": n, "clip": n} per prompt. A short one is padded on the right.
+        """
+        t5_ids, t5_dropped = tokenize(self.t5, prompts, self.t5_length)
+        clip_ids, clip_dropped = tokenize(self.clip, prompts, self.clip_length)
+        dropped = [
+            {"t5": t5, "clip": clip} for t5, clip in zip(t5_dropped, clip_dropped, strict=True)
+        ]
+        return t5_ids, clip_ids, dropped
+
+
+def load_tokenizer(cls, folder, vocab):
+    """A tokenizer of `transformers` from its folder, never from the network; see Tokenizers."""
+    # Where its files are missing, transformers makes an empty tokenizer and says nothing.
+    if not any((folder / name).is_file() for name in cls.vocab_files_names.values()):
+        files = " or ".join(cls.vocab_files_names.values())
+        raise UserError(f"{folder}: no {files}; take the folder from the model that you load")
+    try:
+        tokenizer = cls.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception on a broken file
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: not a tokenizer ({reason}); fetch it again") from error
+    if len(tokenizer) > vocab:
+        raise UserError(
+            f"{folder}: {len(tokenizer)} tokens, but the text encoder knows {vocab}; "
+            "take both from one model"
+        )
+    return tokenizer
+
+
+def tokenize(tokenizer, prompts, length):
+    """-> ids int32 [B, length] and the number of tokens that each prompt lost."""
+    rows = tokenizer(prompts, verbose=False)["input_ids"]
+    cut = [row if len(row) <= length else [*row[: length - 1], row[-1]] for row in rows]
+    ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
+    for i, row in enumerate(cut):
+        ids[i, : len(row)] = row
+    return ids, [len(row) - len(kept) for row, kept in zip(rows, cut, strict=True)]

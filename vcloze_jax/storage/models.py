@@ -1,0 +1,154 @@
+"""The four models of a weights folder on a mesh: for painting, each when it is needed; for
+training, split into what is learnt and what is frozen.
+"""
+
+import shutil
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from vcloze_jax import __version__
+from vcloze_jax.conditioning import Models
+from vcloze_jax.config import PRESETS, UserError
+from vcloze_jax.model.lora import fold
+from vcloze_jax.sharding import compute_dtype, put, shardings
+from vcloze_jax.storage import adapters, places, weights
+from vcloze_jax.storage.preset import read_config
+from vcloze_jax.storage.textreader import TextCache, TextReader, Tokenizers
+
+
+class LazyModels:
+    """The models of a weights folder, each put on the mesh when it is first asked for.
+
+    MMDiT and autoencoder stay there. The text encoders, half as large as the MMDiT and needed for
+    a moment, are loaded whenever they are asked for, and live no longer than they are held.
+    """
+
+    def __init__(self, folder, preset, loras, mesh):
+        self.folder, self.preset, self.loras, self.mesh = folder, preset, loras, mesh
+
+    @cached_property
+    def flux(self):
+        """The MMDiT, with the adapters [(file, scale)] folded in."""
+        graphdef, state = nnx.split(self.load("flux"))
+        tree = nnx.to_pure_dict(state)
+        del state  # or the weights before the folding would be held till its end
+        for file, scale in self.loras:
+            fold(tree, put(adapters.load(file, self.preset.flux), self.mesh, "flux/"), scale)
+        return nnx.merge(graphdef, tree)
+
+    @cached_property
+    def vae(self):
+        return self.load("vae")
+
+    def load_encoders(self):
+        """T5 and CLIP."""
+        return self.load("t5"), self.load("clip")
+
+    def load(self, name):
+        """One model, named by its field of the preset."""
+        return load_model(name, self.preset, self.folder, compute_dtype(self.mesh), self.mesh)
+
+    def text_reader(self):
+        """A TextReader of these encoders, which remembers on disk what it read."""
+        tokenizers = Tokenizers(self.folder, self.preset.t5, self.preset.clip)
+        cache = TextCache(places.cache_folder() / "text", self.text_identity())
+        return TextReader(tokenizers, self.load_encoders, compute_dtype(self.mesh), cache)
+
+    def text_identity(self):
+        """All that an embedding depends on beside its ids. Files are known as git knows them: by
+        name, size, time of change and inode."""
+        preset, files = self.preset, []
+        for name in ("t5", "clip"):
+            source = weights.plan(weights.MODULES[name], getattr(preset, name), self.folder)[0]
+            path = source.path
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                s = file.stat()
+                files.append((file.name, s.st_size, s.st_mtime_ns, s.st_dev, s.st_ino))
+        mesh = dict(self.mesh.shape), self.mesh.devices.flat[0].device_kind
+        dtype, versions = compute_dtype(self.mesh), (__version__, jax.__version__)
+        return repr((files, preset.t5, preset.clip, dtype, mesh, versions))
+
+
+def load_model(name, preset, folder, dtype, mesh):
+    """One model of a folder in its place on the mesh."""
+    place = partial(shardings, mesh=mesh, root=f"{name}/")
+    return weights.load(weights.MODULES[name], getattr(preset, name), folder, dtype, place)
+
+
+def check_for_training(folder, recipe):
+    """The preset of this recipe and these weights, after everything was checked that can be wrong
+    with weights and adapter without reading a tensor. Raises UserError."""
+    preset = PRESETS[recipe.preset]
+    if recipe.from_scratch:
+        preset = replace(preset, vae=read_config(folder, "vae", preset.vae))
+    else:
+        preset = weights.check_fill(folder)
+        if preset.name != recipe.preset:
+            raise UserError(f"{folder}: its preset is {preset.name}; add --preset {preset.name}")
+        print(f"weights: {weights.summary(folder, preset)}")
+    if recipe.lora:
+        adapters.check(Path(recipe.lora), preset.flux)
+    return replace(preset, recipe=recipe)
+
+
+def load_for_training(preset, folder, mesh):
+    """All models on the mesh: graphdef, trainable and frozen trees (pure dicts by model).
+
+    Trainable, in float32: the adapter; with rank 0 the MMDiT; from scratch the text encoders too.
+    The rest is frozen, in the compute dtype, and comes from the weights folder. Raises UserError.
+    """
+    recipe = preset.recipe
+    adapter = recipe.lora and load_start(preset)  # first, since it may be refused
+    scratch = ("flux", "t5", "clip") if recipe.from_scratch else ()
+    ranked = replace(preset, flux=replace(preset.flux, rank=recipe.rank))
+    chosen = nnx.LoRAParam if recipe.rank else lambda path, _: path[0] in (scratch or ("flux",))
+
+    def init_trainable(key):
+        _, trainable, _ = nnx.split(Models(ranked, rngs=nnx.Rngs(params=key)), chosen, ...)
+        return nnx.to_pure_dict(trainable)
+
+    models = jax.eval_shape(lambda: Models(ranked, rngs=nnx.Rngs(0)))
+    graphdef, _, _ = nnx.split(models, chosen, ...)
+    key = jax.random.key(recipe.seed)
+    trainable = jax.eval_shape(init_trainable, key)
+    frozen = {}
+    for name in weights.MODULES:
+        if name not in scratch:
+            exact = name in trainable and not recipe.rank
+            dtype = "float32" if exact else compute_dtype(mesh)
+            model = load_model(name, preset, folder, dtype, mesh)
+            frozen[name] = nnx.to_pure_dict(nnx.state(model))
+    if adapter:
+        trainable = put({"flux": adapter}, mesh)
+    elif recipe.rank or scratch:
+        trainable = jax.jit(init_trainable, out_shardings=shardings(trainable, mesh))(key)
+    else:
+        trainable = {"flux": frozen.pop("flux")}
+    return graphdef, trainable, frozen
+
+
+def load_start(preset):
+    """The adapter that training goes on from, as a tree on the host. Raises UserError."""
+    recipe, file = preset.recipe, Path(preset.recipe.lora)
+    adapter = adapters.load(file, preset.flux)
+    rank = adapters.fit(file, adapter, preset.flux).rank
+    if rank != recipe.rank:
+        raise UserError(f"{file}: its rank is {rank}, not {recipe.rank}; set --rank")
+    return adapter
+
+
+def save_trained(out, trainer, folder):
+    """Write what a Trainer has learnt: OUT/lora.safetensors, or with rank 0
+    OUT/weights, whose tokenizers are those of `folder`."""
+    if trainer.recipe.rank:
+        adapters.save(out / "lora.safetensors", trainer.state[0]["flux"])
+        return
+    models = trainer.models()
+    parts = {name: getattr(models, name) for name in weights.MODULES}
+    weights.save_pipeline(out / "weights", trainer.preset, parts)
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(folder / name, out / "weights" / name, dirs_exist_ok=True)
