@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vcloze_jax.config import PRESETS, UserError
-from vcloze_jax.data.jsonlines import open_own
+from vcloze_jax.data.sources import open_source
 from vcloze_jax.grid import PATCH
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.runfolder import Settings, compare
@@ -81,10 +81,10 @@ def main(argv):
     settings = settle(args, PRESETS[args.preset])
     out = args.out or Path("runs", args.preset)
     compare(out, settings)
-    own = open_own(settings.data, replace(PRESETS[args.preset], resolution=settings.resolution))
+    dropout = PRESETS[args.preset].flow.caption_dropout
+    data = open_source(settings.data, settings.resolution, dropout)
 
     from vcloze_jax import plan  # JAX from here on
-    from vcloze_jax.data.loader import open_data
     from vcloze_jax.run import Run
     from vcloze_jax.sharding import make_mesh, parse_mesh
     from vcloze_jax.storage import adapters, weights
@@ -106,11 +106,10 @@ def main(argv):
     preset = replace(preset, resolution=settings.resolution)
     if args.lora:
         adapters.check(args.lora, preset.flux)
-    held_out = own or open_data(settings.data, preset, "held_out")
+    held_out = data.held_out()
     if args.plan:
         print(plan.training(preset, settings, held_out, mesh))
         return 0
-    data = own or open_data(settings.data, preset, "train")
     if args.check:
         return 0
     return Run(out, settings, preset, folder, mesh, data, held_out).train()

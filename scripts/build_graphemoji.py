@@ -20,7 +20,8 @@ import resvg_py
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from vcloze_jax.data.graphemoji import FOLDER, PACKS, SIZE, VIEWS, GraphEmoji
+from vcloze_jax.data.graph import PACKS, VIEWS
+from vcloze_jax.data.graphemoji import FOLDER, SIZE, GraphEmoji
 
 PACKAGES = {
     "@lobehub/fluent-emoji-3d": "1.1.0",

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from vcloze_jax.conditioning import Models
 from vcloze_jax.config import UserError
-from vcloze_jax.data.loader import micro_batch, micro_batches
+from vcloze_jax.data.sources import micro_batch, micro_batches
 from vcloze_jax.inputs.pictures import save_png
 from vcloze_jax.inputs.runfolder import Log, Stop, create
 from vcloze_jax.model.text import Tokenizers
@@ -73,7 +73,7 @@ def zeros(tree):
 class Run:
     """A training run in its folder: models, state, and everything that it writes.
 
-    `source` and `held_out` give grids (data/loader.py); `folder` holds weights and tokenizers.
+    `source` and `held_out` give grids (data/sources.py); `folder` holds weights and tokenizers.
     """
 
     def __init__(self, out, settings, preset, folder, mesh, source, held_out):
@@ -162,7 +162,7 @@ class Run:
         return self.step, loss, norm, start
 
     def to_devices(self, examples):
-        any_row = getattr(self.source, "fill", False)
+        any_row = self.source.masks_every_row
         return make_batch(examples, self.tokenizers, self.preset, self.mesh, any_row)
 
     def flush(self):
