@@ -4,9 +4,6 @@ Each is a pure function of one RGBA picture and a seed, so nothing of it is stor
 function and its row in `CONDITIONS`; data/graph.py says in which tasks it stands.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import numpy as np
 from PIL import Image
 from scipy import ndimage
@@ -19,14 +16,6 @@ NOISE = 40.0  # of 255, the standard deviation
 BLOCK = 8  # pixels to a side of a low-resolution block
 HOLE = (20, 36)  # pixels, the least and greatest side
 COLORS = 5
-
-
-class Condition(NamedTuple):
-    """`paint(rgb, alpha, rng)` gets uint8 [h, w, 3], over white, and uint8 [h, w]; it returns
-    levels of 0 to 255, [h, w] or [h, w, 3], which are cut to integers."""
-
-    phrases: tuple[str, ...]  # a prompt says one of them
-    paint: Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
 
 
 def over_white(rgba: np.ndarray) -> np.ndarray:
@@ -43,8 +32,9 @@ def derive(rgba: np.ndarray, name: str, seed: int | list[int]) -> np.ndarray:
     """
     if name not in CONDITIONS:
         raise ValueError(f"unknown condition {name!r}; one of {', '.join(CONDITIONS)}")
+    paint, *_ = CONDITIONS[name]
     rng = np.random.default_rng(seed)
-    picture = CONDITIONS[name].paint(over_white(rgba), rgba[..., 3], rng).astype(np.uint8)
+    picture = paint(over_white(rgba), rgba[..., 3], rng).astype(np.uint8)
     return picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=-1)
 
 
@@ -95,20 +85,16 @@ def reduce_colors(rgb, alpha, rng):
     return np.asarray(palette.convert("RGB"))
 
 
+# name: (function, phrases of which a prompt says one). A function gets rgb, uint8 [h, w, 3] over
+# white, alpha, uint8 [h, w], and a generator; it returns levels of 0 to 255, [h, w] or [h, w, 3].
 CONDITIONS = {
-    "edges": Condition(
-        ("white edge lines on black", "an edge map from canny detection"), find_edges
-    ),
-    "gray": Condition(("a gray picture", "a picture without colour"), to_gray),
-    "mask": Condition(("a white mask on black", "the silhouette of the subject"), show_alpha),
-    "blur": Condition(("a blurred picture", "a picture out of focus"), blur),
-    "low_resolution": Condition(
-        ("a low resolution picture", "a picture of coarse pixels"), average_blocks
-    ),
-    "noise": Condition(("a noisy picture", "a picture with heavy noise"), add_noise),
-    "hole": Condition(("a picture with a hole", "a picture with a missing part"), cut_hole),
-    "distance": Condition(("a depth map", "a depth map in shades of gray"), measure_distance),
-    "palette": Condition(
-        ("a picture of few colours", "a picture reduced to five colours"), reduce_colors
-    ),
+    "edges": (find_edges, "white edge lines on black", "an edge map from canny detection"),
+    "gray": (to_gray, "a gray picture", "a picture without colour"),
+    "mask": (show_alpha, "a white mask on black", "the silhouette of the subject"),
+    "blur": (blur, "a blurred picture", "a picture out of focus"),
+    "low_resolution": (average_blocks, "a low resolution picture", "a picture of coarse pixels"),
+    "noise": (add_noise, "a noisy picture", "a picture with heavy noise"),
+    "hole": (cut_hole, "a picture with a hole", "a picture with a missing part"),
+    "distance": (measure_distance, "a depth map", "a depth map in shades of gray"),
+    "palette": (reduce_colors, "a picture of few colours", "a picture reduced to five colours"),
 }

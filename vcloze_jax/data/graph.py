@@ -30,7 +30,7 @@ PACKS = {
 }
 VIEWS = (*PACKS["main"], *PACKS["openmoji"])
 NODE_PHRASES = PACKS["main"] | PACKS["openmoji"]
-NODE_PHRASES |= {name: condition.phrases for name, condition in CONDITIONS.items()}
+NODE_PHRASES |= {name: tuple(phrases) for name, (_, *phrases) in CONDITIONS.items()}
 NODES = tuple(NODE_PHRASES)
 
 

@@ -1,4 +1,4 @@
-"""GraphEmoji: 1,569 subjects, each drawn in eight styles, as a tensorflow-datasets dataset.
+"""GraphEmoji: 1,569 subjects, each drawn in eight styles, as a dataset of tfds and as a Source.
 
 It is a small stand-in for Graph200K; data/graph.py names its views and draws grids of them. The
 pictures are 64 x 64 with true alpha, ship with the package and are read without TensorFlow. They
@@ -201,7 +201,7 @@ def open_tasks(task: str, resolution: int, dropout: float) -> GraphEmojiGrids:
     return GraphEmojiGrids("train", partial(graph.draw_shape, tasks=tasks), draw_sample)
 
 
-def open_fill(_: str, resolution: int, dropout: float) -> GraphEmojiGrids:
+def open_fill(part: str, resolution: int, dropout: float) -> GraphEmojiGrids:
     """Grids with holes in any row, of no task: what mini's infilling base learns from."""
     draw_sample = partial(graph.draw_fill, dropout=dropout)
     return GraphEmojiGrids("train", graph.draw_fill_shape, draw_sample, masks_every_row=True)
