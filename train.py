@@ -8,13 +8,12 @@ The run lives in --out; the same command again resumes it, to the bit. It ends w
 RUN/lora.safetensors, which sample.py --lora and diffusers load.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from vcloze_jax.config import PRESETS, UserError
-from vcloze_jax.data.jsonlines import open_own
+from vcloze_jax.config import UserError
+from vcloze_jax.data.sources import micro_batch, micro_batches, open_source
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.pictures import save_png
 from vcloze_jax.inputs.runfolder import Log, RunFolder, Stop
@@ -39,10 +38,9 @@ def main(argv):
     recipe = cli.read_recipe(args)
     run = RunFolder(args.out or Path("runs", recipe.preset))
     run.compare(recipe)
-    own = open_own(recipe.data, replace(PRESETS[recipe.preset], recipe=recipe))
+    source = open_source(recipe.data, recipe.resolution, recipe.caption_dropout)
 
     from vcloze_jax import plan  # JAX from here on
-    from vcloze_jax.data.loader import open_data
     from vcloze_jax.sharding import make_mesh, parse_mesh
     from vcloze_jax.storage.models import check_for_training
 
@@ -52,19 +50,15 @@ def main(argv):
         raise UserError(f"--micro-batch {recipe.micro_batch}: a multiple of {shards}, please")
     folder = Path(args.weights or places.MINI)
     preset = check_for_training(folder, recipe)
-    held_out = own or open_data(recipe.data, preset, "held_out")
     if args.plan:
-        print(plan.training(preset, recipe, held_out, mesh))
+        print(plan.training(preset, recipe, source.held_out(), mesh))
+    if args.plan or args.check:
         return 0
-    source = own or open_data(recipe.data, preset, "train")
-    if args.check:
-        return 0
-    return learn(run, preset, folder, mesh, source, held_out)
+    return learn(run, preset, folder, mesh, source)
 
 
-def learn(run, preset, folder, mesh, source, held_out):
+def learn(run, preset, folder, mesh, source):
     """Load the models, take up the run where it stands, and train to its last step or a signal."""
-    from vcloze_jax.data.loader import micro_batch, micro_batches
     from vcloze_jax.painter import Painter
     from vcloze_jax.storage import checkpoint
     from vcloze_jax.storage.models import load_for_training, save_trained
@@ -73,7 +67,7 @@ def learn(run, preset, folder, mesh, source, held_out):
 
     recipe, tokenizers = preset.recipe, Tokenizers(folder, preset.t5, preset.clip)
     parts = load_for_training(preset, folder, mesh)
-    trainer = Trainer(parts, preset, tokenizers, mesh, getattr(source, "fill", False))
+    trainer = Trainer(parts, preset, tokenizers, mesh, source.masks_every_row)
     run.create(recipe)  # after all that the user may have to correct
     trainer.step, trainer.state = checkpoint.resume(run.checkpoints, trainer.state)
     log = Log(run.metrics, trainer.step)
@@ -83,7 +77,7 @@ def learn(run, preset, folder, mesh, source, held_out):
 
     painter = Painter(preset, None, None, mesh)
     painter.read_texts = TextReader(tokenizers, lambda: painter.models.encoders(), painter.dtype)
-    examples = micro_batch(held_out, seed=0, index=0, size=PREVIEWS)
+    examples = micro_batch(source.held_out(), seed=0, index=0, size=PREVIEWS)
     bar = tqdm(total=recipe.steps, initial=trainer.step, unit="step", dynamic_ncols=True)
 
     def write(metrics):

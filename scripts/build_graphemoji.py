@@ -20,7 +20,8 @@ import resvg_py
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from vcloze_jax.data.graphemoji import FOLDER, PACKS, SIZE, VIEWS, GraphEmoji
+from vcloze_jax.data.graph import PACKS, VIEWS
+from vcloze_jax.data.graphemoji import FOLDER, SIZE, GraphEmoji
 
 PACKAGES = {
     "@lobehub/fluent-emoji-3d": "1.1.0",
@@ -64,7 +65,7 @@ def install(folder):
 def draw_all(modules, folder):
     """Draw every subject that has all views; write folder/VIEW/CODEPOINT and subjects.json."""
     sources = read_sources(modules)
-    subjects = [s for s in read_subjects(modules) if all(s["codepoint"] in v for v in sources)]
+    subjects = [s for s in list_subjects(modules) if all(s["codepoint"] in v for v in sources)]
     for view in VIEWS:
         (folder / view).mkdir(parents=True)
     jobs = ([source[s["codepoint"]] for source in sources] for s in subjects)
@@ -83,7 +84,7 @@ def draw_all(modules, folder):
     print(f"drew {len(drawn)} subjects in {len(VIEWS)} views")
 
 
-def read_subjects(modules):
+def list_subjects(modules):
     """All emoji without skin tone, in Unicode's order, as records of texts."""
     meta = json.loads((modules / "emojibase-data/meta/groups.json").read_text())
     emoji = json.loads((modules / "emojibase-data/en/data.json").read_text())

@@ -9,22 +9,20 @@ from pathlib import Path
 import numpy as np
 
 from vcloze_jax import prompts
-from vcloze_jax.data.conditions import NODES, nodes
-from vcloze_jax.data.graph import NODES as PHRASES
-from vcloze_jax.data.graphemoji import load
+from vcloze_jax.data.graph import NODE_PHRASES, NODES
+from vcloze_jax.data.graphemoji import read_nodes
 from vcloze_jax.inputs.pictures import save_png, save_text
 
 FOLDER = Path(__file__).parents[1] / "examples"
 
 
 def main():
-    subjects = load("held_out")
-    pictures = nodes(subjects)
+    names, pictures = read_nodes("held_out")
     (FOLDER / "pictures").mkdir(parents=True, exist_ok=True)
 
     def cell(name, node):
         path = f"pictures/{name.replace(' ', '_')}_{node}.png"
-        save_png(FOLDER / path, pictures[subjects.names.index(name), NODES.index(node)])
+        save_png(FOLDER / path, pictures[names.index(name), NODES.index(node)])
         return path
 
     def row(name, *columns):
@@ -32,7 +30,7 @@ def main():
 
     def spec(file, rows, columns, **more):
         """`rows` as cells; the sentence is that of the columns."""
-        sentence = prompts.task_prompt([PHRASES[node][0] for node in columns])
+        sentence = prompts.task_prompt([NODE_PHRASES[node][0] for node in columns])
         text = {"image": rows, "task_prompt": sentence} | more
         save_text(FOLDER / f"{file}.json", json.dumps(text, indent=1) + "\n")
 

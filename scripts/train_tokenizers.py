@@ -17,8 +17,8 @@ from transformers import CLIPTokenizer, T5Tokenizer
 
 from vcloze_jax import prompts
 from vcloze_jax.config import MINI
-from vcloze_jax.data.graph import NODES
-from vcloze_jax.data.graphemoji import load
+from vcloze_jax.data.graph import NODE_PHRASES
+from vcloze_jax.data.graphemoji import read_subjects
 
 MINI_FOLDER = Path(__file__).parents[1] / "vcloze_jax/mini"
 # Beyond ASCII: letters of western Europe and what editors make of quotes, dashes and dots.
@@ -26,14 +26,14 @@ CHARACTERS = [chr(c) for c in (*range(33, 127), *range(161, 256))] + list("â€˜â€
 
 
 def main():
-    sentences = corpus(sorted(set(load("train").names)), random.Random(0))
+    sentences = corpus(sorted(set(read_subjects("train").names)), random.Random(0))
     train_clip(sentences, MINI.clip.vocab, MINI_FOLDER / "tokenizer")
     train_t5(sentences, MINI.t5.vocab, MINI_FOLDER / "tokenizer_2")
 
 
 def corpus(names, rng):
     """Every name a few times, and ten thousand prompts as training and users write them."""
-    kinds = [phrase for phrases in NODES.values() for phrase in phrases]
+    kinds = [phrase for phrases in NODE_PHRASES.values() for phrase in phrases]
     kinds += prompts.PHRASES.values()
     sentences = 4 * names
     for _ in range(10_000):

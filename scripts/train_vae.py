@@ -22,9 +22,8 @@ from tqdm import tqdm
 
 from vcloze_jax.conditioning import to_model, to_pixels
 from vcloze_jax.config import MINI
-from vcloze_jax.data.conditions import NODES, nodes
-from vcloze_jax.data.graph import ALIGNED
-from vcloze_jax.data.graphemoji import load
+from vcloze_jax.data.graph import ALIGNED, NODES
+from vcloze_jax.data.graphemoji import read_nodes
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.pictures import save_png
 from vcloze_jax.inputs.runfolder import Log
@@ -66,7 +65,7 @@ def main(argv):
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    pictures = nodes(load("train"))
+    _, pictures = read_nodes("train")
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adam(optax.warmup_cosine_decay_schedule(0, args.lr, 100, args.steps), b2=0.99),

@@ -1,22 +1,22 @@
-"""Laws of the task graph and of the loader: what is drawn, how often, and from what."""
+"""Laws of the task graph: which tasks there are, what is drawn of them, and how often."""
 
 from collections import Counter
-from itertools import islice
 
 import numpy as np
 import pytest
 
-from vcloze_jax.config import MINI, UserError
-from vcloze_jax.data import conditions
+from vcloze_jax.config import MINI
+from vcloze_jax.data.conditions import CONDITIONS
 from vcloze_jax.data.graph import (
-    CONDITIONS,
     FILL_KINDS,
     GROUPS,
     HELD_OUT_COMPOSITIONS,
     HELD_OUT_TASKS,
+    NODE_PHRASES,
     NODES,
-    STYLES,
+    PACKS,
     TRAIN,
+    VIEWS,
     draw_fill,
     draw_mask,
     draw_part,
@@ -26,7 +26,6 @@ from vcloze_jax.data.graph import (
     draw_task,
     parse_task,
 )
-from vcloze_jax.data.loader import GraphEmojiGrids, micro_batch, micro_batches, open_data
 from vcloze_jax.prompts import CONTENT_PREFIXES
 
 NAMES = [f"subject {i}" for i in range(20)]
@@ -45,12 +44,13 @@ def share(count, p, draws=DRAWS):
 # --- tasks ---
 
 
-def test_graph_and_pictures_have_the_same_nodes():
-    """Every node of the graph is drawn or derived, every picture has its phrases."""
-    assert set(NODES) == set(conditions.NODES)
-    assert set(STYLES) == set(conditions.VIEWS) and set(CONDITIONS) == set(conditions.NAMES)
-    phrases = [phrase for node in NODES.values() for phrase in node]
+def test_every_node_is_drawn_or_derived_and_has_its_phrases():
+    """A node is a view of one pack or a condition, in this order; no phrase is said of two."""
+    assert NODES == (*VIEWS, *CONDITIONS) == tuple(NODE_PHRASES) and len(set(NODES)) == len(NODES)
+    assert VIEWS == tuple(view for views in PACKS.values() for view in views)
+    phrases = [phrase for node in NODE_PHRASES.values() for phrase in node]
     assert all(phrases) and len(phrases) == len(set(phrases))
+    assert all(NODE_PHRASES.values())
 
 
 def test_tasks_are_paths_of_two_to_four_cells():
@@ -147,7 +147,7 @@ def test_samples_are_grids_of_one_task():
     for seed in range(300):
         rng = generator(4, seed)
         rows, columns = draw_shape(rng)
-        nodes, subjects, mask, _ = draw_sample(rng, rows, columns, NAMES, 16, 0.1)
+        nodes, subjects, mask, _ = draw_sample(rng, (rows, columns), NAMES, 16)
         assert len(nodes) == rows and all(row == nodes[0] for row in nodes)
         assert len(set(subjects.tolist())) == rows and mask.shape == (rows, columns, 16, 16)
         task = next(
@@ -161,7 +161,7 @@ def test_samples_are_grids_of_one_task():
 def test_samples_depend_on_the_generator_only():
     """The same generator draws the same sample, with text, mask and all; another one another."""
     for draw in (draw_sample, draw_fill):
-        first, again, other = (draw(generator(s), 2, 2, NAMES, 16, 0.1) for s in (5, 5, 6))
+        first, again, other = (draw(generator(s), (2, 2), NAMES, 16) for s in (5, 5, 6))
         assert first.nodes == again.nodes and first.prompt == again.prompt
         np.testing.assert_array_equal(first.subjects, again.subjects)
         np.testing.assert_array_equal(first.mask, again.mask)
@@ -179,8 +179,8 @@ def test_sentences():
     share(sum("[IMAGE1]" in prompt and "[IMAGE2]" in prompt for prompt in prompts), 0.8)
     for prompt, named in zip(prompts, content, strict=True):
         assert named == any(prompt.endswith(prefix + "red fox") for prefix in CONTENT_PREFIXES)
-    phrases = {p for p in NODES["edges"] if any(p in prompt for prompt in prompts)}
-    assert phrases == set(NODES["edges"])
+    phrases = {p for p in NODE_PHRASES["edges"] if any(p in prompt for prompt in prompts)}
+    assert phrases == set(NODE_PHRASES["edges"])
     backwards = [draw_prompt(rng, nodes[::-1], 2, "red fox") for _ in range(100)]
     assert not any("red fox" in prompt for prompt in backwards)
 
@@ -189,7 +189,7 @@ def test_caption_dropout():
     """With p `dropout` a sample has no text at all; with 0 it always has some."""
     for dropout in (0.0, 0.1):
         rng = generator(8)
-        empty = sum(not draw_sample(rng, 1, 2, NAMES, 16, dropout).prompt for _ in range(1000))
+        empty = sum(not draw_sample(rng, (1, 2), NAMES, 16, dropout).prompt for _ in range(1000))
         share(empty, dropout, 1000)
 
 
@@ -201,7 +201,7 @@ def test_fill_grids():
     trained = {frozenset((*task.conditions, task.target)) for task in TRAIN}
     held_out = {frozenset((*task.conditions, task.target)) for task in HELD_OUT_TASKS}
     for seed in range(300):
-        nodes, subjects, mask, _ = draw_fill(generator(9, seed), 3, 2, NAMES, 16, 0.1)
+        nodes, subjects, mask, _ = draw_fill(generator(9, seed), (3, 2), NAMES, 16)
         blank = mask.any((2, 3))
         assert blank.any() and blank.sum(1).max() == 1
         blank_rows.update(np.flatnonzero(blank.any(1)).tolist())
@@ -217,91 +217,3 @@ def test_fill_grids():
     assert min(blank_rows[row] for row in range(3)) > 100
     for kind, p in FILL_KINDS.items():
         share(kinds[kind], p, 300)
-
-
-# --- loader ---
-
-
-@pytest.fixture(scope="module")
-def source():
-    """The held-out split: 128 subjects, derived in a second."""
-    return GraphEmojiGrids("held_out")
-
-
-@pytest.fixture(scope="module")
-def filling(source):
-    """The same pictures as grids of the infilling base."""
-    grids = object.__new__(GraphEmojiGrids)
-    vars(grids).update(vars(source), fill=True)
-    return grids
-
-
-def same(one, other):
-    assert len(one) == len(other)
-    for a, b in zip(one, other, strict=True):
-        assert a.prompt == b.prompt and a.grid.shape == b.grid.shape
-        for row, again in zip(a.grid.rows, b.grid.rows, strict=True):
-            np.testing.assert_array_equal(row.pixels, again.pixels)
-            np.testing.assert_array_equal(row.mask, again.mask)
-
-
-@pytest.mark.parametrize("kind", ["source", "filling"])
-def test_micro_batches_depend_on_seed_and_number_only(kind, request):
-    """A micro-batch is a function of (seed, number), whatever was asked before, and its first
-    elements do not depend on how many there are; its grids share one shape."""
-    grids = request.getfixturevalue(kind)
-    first = micro_batch(grids, 3, 7, 4)
-    micro_batch(grids, 0, 0, 2)
-    same(micro_batch(grids, 3, 7, 4), first)
-    same(micro_batch(grids, 3, 7, 2), first[:2])
-    assert len({example.grid.shape for example in first}) == 1
-    others = [micro_batch(grids, *args, 4) for args in ((3, 8), (4, 7))]
-    assert all(first[0].prompt != other[0].prompt for other in others)
-
-
-@pytest.mark.parametrize("start", [0, 3, 5])
-def test_a_restart_continues(source, start):
-    """Begun at any number, the stream is the rest of the whole one, and ends where it should."""
-    rest = list(micro_batches(source, 1, 2, start, 6))
-    assert len(rest) == 6 - start
-    for number, batch in enumerate(rest, start):
-        same(batch, micro_batch(source, 1, number, 2))
-
-
-def test_streams_need_not_be_read_to_the_end(source):
-    """What is made ahead is no obligation: a reader that stops early gets the same batches."""
-    for number, batch in enumerate(islice(micro_batches(source, 1, 2, 0, 1000), 2)):
-        same(batch, micro_batch(source, 1, number, 2))
-
-
-def test_cells_show_what_the_sample_says(source):
-    """Row r, column c of a grid is the picture of the sample's subject and node there, for tasks
-    (subjects by row) and for the infilling base (subjects by cell); masks lie on their cells."""
-    args = (2, 3, source.names, 64, 0.0)
-    for sample in (draw_sample(generator(10), *args), draw_fill(generator(10), *args)):
-        grid = source.picture(sample).grid
-        for r, row in enumerate(grid.rows):
-            for c in range(3):
-                subject = sample.subjects[r] if sample.subjects.ndim == 1 else sample.subjects[r, c]
-                picture = source.pictures[subject, conditions.NODES.index(sample.nodes[r][c])]
-                np.testing.assert_array_equal(row.pixels[:, 64 * c : 64 * c + 64], picture)
-                np.testing.assert_array_equal(row.mask[:, 64 * c : 64 * c + 64], sample.mask[r, c])
-
-
-def test_names_are_those_of_the_pictures(source):
-    """The content sentence of a task names the subject of the last row, whose picture is there."""
-    for seed in range(20):
-        sample = draw_sample(generator(11, seed), 2, 2, source.names, 64, 0.0)
-        prefix = next((p for p in CONTENT_PREFIXES if p in sample.prompt), None)
-        if prefix:
-            assert sample.prompt.endswith(prefix + source.names[sample.subjects[-1]])
-
-
-# --- what --data names ---
-
-
-@pytest.mark.parametrize("name", ["graph200k", "nowhere.jsonl", "graphemoji:gray->x", ""])
-def test_unknown_data_is_refused(name):
-    """What --data does not name is one line that says what it could."""
-    with pytest.raises(UserError, match="^--data "):
-        open_data(name, MINI)

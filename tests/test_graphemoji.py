@@ -9,25 +9,26 @@ import pytest
 import tensorflow_datasets as tfds
 
 from vcloze_jax.data import conditions, graphemoji
-from vcloze_jax.data.conditions import NAMES, NODES, derive, nodes, over_white
-from vcloze_jax.data.graphemoji import FOLDER, PACKS, VIEWS, load
+from vcloze_jax.data.conditions import CONDITIONS, derive, over_white
+from vcloze_jax.data.graph import NODES, PACKS, VIEWS
+from vcloze_jax.data.graphemoji import FOLDER, derive_nodes, read_subjects
 
 PACK_FOLDER = FOLDER / "graphemoji"
 
 
 @pytest.fixture(scope="module")
 def train():
-    return load("train")
+    return read_subjects("train")
 
 
 @pytest.fixture(scope="module")
 def held_out():
-    return load("held_out")
+    return read_subjects("held_out")
 
 
 @pytest.fixture
 def few(held_out):
-    return take(held_out, slice(3))
+    return select(held_out, slice(3))
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def icon(held_out):
     return held_out.rgba[held_out.names.index("tiger"), 0]
 
 
-def take(subjects, part):
+def select(subjects, part):
     return replace(
         subjects,
         codepoints=subjects.codepoints[part],
@@ -59,7 +60,7 @@ def test_splits_share_no_subject_and_no_family(train, held_out):
 def test_split_is_a_function_of_the_codepoints(train, held_out):
     """The stored split is what the rule says of the stored subjects, in whatever order."""
     codepoints = sorted(held_out.codepoints + train.codepoints)
-    assert graphemoji.held_out(codepoints) == set(held_out.codepoints)
+    assert graphemoji.choose_held_out(codepoints) == set(held_out.codepoints)
 
 
 def test_every_view_of_every_subject_shows_something(train, held_out):
@@ -98,8 +99,8 @@ def test_reading_imports_no_tensorflow_prints_nothing_and_writes_nothing():
     before = sorted(PACK_FOLDER.rglob("*"))
     code = (
         "import sys\n"
-        "from vcloze_jax.data.graphemoji import load\n"
-        "load('held_out')\n"
+        "from vcloze_jax.data.graphemoji import read_subjects\n"
+        "read_subjects('held_out')\n"
         "sys.exit('tensorflow' in sys.modules)"
     )
     root, command = FOLDER.parents[1], [sys.executable, "-c", code]
@@ -111,7 +112,7 @@ def test_reading_imports_no_tensorflow_prints_nothing_and_writes_nothing():
 def test_unknown_split_is_an_error():
     """A split that does not exist is named in a ValueError."""
     with pytest.raises(ValueError, match="test"):
-        load("test")
+        read_subjects("test")
 
 
 def test_packs_are_small_and_licensed():
@@ -124,19 +125,19 @@ def test_packs_are_small_and_licensed():
 
 def test_nodes_of_a_subject_depend_on_nobody_else(few):
     """Derived views are the same in every call and beside whatever other subjects."""
-    pictures = nodes(few)
+    pictures = derive_nodes(few)
     assert pictures.shape == (3, len(NODES), 64, 64, 3) and pictures.dtype == np.uint8
-    assert np.array_equal(nodes(take(few, slice(1, 2))), pictures[1:2])
+    assert np.array_equal(derive_nodes(select(few, slice(1, 2))), pictures[1:2])
 
 
 def test_every_condition_changes_the_picture(icon):
     """Each derived view is uint8 RGB and differs from the picture and from the others."""
-    pictures = [over_white(icon)] + [derive(icon, name, 0) for name in NAMES]
+    pictures = [over_white(icon)] + [derive(icon, name, 0) for name in CONDITIONS]
     assert all(p.shape == (64, 64, 3) and p.dtype == np.uint8 for p in pictures)
     assert len({p.tobytes() for p in pictures}) == len(pictures)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CONDITIONS)
 def test_only_noise_and_hole_read_the_seed(icon, name):
     """Another seed gives another picture for noise and hole, and the same for the rest."""
     same = np.array_equal(derive(icon, name, 1), derive(icon, name, [2, 3]))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vcloze_jax.config import MINI, UserError
-from vcloze_jax.data.jsonlines import JSONLinesGrids, open_own
+from vcloze_jax.config import UserError
+from vcloze_jax.data.jsonlines import JSONLinesGrids
 
 PAIR = {"image": [["0.png", "1.png"], ["0.png", "1.png"]]}
 HALF = {"image": "0.png", "mask": "half.png"}
@@ -27,7 +27,7 @@ def lines(tmp_path):
     def open_lines(*records):
         text = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in records]
         (tmp_path / "mine.jsonl").write_bytes(b"\n".join(text))
-        return open_own(str(tmp_path / "mine.jsonl"), MINI)
+        return JSONLinesGrids(tmp_path / "mine.jsonl", 64)
 
     return open_lines
 
@@ -46,8 +46,10 @@ def test_sentences(lines):
 
 
 def test_shapes_come_as_often_as_lines_have_them(lines):
-    """A shape is that of its share of the lines; a caption is dropped in one of ten draws."""
+    """A shape is that of its share of the lines; a caption is dropped in one of ten draws. A file
+    holds no grid back."""
     grids = lines(PAIR, PAIR, PAIR, {"image": [["2.png", "3.png"]]}, b"")
+    assert grids.held_out() is grids
     rng = np.random.default_rng(0)
     shapes = [grids.shape(rng) for _ in range(400)]
     examples = [grids.example(rng, shape) for shape in shapes]
@@ -67,18 +69,14 @@ def test_what_is_learnt(lines):
     assert part.grid.query.mask.sum() == 64 * 32 and part.grid.query.mask[:, 32:64].all()
 
 
-BAD = [
+BAD = [  # beside what test_spec.py says of JSON and of cells: a line is read by the same functions
     # the line
     (b"{", "is not JSON"),
     (b"", "is not JSON"),
-    (b"{'image': []}", "is not JSON"),
     (b'{"image": [["\xff.png"]]}', "is not UTF-8"),
-    (json.dumps(PAIR).encode("utf-16"), "is not UTF-8"),
     (b"\xef\xbb\xbf{}", "begins with a byte order mark"),
-    (b"[" * 100_000, "is nested too deep"),
     (b'{"image": [["0.png"]], "image": [["0.png"]]}', "'image': given twice"),
     (b"[]", "must be an object"),
-    (b"null", "must be an object"),
     (b"NaN", "must be an object"),
     ({"task_prompt": "T"}, "image: missing"),
     ({"image": None}, "image: missing"),
@@ -89,7 +87,6 @@ BAD = [
     # the grid
     ({"image": "0.png"}, "image: must be a list"),
     ({"image": []}, "image: no cell"),
-    ({"image": [[]]}, "image: no cell"),
     ({"image": [[], []]}, "image: no cell"),
     ({"image": ["0.png"]}, r"image\[0\]: must be a list"),
     ({"image": [["0.png"], ["0.png", "1.png"]]}, r"image\[1\]: 2 cells"),
@@ -100,11 +97,8 @@ BAD = [
     ({"image": [[3]]}, r"image\[0\]\[0\]: a cell is"),
     ({"image": [["9.png"]]}, r"image\[0\]\[0\]: .*9\.png.*No such file"),
     ({"image": [["pipe.png"]]}, r"image\[0\]\[0\]: .*pipe"),
-    ({"image": [["mine.jsonl"]]}, r"image\[0\]\[0\]: .*none of PNG"),
-    ({"image": [["http://example.org/a.png"]]}, r"image\[0\]\[0\]: .*URL"),
     ({"image": [[HALF], ["0.png"]]}, r"image\[0\]\[0\]: only the last row"),
     ({"image": [[HALF | {"mask": "black.png"}]]}, r"image\[0\]\[0\]: the mask is all black"),
-    ({"image": [[HALF | {"image": "2.png"}]]}, r"image\[0\]\[0\]: the mask is 64x64"),
     ({"image": [[HALF | {"edge": "0.png"}]]}, r"image\[0\]\[0\]: a cell is"),
 ]
 
@@ -129,9 +123,3 @@ def test_only_regular_files_are_opened(lines, tmp_path):
     for path in (tmp_path / "pipe.png", tmp_path, "/dev/zero"):
         with pytest.raises(UserError, match="pipe|folder|device"):
             JSONLinesGrids(path, 64)
-
-
-@pytest.mark.parametrize("name", ["graphemoji", "graphemoji:a->b", "graphemoji-fill", "graph200k"])
-def test_names_of_ours_are_no_files(name):
-    """Names of data that the package has are left to the loader."""
-    assert open_own(name, MINI) is None

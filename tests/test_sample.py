@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 import sample
 from vcloze_jax.config import UserError
-from vcloze_jax.data.conditions import NODES, nodes
-from vcloze_jax.data.graphemoji import load
+from vcloze_jax.data.graph import NODES
+from vcloze_jax.data.graphemoji import read_nodes
 from vcloze_jax.inputs.spec import read_specs
 from vcloze_jax.pipeline import load_painter
 from vcloze_jax.programs import spent
@@ -275,8 +275,8 @@ def test_mini(tmp_path, capsys):
     spec = ROOT / "examples/3_two_examples.json"
     sample.main(["--grid", str(spec), "--out", str(tmp_path)])
     assert "1 grids painted" in capsys.readouterr().out
-    subjects = load("held_out")
-    views = nodes(subjects)[subjects.names.index("backpack")].astype(float)
+    names, pictures = read_nodes("held_out")
+    views = pictures[names.index("backpack")].astype(float)
     copy, truth = (views[NODES.index(node)] for node in ("fluent_3d", "mask"))
     painted = pixels(tmp_path / "3_two_examples_target0.png").astype(float)
     assert np.abs(painted - truth).mean() < np.abs(copy - truth).mean() / 3

@@ -16,8 +16,7 @@ from skimage.metrics import structural_similarity
 from vcloze_jax import prompts
 from vcloze_jax.config import UserError
 from vcloze_jax.data import graph
-from vcloze_jax.data.conditions import NODES
-from vcloze_jax.data.loader import GraphEmojiGrids
+from vcloze_jax.data.graphemoji import GraphEmojiGrids
 from vcloze_jax.grid import Spec
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.pictures import save_png, save_text
@@ -90,14 +89,14 @@ def ask(source, task, shown, setting, subject):
     mask[-1, -1] = True
     sample = graph.Sample(nodes, np.array([*examples, subject]), mask, "")
     layout = prompts.layout_prompt(len(nodes), task.columns)
-    sentence = prompts.task_prompt([graph.NODES[node][0] for node in nodes[-1]])
+    sentence = prompts.task_prompt([graph.NODE_PHRASES[node][0] for node in nodes[-1]])
     prompt = prompts.join(layout, sentence if setting.sentence else "")
     return source.picture(sample).grid, prompt
 
 
 def truth(source, node, subjects):
     """One node of the subjects, float32 [N, 64, 64, 3] in [0, 1]."""
-    return source.pictures[subjects, NODES.index(node)].astype(np.float32) / 255
+    return source.pictures[subjects, graph.NODES.index(node)].astype(np.float32) / 255
 
 
 def rmse(a, b):

@@ -1,28 +1,13 @@
-"""Views derived from a picture: what Graph200K's detectors and degradations are to a photograph.
+"""Conditions derived from a picture: what detectors and degradations are to a photograph.
 
-Each is a pure function of one RGBA picture and a seed, so nothing of it is stored; `nodes` puts
-them beside the drawn views, and an edge of the task graph is a pair of columns of its result.
+Each is a pure function of one RGBA picture and a seed, so nothing of it is stored. A new one is a
+function and its row in `CONDITIONS`; data/graph.py says in which tasks it stands.
 """
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 from skimage.feature import canny
-
-from vcloze_jax.data.graphemoji import SIZE, VIEWS, Subjects
-
-NAMES = (
-    "edges",
-    "gray",
-    "mask",
-    "blur",
-    "low_resolution",
-    "noise",
-    "hole",
-    "distance",
-    "palette",
-)
-NODES = VIEWS + NAMES
 
 # Of the gray levels' gradient: the weaker edges are steps of shading that the pack rounds to.
 EDGES = dict(low_threshold=12, high_threshold=30)
@@ -41,69 +26,75 @@ def over_white(rgba: np.ndarray) -> np.ndarray:
 
 
 def derive(rgba: np.ndarray, name: str, seed: int | list[int]) -> np.ndarray:
-    """Derive the view `name` from uint8 [64, 64, 4] as uint8 [64, 64, 3].
+    """Derive the condition `name` from uint8 [h, w, 4] as uint8 [h, w, 3].
 
-    Only "noise" and "hole" read the seed. Raises ValueError for a name not in `NAMES`.
+    Only "noise" and "hole" read the seed. Raises ValueError for a name not in `CONDITIONS`.
     """
-    rgb, alpha = over_white(rgba), rgba[..., 3]
-    match name:
-        case "edges":
-            return _to_rgb(255 * canny(_to_gray(rgb).astype(np.float32), **EDGES))
-        case "gray":
-            return _to_rgb(_to_gray(rgb))
-        case "mask":
-            return _to_rgb(alpha)
-        case "blur":
-            return ndimage.gaussian_filter(rgb, (BLUR, BLUR, 0), mode="nearest")
-        case "low_resolution":
-            return _low_resolution(rgb)
-        case "noise":
-            noise = np.random.default_rng(seed).normal(0, NOISE, rgb.shape)
-            return np.clip(rgb + noise, 0, 255).astype(np.uint8)
-        case "hole":
-            return _hole(rgb, np.random.default_rng(seed))
-        case "distance":
-            depth = ndimage.distance_transform_edt(alpha >= 128)
-            return _to_rgb(255 * depth / max(depth.max(), 1))
-        case "palette":
-            palette = Image.fromarray(rgb).quantize(COLORS, Image.Quantize.MAXCOVERAGE, kmeans=2)
-            return np.asarray(palette.convert("RGB"))
-    raise ValueError(f"unknown view {name!r}; one of {', '.join(NAMES)}")
+    if name not in CONDITIONS:
+        raise ValueError(f"unknown condition {name!r}; one of {', '.join(CONDITIONS)}")
+    paint, *_ = CONDITIONS[name]
+    rng = np.random.default_rng(seed)
+    picture = paint(over_white(rgba), rgba[..., 3], rng).astype(np.uint8)
+    return picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=-1)
 
 
-def nodes(subjects: Subjects, view: str = "fluent_3d") -> np.ndarray:
-    """All `NODES` of all subjects, the derived ones from `view`: uint8 [N, 17, 64, 64, 3].
-
-    The seed of a subject is its codepoint, so a picture does not depend on who stands beside it.
-    """
-    pictures = np.empty((len(subjects.codepoints), len(NODES), SIZE, SIZE, 3), np.uint8)
-    source = VIEWS.index(view)
-    for codepoint, rgba, row in zip(subjects.codepoints, subjects.rgba, pictures, strict=True):
-        seed = [int(c, 16) for c in codepoint.split("-")]
-        row[: len(VIEWS)] = over_white(rgba)
-        for name, picture in zip(NAMES, row[len(VIEWS) :], strict=True):
-            picture[:] = derive(rgba[source], name, seed)
-    return pictures
+def find_edges(rgb, alpha, rng):
+    return 255 * canny(to_gray(rgb, alpha, rng).astype(np.float32), **EDGES)
 
 
-def _to_gray(rgb):
-    return np.asarray(Image.fromarray(rgb).convert("L"))  # [64, 64]
+def to_gray(rgb, alpha, rng):
+    return np.asarray(Image.fromarray(rgb).convert("L"))
 
 
-def _to_rgb(gray):
-    return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=-1)
+def show_alpha(rgb, alpha, rng):
+    return alpha
 
 
-def _low_resolution(rgb):
+def blur(rgb, alpha, rng):
+    return ndimage.gaussian_filter(rgb, (BLUR, BLUR, 0), mode="nearest")
+
+
+def average_blocks(rgb, alpha, rng):
     height, width, _ = rgb.shape
     blocks = rgb.reshape(height // BLOCK, BLOCK, width // BLOCK, BLOCK, 3)
-    means = blocks.mean((1, 3), keepdims=True)  # [8, 1, 8, 1, 3]
-    return np.broadcast_to(np.rint(means), blocks.shape).astype(np.uint8).reshape(rgb.shape)
+    means = blocks.mean((1, 3), keepdims=True)  # h/8 1 w/8 1 3
+    return np.broadcast_to(np.rint(means), blocks.shape).reshape(rgb.shape)
 
 
-def _hole(rgb, rng):
+def add_noise(rgb, alpha, rng):
+    return np.clip(rgb + rng.normal(0, NOISE, rgb.shape), 0, 255)
+
+
+def cut_hole(rgb, alpha, rng):
     height, width = rng.integers(HOLE[0], HOLE[1] + 1, 2)
-    y, x = rng.integers(0, SIZE - height + 1), rng.integers(0, SIZE - width + 1)
+    y = rng.integers(0, rgb.shape[0] - height + 1)
+    x = rng.integers(0, rgb.shape[1] - width + 1)
     holed = rgb.copy()
     holed[y : y + height, x : x + width] = 128
     return holed
+
+
+def measure_distance(rgb, alpha, rng):
+    """From the outside of the subject: it looks like a depth map."""
+    depth = ndimage.distance_transform_edt(alpha >= 128)
+    return 255 * depth / max(depth.max(), 1)
+
+
+def reduce_colors(rgb, alpha, rng):
+    palette = Image.fromarray(rgb).quantize(COLORS, Image.Quantize.MAXCOVERAGE, kmeans=2)
+    return np.asarray(palette.convert("RGB"))
+
+
+# name: (function, phrases of which a prompt says one). A function gets rgb, uint8 [h, w, 3] over
+# white, alpha, uint8 [h, w], and a generator; it returns levels of 0 to 255, [h, w] or [h, w, 3].
+CONDITIONS = {
+    "edges": (find_edges, "white edge lines on black", "an edge map from canny detection"),
+    "gray": (to_gray, "a gray picture", "a picture without colour"),
+    "mask": (show_alpha, "a white mask on black", "the silhouette of the subject"),
+    "blur": (blur, "a blurred picture", "a picture out of focus"),
+    "low_resolution": (average_blocks, "a low resolution picture", "a picture of coarse pixels"),
+    "noise": (add_noise, "a noisy picture", "a picture with heavy noise"),
+    "hole": (cut_hole, "a picture with a hole", "a picture with a missing part"),
+    "distance": (measure_distance, "a depth map", "a depth map in shades of gray"),
+    "palette": (reduce_colors, "a picture of few colours", "a picture reduced to five colours"),
+}

@@ -1,7 +1,7 @@
 """The task graph of GraphEmoji: nodes with their phrases, tasks as paths, and one drawn sample.
 
-A node is a view of a subject; a task leads from one to three condition nodes to a target node, so
-a row has L = 2, 3 or 4 cells. Rules of sampling: paper, section 3, and
+A node is a drawn view of a subject or a condition derived from one; a task leads from one to three
+nodes to a target, so a row has L = 2, 3 or 4 cells. Rules of sampling: paper, section 3, and
 lzyhha/VisualCloze:data/dataset.py. Everything drawn is a function of the generator given.
 """
 
@@ -11,29 +11,27 @@ from typing import NamedTuple
 import numpy as np
 
 from vcloze_jax import prompts
+from vcloze_jax.data.conditions import CONDITIONS
 
-STYLES = {
-    "fluent_3d": ("a glossy 3D icon", "a shaded 3D rendering", "a 3D emoji"),
-    "fluent_color": ("a softly shaded icon", "an icon with colour gradients"),
-    "fluent_flat": ("a flat colour icon", "a flat drawing without shading", "a flat emoji"),
-    "fluent_high_contrast": ("a black and white icon", "a high contrast pictogram"),
-    "noto": ("a Noto style emoji", "an emoji in the Noto style"),
-    "twemoji": ("a Twemoji style emoji", "an emoji in the Twemoji style"),
-    "openmoji": ("an outlined colour emoji", "a colour drawing with black outlines"),
-    "openmoji_line": ("thin line art", "a black line drawing"),
+# The drawn views by pack, each with its phrases, of which a prompt says one.
+PACKS = {
+    "main": {
+        "fluent_3d": ("a glossy 3D icon", "a shaded 3D rendering", "a 3D emoji"),
+        "fluent_color": ("a softly shaded icon", "an icon with colour gradients"),
+        "fluent_flat": ("a flat colour icon", "a flat drawing without shading", "a flat emoji"),
+        "fluent_high_contrast": ("a black and white icon", "a high contrast pictogram"),
+        "noto": ("a Noto style emoji", "an emoji in the Noto style"),
+        "twemoji": ("a Twemoji style emoji", "an emoji in the Twemoji style"),
+    },
+    "openmoji": {
+        "openmoji": ("an outlined colour emoji", "a colour drawing with black outlines"),
+        "openmoji_line": ("thin line art", "a black line drawing"),
+    },
 }
-CONDITIONS = {
-    "edges": ("white edge lines on black", "an edge map from canny detection"),
-    "gray": ("a gray picture", "a picture without colour"),
-    "mask": ("a white mask on black", "the silhouette of the subject"),
-    "blur": ("a blurred picture", "a picture out of focus"),
-    "low_resolution": ("a low resolution picture", "a picture of coarse pixels"),
-    "noise": ("a noisy picture", "a picture with heavy noise"),
-    "hole": ("a picture with a hole", "a picture with a missing part"),
-    "distance": ("a depth map", "a depth map in shades of gray"),
-    "palette": ("a picture of few colours", "a picture reduced to five colours"),
-}
-NODES = STYLES | CONDITIONS
+VIEWS = (*PACKS["main"], *PACKS["openmoji"])
+NODE_PHRASES = PACKS["main"] | PACKS["openmoji"]
+NODE_PHRASES |= {name: tuple(phrases) for name, (_, *phrases) in CONDITIONS.items()}
+NODES = tuple(NODE_PHRASES)
 
 
 @dataclass(frozen=True)
@@ -147,12 +145,13 @@ def draw_shape(rng, tasks=TRAIN):
     return 1 + int(rng.choice(3, p=(0.3, 0.4, 0.3))), draw_task(rng, tasks=tasks).columns
 
 
-def draw_sample(rng, rows, columns, names, size, dropout, tasks=TRAIN):
-    """One grid of the task graph over the subjects called `names`.
+def draw_sample(rng, shape, names, size, dropout=0.1, tasks=TRAIN):
+    """One grid of `shape` (rows, columns) of the task graph over the subjects called `names`.
 
     Draws task, subjects, the order of the conditions (the same in all rows), the mask and the
     sentences; with p `dropout` there is no text at all.
     """
+    rows, columns = shape
     task = draw_task(rng, columns, tasks)
     nodes = (*rng.permutation(task.conditions).tolist(), task.target)
     subjects = rng.choice(len(names), rows, replace=False)
@@ -201,13 +200,13 @@ def draw_prompt(rng, nodes, rows, name):
     content = prompts.CONTENT_PREFIXES[rng.integers(10)] + name
     if rng.random() >= 0.8:
         task = ""
-    if rng.random() >= 0.8 or nodes[-1] not in STYLES:
+    if rng.random() >= 0.8 or nodes[-1] not in VIEWS:
         content = ""
     return prompts.join(layout, task, content)
 
 
 def draw_phrase(rng, node):
-    return NODES[node][rng.integers(len(NODES[node]))]
+    return NODE_PHRASES[node][rng.integers(len(NODE_PHRASES[node]))]
 
 
 # Rows and columns of the infilling base's grids, with their share; 1 x 1 is a single picture.
@@ -226,7 +225,7 @@ def draw_fill_shape(rng):
     return list(FILL_SHAPES)[rng.choice(len(FILL_SHAPES), p=list(FILL_SHAPES.values()))]
 
 
-def draw_fill(rng, rows, columns, names, size, dropout):
+def draw_fill(rng, shape, names, size, dropout=0.1):
     """One grid with random holes: what mini's base, its FLUX-Fill, learns from.
 
     The web is full of repeated pictures and of sheets that draw a few subjects in a few manners:
@@ -235,8 +234,9 @@ def draw_fill(rng, rows, columns, names, size, dropout):
     to go by; the text tells what the last cell shows, and never names a task.
     """
     kind = list(FILL_KINDS)[rng.choice(len(FILL_KINDS), p=list(FILL_KINDS.values()))]
-    nodes = rng.choice(ALIGNED, (rows, columns))
-    subjects = rng.choice(len(names), (rows, columns), replace=False)
+    rows, columns = shape
+    nodes = rng.choice(ALIGNED, shape)
+    subjects = rng.choice(len(names), shape, replace=False)
     if kind != "unrelated":
         nodes, subjects = (np.repeat(x[:, :1], columns, 1) for x in (nodes, subjects))
     if kind == "sheet" and columns > 1:

@@ -1,8 +1,8 @@
-"""GraphEmoji: 1,569 subjects, each drawn in eight styles, as a tensorflow-datasets dataset.
+"""GraphEmoji: 1,569 subjects, each drawn in eight styles, as a dataset of tfds and as a Source.
 
-It is a small stand-in for Graph200K: one node per style, edges between any two. The pictures are
-64 x 64 with true alpha, ship with the package and are read without TensorFlow. They lie in two
-packs, because their licences differ: `main` (MIT, Apache-2.0, CC-BY-4.0) and `openmoji`
+It is a small stand-in for Graph200K; data/graph.py names its views and draws grids of them. The
+pictures are 64 x 64 with true alpha, ship with the package and are read without TensorFlow. They
+lie in two packs, because their licences differ: `main` (MIT, Apache-2.0, CC-BY-4.0) and `openmoji`
 (CC-BY-SA-4.0); the LICENSES file in each folder names every author.
 scripts/build_graphemoji.py draws both again.
 """
@@ -10,20 +10,25 @@ scripts/build_graphemoji.py draws both again.
 import hashlib
 import io
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from vcloze_jax.config import UserError
+from vcloze_jax.data import graph
+from vcloze_jax.data.conditions import CONDITIONS, derive, over_white
+from vcloze_jax.data.graph import NODES, PACKS, VIEWS
+from vcloze_jax.data.sources import Example
+from vcloze_jax.grid import Grid
+
 FOLDER = Path(__file__).parent  # tfds adds graphemoji/CONFIG/VERSION
 SIZE = 64
-PACKS = {
-    "main": ("fluent_3d", "fluent_color", "fluent_flat", "fluent_high_contrast", "noto", "twemoji"),
-    "openmoji": ("openmoji", "openmoji_line"),
-}
-VIEWS = PACKS["main"] + PACKS["openmoji"]
+DERIVED_FROM = VIEWS.index("fluent_3d")  # the view that conditions are derived from
 TEXTS = {"main": ("codepoint", "name", "group", "subgroup"), "openmoji": ("codepoint",)}
 
 HELD_OUT = 128  # subjects
@@ -56,7 +61,7 @@ class GraphEmoji(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
         subjects = json.loads((dl_manager.manual_dir / "subjects.json").read_text())
-        out = held_out([subject["codepoint"] for subject in subjects])
+        out = choose_held_out([subject["codepoint"] for subject in subjects])
         train = [subject for subject in subjects if subject["codepoint"] not in out]
         rest = [subject for subject in subjects if subject["codepoint"] in out]
         return {
@@ -71,7 +76,7 @@ class GraphEmoji(tfds.core.GeneratorBasedBuilder):
             yield i, texts | {view: folder / view / subject["codepoint"] for view in PACKS[pack]}
 
 
-def held_out(codepoints: list[str]) -> set[str]:
+def choose_held_out(codepoints: list[str]) -> set[str]:
     """Choose `HELD_OUT` subjects by the hash of their family, whole families only.
 
     The family of "man cook" is what remains without man and joiner, so that "woman cook" is on the
@@ -98,7 +103,7 @@ class Subjects:
     rgba: np.ndarray  # uint8 [N, 8, 64, 64, 4], alpha not premultiplied
 
 
-def load(split: str) -> Subjects:
+def read_subjects(split: str) -> Subjects:
     """Read all eight views of a split ("train" or "held_out"), the two packs joined by codepoint.
 
     Takes about 2 ms a subject, most of it in decoding WebP. Raises ValueError from tfds for
@@ -121,3 +126,82 @@ def _records(pack, split):
     builder = GraphEmoji(config=pack, data_dir=FOLDER)
     encoded = {view: tfds.decode.SkipDecoding() for view in PACKS[pack]}
     return builder.as_data_source(split, decoders=encoded)
+
+
+def derive_nodes(subjects: Subjects) -> np.ndarray:
+    """All `NODES` of all subjects, the conditions from one view: uint8 [N, 17, 64, 64, 3].
+
+    The seed of a subject is its codepoint, so a picture does not depend on who stands beside it.
+    """
+    pictures = np.empty((len(subjects.codepoints), len(NODES), SIZE, SIZE, 3), np.uint8)
+    for codepoint, rgba, row in zip(subjects.codepoints, subjects.rgba, pictures, strict=True):
+        seed = [int(c, 16) for c in codepoint.split("-")]
+        row[: len(VIEWS)] = over_white(rgba)
+        for name, picture in zip(CONDITIONS, row[len(VIEWS) :], strict=True):
+            picture[:] = derive(rgba[DERIVED_FROM], name, seed)
+    return pictures
+
+
+@cache
+def read_nodes(split: str) -> tuple[list[str], np.ndarray]:
+    """The names of a split's N subjects and all their `NODES`, uint8 [N, 17, 64, 64, 3].
+
+    Derived once and kept, so that an example is a look-up and no large accelerator is starved.
+    """
+    subjects = read_subjects(split)
+    return subjects.names, derive_nodes(subjects)
+
+
+@dataclass(frozen=True, eq=False)
+class GraphEmojiGrids:
+    """A Source: grids of a split's subjects, whose pictures are read when the first is wanted."""
+
+    split: str = "train"
+    draw_shape: Callable = graph.draw_shape  # rng -> (rows, columns)
+    draw_sample: Callable = graph.draw_sample  # rng, (rows, columns), names, size -> Sample
+    masks_every_row: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """What the prompts call the N subjects."""
+        return read_nodes(self.split)[0]
+
+    @property
+    def pictures(self) -> np.ndarray:
+        """uint8 [subject, node, 64, 64, 3]."""
+        return read_nodes(self.split)[1]
+
+    def held_out(self) -> "GraphEmojiGrids":
+        """The same kind of grids of the subjects that are never trained on."""
+        return replace(self, split="held_out")
+
+    def shape(self, rng: np.random.Generator) -> tuple[int, int]:
+        """Rows and columns, which the elements of a micro-batch share."""
+        return self.draw_shape(rng)
+
+    def example(self, rng: np.random.Generator, shape: tuple[int, int]) -> Example:
+        """Draw one example of that shape."""
+        return self.picture(self.draw_sample(rng, shape, self.names, SIZE))
+
+    def picture(self, sample: graph.Sample) -> Example:
+        """Look the sample's cells up."""
+        subjects = sample.subjects.reshape(len(sample.nodes), -1)  # R 1 or R C
+        nodes = [[NODES.index(node) for node in row] for row in sample.nodes]
+        return Example(Grid.from_cells(self.pictures[subjects, nodes], sample.mask), sample.prompt)
+
+
+def open_tasks(task: str, resolution: int, dropout: float) -> GraphEmojiGrids:
+    """Grids of all trained tasks, or of the one that is named. Cells have 64 x 64 pixels, whatever
+    the `resolution`. Raises UserError for a name that is no task."""
+    try:
+        tasks = {graph.parse_task(task): 1.0} if task else graph.TRAIN
+    except ValueError as error:
+        raise UserError(f"--data {error}") from None
+    draw_sample = partial(graph.draw_sample, dropout=dropout, tasks=tasks)
+    return GraphEmojiGrids("train", partial(graph.draw_shape, tasks=tasks), draw_sample)
+
+
+def open_fill(part: str, resolution: int, dropout: float) -> GraphEmojiGrids:
+    """Grids with holes in any row, of no task: what mini's infilling base learns from."""
+    draw_sample = partial(graph.draw_fill, dropout=dropout)
+    return GraphEmojiGrids("train", graph.draw_fill_shape, draw_sample, masks_every_row=True)

@@ -1,7 +1,8 @@
-"""Checks of one value of a spec: each returns the value, or says in a UserError what it must be."""
+"""Strict JSON, and checks of one value: each returns it, or says in a UserError what it must be."""
 
 import difflib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from vcloze_jax.config import UserError
 
 
 @contextmanager
-def named(where: str | Path) -> Iterator[None]:
+def error_context(where: str | Path) -> Iterator[None]:
     """Put `where` in front of the message of any UserError raised inside."""
     try:
         yield
@@ -19,24 +20,60 @@ def named(where: str | Path) -> Iterator[None]:
         raise UserError(f"{where}: {error}") from None
 
 
-def take(table: dict, key: str, default, check, *limits):
+def parse_json(content: bytes):
+    """JSON without its traps: no key twice, no number of thousands of digits, and in UTF-8.
+
+    Raises UserError that names what is wrong; `error_context` names the file.
+    """
+    try:
+        text = content.decode()
+        if text.startswith("\ufeff"):
+            raise UserError("begins with a byte order mark; save it as UTF-8 without one")
+        return json.loads(text, object_pairs_hook=_unite_pairs, parse_int=_parse_int)
+    except UnicodeDecodeError:
+        raise UserError("is not UTF-8; save it as UTF-8") from None
+    except ValueError as error:
+        raise UserError(f"is not JSON: {error}") from None
+    except RecursionError:
+        raise UserError("is nested too deeply") from None
+
+
+def _unite_pairs(pairs: list[tuple]) -> dict:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"{twice!r}: given twice; keep one")
+    return table
+
+
+def _parse_int(digits: str) -> int | float:
+    # Python refuses thousands of digits without saying which key; the check of the key refuses inf.
+    return int(digits) if len(digits) < 20 else math.inf
+
+
+def read_key(table: dict, key: str, default, check, *limits):
     """Return table[key], checked by `check(value, *limits)`, or the default where it is absent."""
-    with named(key):
+    with error_context(key):
         return check(table[key], *limits) if key in table else default
 
 
-def keys(table: dict, known: Iterable[str]) -> None:
+def check_keys(table: dict, known: Iterable[str]) -> None:
+    """Raise UserError for the first key that is not known."""
     for key in table:
         if key not in known:
-            raise UserError(f"{key!r}: unknown key{hint(key, known)}; known are {', '.join(known)}")
+            near = suggest_name(key, known)
+            raise UserError(f"{key!r}: unknown key{near}; known are {', '.join(known)}")
 
 
-def hint(name: str, known: Iterable[str]) -> str:
+def suggest_name(name: str, known: Iterable[str]) -> str:
+    """The known name that is most like `name`, as the tail of a message; "" without a like one."""
     near = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def typed(value, kind: type):
+def check_type(value, kind: type):
+    """An object (dict), a list or a string."""
     names = {dict: "an object", list: "a list", str: "a string"}
     if not isinstance(value, kind):
         found = names.get(type(value)) or json.dumps(value, default=repr)
@@ -44,35 +81,39 @@ def typed(value, kind: type):
     return value
 
 
-def text(value) -> str:
+def check_text(value) -> str:
+    """A string that UTF-8 can hold."""
     try:
-        typed(value, str).encode()
+        check_type(value, str).encode()
     except UnicodeEncodeError:
         raise UserError("holds half a surrogate pair, which is no character; remove it") from None
     return value
 
 
-def path(value, folder: Path) -> str:
+def resolve_path(value, folder: Path) -> str:
+    """A path that begins at `folder`, as an absolute one."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    if not text(value):
+    if not check_text(value):
         raise UserError("an empty path; give a file, or null for a target")
     return os.path.abspath(folder / value)
 
 
-def integer(value, low: int, high: int) -> int:
+def check_integer(value, low: int, high: int) -> int:
+    """An integer of low … high; no boolean."""
     if type(value) is not int or not low <= value <= high:  # bool is a subclass of int
         raise UserError(f"must be an integer in {low} ... {high}")
     return value
 
 
-def number(value, low: float, high: float) -> float:
+def check_number(value, low: float, high: float) -> float:
+    """A number of low … high, integers included; no boolean, no NaN."""
     if type(value) not in (int, float) or not low <= value <= high:  # NaN fails both
         raise UserError(f"must be a number in {low} ... {high}")
     return float(value)
 
 
-def share(value) -> float:
+def check_share(value) -> float:
     """A number above 0, at most 1."""
     if type(value) not in (int, float) or not 0 < value <= 1:
         raise UserError("must be a number above 0, at most 1")

@@ -34,7 +34,9 @@ def check_file(path: str | Path) -> Path:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         if URL.search(str(path)):
             raise UserError(f"{name} is a URL; download it and give the file") from None
-        raise UserError(f"{name} cannot be opened: {_reason(error)}; check the path") from None
+        raise UserError(
+            f"{name} cannot be opened: {describe_error(error)}; check the path"
+        ) from None
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
         raise UserError(f"{name} is {kind}; give a regular file")
@@ -47,14 +49,14 @@ def open_picture(path: str | Path) -> Image.Image:
     16-bit grey keeps its range (65535 becomes 255). Raises UserError naming the file.
     """
     path = check_file(path)
-    with _refused(repr(str(path))), Image.open(path, formats=FORMATS) as picture:
-        return _read(picture)
+    with _decoding(repr(str(path))), Image.open(path, formats=FORMATS) as picture:
+        return _to_upright_rgb(picture)
 
 
 def copy_picture(picture: Image.Image) -> Image.Image:
     """A picture in memory as `open_picture` would read it from a file."""
-    with _refused(f"a picture of mode {picture.mode}"):
-        return _read(picture.copy())
+    with _decoding(f"a picture of mode {picture.mode}"):
+        return _to_upright_rgb(picture.copy())
 
 
 def to_mask(picture: Image.Image) -> np.ndarray:
@@ -98,13 +100,13 @@ def _save(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be written: {_reason(error)}") from None
+        raise UserError(f"{str(path)!r} cannot be written: {describe_error(error)}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def _refused(name: str) -> Iterator[None]:
+def _decoding(name: str) -> Iterator[None]:
     """Turn what decoding a picture may raise into a UserError about `name`."""
     try:
         yield
@@ -113,10 +115,10 @@ def _refused(name: str) -> Iterator[None]:
     except Image.UnidentifiedImageError:
         raise UserError(f"{name} is none of {', '.join(FORMATS)}; convert it") from None
     except Exception as error:  # a decoder may raise anything on a hostile file
-        raise UserError(f"{name} cannot be read: {_reason(error)}; save it anew") from None
+        raise UserError(f"{name} cannot be read: {describe_error(error)}; save it anew") from None
 
 
-def _read(picture: Image.Image) -> Image.Image:
+def _to_upright_rgb(picture: Image.Image) -> Image.Image:
     if picture.width * picture.height > MAX_PIXELS:
         raise Image.DecompressionBombError
     picture.load()
@@ -144,6 +146,7 @@ def _from_deep_grey(picture: Image.Image) -> Image.Image:
     return Image.fromarray(levels)
 
 
-def _reason(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
+    """What an exception of a library says, on one line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())  # one line, whatever the decoder wrote
+    return " ".join(text.split())

@@ -4,8 +4,6 @@ A spec uses the argument names of diffusers' VisualCloze pipeline. Every message
 `SPEC: key: reason; remedy`, and all of this runs before JAX is imported.
 """
 
-import json
-import math
 import os
 from pathlib import Path
 
@@ -15,11 +13,23 @@ from PIL import Image
 from vcloze_jax import prompts
 from vcloze_jax.config import Preset, UserError
 from vcloze_jax.grid import PATCH, Cell, Grid, Spec, Upsampling, build_grid, floor, row_size
-from vcloze_jax.inputs import checks
-from vcloze_jax.inputs.checks import named, take
+from vcloze_jax.inputs.checks import (
+    check_integer,
+    check_keys,
+    check_number,
+    check_share,
+    check_text,
+    check_type,
+    error_context,
+    parse_json,
+    read_key,
+    resolve_path,
+    suggest_name,
+)
 from vcloze_jax.inputs.pictures import (
     check_file,
     copy_picture,
+    describe_error,
     open_picture,
     quiet_decoders,
     to_mask,
@@ -43,15 +53,15 @@ def read_specs(paths: list[str | Path], preset: Preset) -> list[Spec]:
     """
     specs = []
     for path in map(Path, paths):
-        with named(path):
-            content = parse(_read_bytes(path))
+        with error_context(path):
+            content = parse_json(_read_bytes(path))
             if not isinstance(content, list):
                 specs.append(read_spec(content, preset, path.stem, path))
                 continue
             if not content:
                 raise UserError("an empty list; give at least one spec")
             for i, item in enumerate(content):
-                with named(f"[{i}]"):
+                with error_context(f"[{i}]"):
                     specs.append(read_spec(item, preset, f"{path.stem}-{i}", path))
     _check_names(specs)
     return specs
@@ -86,27 +96,27 @@ def read_spec(table: dict, preset: Preset, name: str = "grid", source: Path = Pa
     Pictures and masks may also be PIL images, latents NumPy arrays. Raises UserError naming the
     key.
     """
-    checks.keys(checks.typed(table, dict), KEYS)
+    check_keys(check_type(table, dict), KEYS)
     if "image" not in table:
         raise UserError("image: missing; give rows of cells, the query last")
     table = {key: v for key, v in table.items() if v is not None or key not in OPTIONAL}
-    resolution = take(table, "resolution", preset.resolution, checks.integer, 16, MAX_SIDE)
+    resolution = read_key(table, "resolution", preset.resolution, check_integer, 16, MAX_SIDE)
     steps = preset.num_inference_steps
-    steps = take(table, "num_inference_steps", steps, checks.integer, 1, 1000)
-    guidance = take(table, "guidance_scale", preset.guidance_scale, checks.number, 0, 1000)
-    seed = take(table, "seed", 0, checks.integer, 0, 2**32 - 1)  # a JAX key wraps beyond 32 bits
-    given = {key: take(table, key, None, checks.text) for key in (*PROMPTS, "task")}
+    steps = read_key(table, "num_inference_steps", steps, check_integer, 1, 1000)
+    guidance = read_key(table, "guidance_scale", preset.guidance_scale, check_number, 0, 1000)
+    seed = read_key(table, "seed", 0, check_integer, 0, 2**32 - 1)  # a JAX key wraps beyond 32 bits
+    given = {key: read_key(table, key, None, check_text) for key in (*PROMPTS, "task")}
 
     folder = source.parent
     with quiet_decoders():
         image, cells = open_cells(table["image"], folder)
     grid = build_grid(cells, resolution)
     none = None, None
-    latents_path, latents = take(
+    latents_path, latents = read_key(
         table, "latents", none, _open_latents, grid.tokens, "this grid", folder
     )
-    own = next((cell.size for cell in map(_picture, cells[-1]) if cell), None)
-    second, upsampling = take(table, "upsampling", none, _read_upsampling, steps, own, folder)
+    own = next((cell.size for cell in map(_picture_of, cells[-1]) if cell), None)
+    second, upsampling = read_key(table, "upsampling", none, _read_upsampling, steps, own, folder)
 
     layout, task, content = sentences(given, grid)
     resolved = {
@@ -142,16 +152,16 @@ def _read_upsampling(
     table: dict, steps: int, own: tuple[int, int] | None, folder: Path
 ) -> tuple[dict, Upsampling]:
     """The second pass twice: as a resolved spec, and with its noise opened."""
-    checks.keys(checks.typed(table, dict), UPSAMPLING)
+    check_keys(check_type(table, dict), UPSAMPLING)
     table = {key: v for key, v in table.items() if v is not None}
-    sides = [take(table, key, None, checks.integer, PATCH, MAX_SIDE) for key in UPSAMPLING[:2]]
+    sides = [read_key(table, key, None, check_integer, PATCH, MAX_SIDE) for key in UPSAMPLING[:2]]
     width, height = upsampled_size(*sides, own)
     if max(width, height) > MAX_SIDE:
         raise UserError(f"{width}x{height} has a side above {MAX_SIDE}; give width and height")
-    strength = take(table, "strength", 0.4, checks.share)
-    steps = take(table, "num_inference_steps", steps, checks.integer, 1, 1000)
+    strength = read_key(table, "strength", 0.4, check_share)
+    steps = read_key(table, "num_inference_steps", steps, check_integer, 1, 1000)
     tokens = width // PATCH * (height // PATCH)
-    path, noise = take(
+    path, noise = read_key(
         table, "latents", (None, None), _open_latents, tokens, "an upsampled target", folder
     )
     values = dict(width=width, height=height, strength=strength, num_inference_steps=steps)
@@ -176,15 +186,15 @@ def upsampled_size(
 def open_cells(rows: list, folder: Path) -> tuple[list, list]:
     """The cells twice: with absolute paths, and with opened pictures."""
     resolved, opened = [], []
-    with named("image"):
-        checks.typed(rows, list)
+    with error_context("image"):
+        check_type(rows, list)
     for r, row in enumerate(rows):
-        with named(f"image[{r}]"):
-            checks.typed(row, list)
+        with error_context(f"image[{r}]"):
+            check_type(row, list)
         resolved.append([])
         opened.append([])
         for i, cell in enumerate(row):
-            with named(f"image[{r}][{i}]"):
+            with error_context(f"image[{r}][{i}]"):
                 path, picture = _open_cell(cell, folder)
             resolved[-1].append(path)
             opened[-1].append(picture)
@@ -195,23 +205,23 @@ def _open_cell(cell, folder: Path) -> tuple:
     if cell is None:
         return None, None
     if isinstance(cell, str | os.PathLike | Image.Image):
-        return _open(cell, folder)
+        return _open_picture(cell, folder)
     if not isinstance(cell, dict) or cell.keys() != {"image", "mask"}:
         raise UserError('a cell is a path, null or {"image": path, "mask": path}')
     (path, picture), (mask_path, mask) = (
-        take(cell, key, None, _open, folder) for key in ("image", "mask")
+        read_key(cell, key, None, _open_picture, folder) for key in ("image", "mask")
     )
     return {"image": path, "mask": mask_path}, (picture, to_mask(mask))
 
 
-def _open(picture, folder: Path) -> tuple[str, Image.Image]:
+def _open_picture(picture, folder: Path) -> tuple[str, Image.Image]:
     if isinstance(picture, Image.Image):
         return f"{picture.width}x{picture.height}, in memory", copy_picture(picture)
-    path = checks.path(picture, folder)
+    path = resolve_path(picture, folder)
     return path, open_picture(path)
 
 
-def _picture(cell: Cell) -> Image.Image | None:
+def _picture_of(cell: Cell) -> Image.Image | None:
     return cell[0] if isinstance(cell, tuple) else cell
 
 
@@ -220,7 +230,7 @@ def _open_latents(given, tokens: int, owner: str, folder: Path) -> tuple[str, np
     if isinstance(given, np.ndarray):
         path, latents = "in memory", given
     else:
-        path = checks.path(given, folder)
+        path = resolve_path(given, folder)
         latents = _open_npy(path, wanted)
     if latents.dtype != np.float32 or latents.shape != (tokens, LATENT_WIDTH):
         raise UserError(f"{path!r} is {latents.dtype} {list(latents.shape)}; it {wanted}")
@@ -234,7 +244,7 @@ def _open_npy(path: str, wanted: str) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(path, mode="r")  # reads the header only, no pickle
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = describe_error(error)
         raise UserError(f"{path!r} is not a readable .npy file ({reason}); it {wanted}") from None
 
 
@@ -244,16 +254,16 @@ def sentences(given: dict[str, str | None], grid: Grid) -> tuple[str, str, str]:
     if layout is None:
         layout = prompts.layout_prompt(len(grid.rows), grid.columns)
     if name is not None:
-        with named("task"):
-            task = _named_task(name, task, grid.columns)
+        with error_context("task"):
+            task = _find_task_prompt(name, task, grid.columns)
     return layout, task or "", content or ""
 
 
-def _named_task(name: str, task_prompt: str | None, columns: int) -> str:
+def _find_task_prompt(name: str, task_prompt: str | None, columns: int) -> str:
     if task_prompt is not None:
         raise UserError("given beside task_prompt; remove one of them")
     if name not in prompts.TASKS:
-        raise UserError(f"no task {name!r}{checks.hint(name, prompts.TASKS)}; see --list-tasks")
+        raise UserError(f"no task {name!r}{suggest_name(name, prompts.TASKS)}; see --list-tasks")
     task = prompts.TASKS[name]
     if task.columns != columns:
         raise UserError(f"{name} has {task.columns} columns, the grid {columns}; change one")
@@ -272,39 +282,10 @@ def _check_names(specs: list[Spec]) -> None:
             owners[name] = spec.source
 
 
-def parse(content: bytes):
-    """JSON without its traps: no key twice, no number of thousands of digits, and in UTF-8."""
-    try:
-        text = content.decode()
-        if text.startswith("\ufeff"):
-            raise UserError("begins with a byte order mark; save it as UTF-8 without one")
-        return json.loads(text, object_pairs_hook=_unique, parse_int=_parse_int)
-    except UnicodeDecodeError:
-        raise UserError("is not UTF-8; save it as UTF-8") from None
-    except ValueError as error:
-        raise UserError(f"is not JSON: {error}") from None
-    except RecursionError:
-        raise UserError("is nested too deeply to be a spec") from None
-
-
 def _read_bytes(path: Path) -> bytes:
     if check_file(path).stat().st_size > MAX_BYTES:
         raise UserError(f"more than {MAX_BYTES} bytes; this is no spec")
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}") from None
-
-
-def _unique(pairs: list[tuple]) -> dict:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise UserError(f"{twice!r}: given twice; keep one")
-    return table
-
-
-def _parse_int(digits: str) -> int | float:
-    # Python refuses thousands of digits without saying which key; the check of the key refuses inf.
-    return int(digits) if len(digits) < 20 else math.inf
+        raise UserError(f"cannot be read: {describe_error(error)}") from None

@@ -1,0 +1,177 @@
+"""Laws of the sources of data: what --data names, what each source must do, and micro-batches."""
+
+import json
+import subprocess
+import sys
+from itertools import islice
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vcloze_jax.config import UserError
+from vcloze_jax.data.graph import NODES, draw_fill, draw_sample
+from vcloze_jax.data.sources import SOURCES, micro_batch, micro_batches, open_source
+from vcloze_jax.prompts import CONTENT_PREFIXES
+
+NAMES = ["graphemoji", "graphemoji:gray->fluent_flat", "graphemoji-fill", "own.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """What each name opens, held out: 128 subjects of GraphEmoji, which are derived in a second."""
+    folder = tmp_path_factory.mktemp("own")
+    for i in range(4):
+        Image.new("RGB", (64, 64), (60 * i, 0, 0)).save(folder / f"{i}.png")
+    rows = [["0.png", "1.png"], ["2.png", "3.png"]]
+    lines = [{"image": rows}, {"image": rows[::-1]}, {"image": rows[:1]}, {"image": rows[1:]}]
+    lines = [json.dumps(line | {"content_prompt": f"{i}"}) for i, line in enumerate(lines)]
+    (folder / "own.jsonl").write_text("\n".join(lines))
+    opened = {name: open_source(name, 64, 0.1) for name in NAMES[:3]}
+    opened["own.jsonl"] = open_source(f"{folder}/own.jsonl", 64, 0.1)
+    return {name: source.held_out() for name, source in opened.items()}
+
+
+@pytest.fixture(scope="module")
+def source(sources):
+    return sources["graphemoji"]
+
+
+def generator(*seed):
+    return np.random.default_rng(seed)
+
+
+def same(one, other):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.prompt == b.prompt and a.grid.shape == b.grid.shape
+        for row, again in zip(a.grid.rows, b.grid.rows, strict=True):
+            np.testing.assert_array_equal(row.pixels, again.pixels)
+            np.testing.assert_array_equal(row.mask, again.mask)
+
+
+# --- what --data names ---
+
+
+UNKNOWN = "no such data; use graphemoji, graphemoji:TASK, graphemoji-fill or a JSON-lines file$"
+
+
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "", "graphemoji-fill:x", "graphemojis", "."])
+def test_unknown_data_is_refused(name):
+    """What --data does not name is one line that says what it could."""
+    with pytest.raises(UserError, match=f"^--data {name}: {UNKNOWN}"):
+        open_source(name, 64, 0.1)
+
+
+def test_unknown_tasks_and_what_is_not_there_yet():
+    """A task's name is checked at once; of what we know and cannot open yet, the line says so."""
+    with pytest.raises(UserError, match="^--data gray->x: not CONDITION.* nodes of fluent_3d"):
+        open_source("graphemoji:gray->x", 64, 0.1)
+    with pytest.raises(UserError, match="^--data graph200k: not yet; use graphemoji or a JSON"):
+        open_source("graph200k", 64, 0.1)
+
+
+def test_opening_is_cheap():
+    """No source imports JAX when it is opened, nor reads GraphEmoji's pictures; a file needs none
+    of the others' libraries."""
+    code = f"""
+import sys
+from vcloze_jax.config import UserError
+from vcloze_jax.data.sources import SOURCES, open_source
+try: open_source({__file__!r}, 64, 0.1)
+except UserError as error: assert "line 1" in str(error)
+assert {{"tensorflow_datasets", "scipy", "jax"}}.isdisjoint(sys.modules), "file"
+for name in {NAMES[:3]}: open_source(name, 64, 0.1).held_out()
+from vcloze_jax.data.graphemoji import read_nodes
+assert read_nodes.cache_info().misses == 0
+assert {{"jax", "flax", "tensorflow"}}.isdisjoint(sys.modules), "ours"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_task_is_the_only_one_that_is_drawn():
+    """graphemoji:TASK has that task's columns; graphemoji alone has all that are trained."""
+    widths = {}
+    for name in ("graphemoji", "graphemoji:", "graphemoji:edges+blur->fluent_3d"):
+        grids = open_source(name, 64, 0.1)
+        widths[name] = {grids.shape(generator(i))[1] for i in range(100)}
+    assert list(widths.values()) == [{2, 3, 4}, {2, 3, 4}, {3}]
+
+
+# --- what a source must do ---
+
+
+def test_every_row_of_the_registry_is_tested():
+    """The laws below hold for every source that can be opened."""
+    forms = {name.replace("gray->fluent_flat", "TASK") for name in NAMES}
+    assert {form for form, opener in SOURCES.items() if opener} == forms - {"own.jsonl"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_micro_batches_depend_on_seed_and_number_only(sources, name):
+    """A micro-batch is a function of (seed, number), whatever was asked before, and its first
+    elements do not depend on how many there are; its grids share one shape, and only a source that
+    says so masks other rows than the last."""
+    grids = sources[name]
+    first = micro_batch(grids, 3, 7, 4)
+    micro_batch(grids, 0, 0, 2)
+    same(micro_batch(grids, 3, 7, 4), first)
+    same(micro_batch(grids, 3, 7, 2), first[:2])
+    batches = [micro_batch(grids, 3, i, 4) for i in range(20)]
+    assert all(len({example.grid.shape for example in batch}) == 1 for batch in batches)
+    others = [*batches, *(micro_batch(grids, 4, i, 4) for i in range(20))]
+    assert len({tuple(example.prompt for example in batch) for batch in others}) > 20
+    rows = [row for batch in batches for example in batch for row in example.grid.rows[:-1]]
+    assert any(row.mask.any() for row in rows) == grids.masks_every_row
+
+
+@pytest.mark.parametrize("start", [0, 3, 5])
+def test_a_restart_continues(source, start):
+    """Begun at any number, the stream is the rest of the whole one, and ends where it should."""
+    rest = list(micro_batches(source, 1, 2, start, 6))
+    assert len(rest) == 6 - start
+    for number, batch in enumerate(rest, start):
+        same(batch, micro_batch(source, 1, number, 2))
+
+
+def test_streams_need_not_be_read_to_the_end(source):
+    """What is made ahead is no obligation: a reader that stops early gets the same batches."""
+    for number, batch in enumerate(islice(micro_batches(source, 1, 2, 0, 1000), 2)):
+        same(batch, micro_batch(source, 1, number, 2))
+
+
+# --- GraphEmoji ---
+
+
+def test_held_out_subjects_are_never_trained_on(sources):
+    """Held-out grids are drawn by the rules of the source, of the split that is not trained on."""
+    for name in NAMES[:3]:
+        train = open_source(name, 64, 0.1)
+        assert (train.split, sources[name].split) == ("train", "held_out")
+        assert len(sources[name].names) == 128 and sources[name].held_out().split == "held_out"
+        for number in range(5):
+            assert train.shape(generator(number)) == sources[name].shape(generator(number))
+
+
+def test_cells_show_what_the_sample_says(source):
+    """Row r, column c of a grid is the picture of the sample's subject and node there, for tasks
+    (subjects by row) and for the infilling base (subjects by cell); masks lie on their cells."""
+    args = ((2, 3), source.names, 64, 0.0)
+    for sample in (draw_sample(generator(10), *args), draw_fill(generator(10), *args)):
+        grid = source.picture(sample).grid
+        for r, row in enumerate(grid.rows):
+            for c in range(3):
+                subject = sample.subjects[r] if sample.subjects.ndim == 1 else sample.subjects[r, c]
+                picture = source.pictures[subject, NODES.index(sample.nodes[r][c])]
+                np.testing.assert_array_equal(row.pixels[:, 64 * c : 64 * c + 64], picture)
+                np.testing.assert_array_equal(row.mask[:, 64 * c : 64 * c + 64], sample.mask[r, c])
+
+
+def test_names_are_those_of_the_pictures(source):
+    """The content sentence of a task names the subject of the last row, whose picture is there."""
+    for seed in range(20):
+        sample = draw_sample(generator(11, seed), (2, 2), source.names, 64, 0.0)
+        prefix = next((p for p in CONTENT_PREFIXES if p in sample.prompt), None)
+        if prefix:
+            assert sample.prompt.endswith(prefix + source.names[sample.subjects[-1]])
