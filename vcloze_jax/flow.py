@@ -11,18 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def shift_time(t, tokens, c):
+    """Times t in (0, 1] moved towards noise, the more the more real image tokens a grid has, without
+    a clamp; 1 stays (black-forest-labs/flux:src/flux/sampling.py, time_shift).
+
+    In sampling always; in training the paper says so ("dynamic time shifting") and the authors'
+    train.py never does.
+    """
+    slope = (c.max_shift - c.base_shift) / (c.max_tokens - c.base_tokens)
+    shift = math.exp(c.base_shift + slope * (tokens - c.base_tokens))
+    return shift / (shift + 1 / t - 1)
+
+
 def schedule(num_steps, tokens, c, strength=1.0):
     """Times of N Euler steps: float32 [N + 1], from 1 down to 0, shifted towards noise.
 
-    The shift grows with the number of real image tokens of the whole grid, without a clamp. A
-    `strength` below 1 leaves out the first steps, at least one stays: the start then holds a
+    A `strength` below 1 leaves out the first steps, at least one stays: the start then holds a
     picture (huggingface/diffusers:pipelines/flux/pipeline_flux_fill.py, calculate_shift and
     get_timesteps).
     """
-    slope = (c.max_shift - c.base_shift) / (c.max_tokens - c.base_tokens)
-    mu = c.base_shift + slope * (tokens - c.base_tokens)
-    sigma = np.linspace(1, 1 / num_steps, num_steps)
-    sigma = math.exp(mu) / (math.exp(mu) + 1 / sigma - 1)
+    sigma = shift_time(np.linspace(1, 1 / num_steps, num_steps), tokens, c)
     first = min(int(num_steps - num_steps * strength), num_steps - 1)
     return np.append(sigma, 0)[first:].astype(np.float32)
 
@@ -32,19 +40,19 @@ def euler(x, velocity, t, t_next):
     return x + (t_next - t)[:, None, None] * velocity.astype(jnp.float32)
 
 
-def draw_time(key, batch, mean=0.0):
-    """Training times: sigmoid of a normal of this mean and deviation 1, float32 [B], not shifted.
+def draw_time(keys, mean=0.0):
+    """Training times: sigmoid of a normal of this mean and deviation 1, float32 [B] of B keys.
 
     Source: lzyhha/VisualCloze:train.py with `--snr_type lognorm`, whose mean is 0. In little noise
     a small picture is seen as it is, and nothing is learned from its neighbours.
     """
-    return jax.nn.sigmoid(mean + jax.random.normal(key, (batch,)))
+    return jax.nn.sigmoid(mean + jax.vmap(jax.random.normal)(keys))
 
 
-def draw_guidance(key, batch, bounds):
-    """Guidance values, log-uniform between two bounds, float32 [B]."""
+def draw_guidance(keys, bounds):
+    """Guidance values, log-uniform between two bounds, float32 [B] of B keys."""
     low, high = math.log(bounds[0]), math.log(bounds[1])
-    return jnp.exp(jax.random.uniform(key, (batch,), minval=low, maxval=high))
+    return jnp.exp(low + (high - low) * jax.vmap(jax.random.uniform)(keys))
 
 
 def interpolate(x, noise, t):
@@ -54,10 +62,10 @@ def interpolate(x, noise, t):
 
 
 def masked_loss(prediction, velocity, weight):
-    """Squared error in float32, averaged over each sample's weighted tokens, then over the batch.
+    """Squared error in float32, averaged over each sample's weighted tokens: float32 [B].
 
     `weight` float32 [B, S] is the share of a token's pixels that count: tokens of weight 0 get no
     gradient at all. Every sample counts the same, however large its target.
     """
     error = jnp.square(prediction.astype(jnp.float32) - velocity).mean(-1)  # B S
-    return ((error * weight).sum(1) / weight.sum(1)).mean()
+    return (error * weight).sum(1) / weight.sum(1)

@@ -136,13 +136,21 @@ def draw_task(rng, columns=None, tasks=TRAIN):
     return fitting[rng.choice(len(fitting), p=weights / weights.sum())]
 
 
+ROWS = {1: 0.3, 2: 0.4, 3: 0.3}  # of a grid, with their share
+
+
+def list_shapes(tasks):
+    """All (rows, columns) that `draw_shape` may draw."""
+    return tuple((rows, columns) for rows in ROWS for columns in sorted({t.columns for t in tasks}))
+
+
 def draw_shape(rng, tasks=TRAIN):
     """Rows and columns of a micro-batch: R is 1, 2 or 3 with p 0.3, 0.4, 0.3.
 
     The columns are those of a drawn task; each element then draws a task of that width, so that
     over many batches every task keeps its share.
     """
-    return 1 + int(rng.choice(3, p=(0.3, 0.4, 0.3))), draw_task(rng, tasks=tasks).columns
+    return int(rng.choice(list(ROWS), p=list(ROWS.values()))), draw_task(rng, tasks=tasks).columns
 
 
 def draw_sample(rng, shape, names, size, dropout=0.1, tasks=TRAIN):

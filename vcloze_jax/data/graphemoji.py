@@ -159,6 +159,7 @@ class GraphEmojiGrids:
     split: str = "train"
     draw_shape: Callable = graph.draw_shape  # rng -> (rows, columns)
     draw_sample: Callable = graph.draw_sample  # rng, (rows, columns), names, size -> Sample
+    all_shapes: tuple[tuple[int, int], ...] = graph.list_shapes(graph.TRAIN)
     masks_every_row: bool = False
 
     @property
@@ -176,8 +177,12 @@ class GraphEmojiGrids:
         return replace(self, split="held_out")
 
     def shape(self, rng: np.random.Generator) -> tuple[int, int]:
-        """Rows and columns, which the elements of a micro-batch share."""
+        """Rows and columns, which the members of a group share."""
         return self.draw_shape(rng)
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """All rows and columns that are drawn."""
+        return list(self.all_shapes)
 
     def example(self, rng: np.random.Generator, shape: tuple[int, int]) -> Example:
         """Draw one example of that shape."""
@@ -187,7 +192,8 @@ class GraphEmojiGrids:
         """Look the sample's cells up."""
         subjects = sample.subjects.reshape(len(sample.nodes), -1)  # R 1 or R C
         nodes = [[NODES.index(node) for node in row] for row in sample.nodes]
-        return Example(Grid.from_cells(self.pictures[subjects, nodes], sample.mask), sample.prompt)
+        grid = Grid.from_cells(self.pictures[subjects, nodes], sample.mask)
+        return Example(grid, sample.prompt, sample.nodes[-1][-1])
 
 
 def open_tasks(task: str, resolution: int, dropout: float) -> GraphEmojiGrids:
@@ -198,10 +204,12 @@ def open_tasks(task: str, resolution: int, dropout: float) -> GraphEmojiGrids:
     except ValueError as error:
         raise UserError(f"--data {error}") from None
     draw_sample = partial(graph.draw_sample, dropout=dropout, tasks=tasks)
-    return GraphEmojiGrids("train", partial(graph.draw_shape, tasks=tasks), draw_sample)
+    draw_shape, shapes = partial(graph.draw_shape, tasks=tasks), graph.list_shapes(tasks)
+    return GraphEmojiGrids("train", draw_shape, draw_sample, shapes)
 
 
 def open_fill(part: str, resolution: int, dropout: float) -> GraphEmojiGrids:
     """Grids with holes in any row, of no task: what mini's infilling base learns from."""
     draw_sample = partial(graph.draw_fill, dropout=dropout)
-    return GraphEmojiGrids("train", graph.draw_fill_shape, draw_sample, masks_every_row=True)
+    shapes = tuple(graph.FILL_SHAPES)
+    return GraphEmojiGrids("train", graph.draw_fill_shape, draw_sample, shapes, True)

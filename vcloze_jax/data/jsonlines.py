@@ -45,21 +45,24 @@ class JSONLinesGrids:
                     self.groups[example.grid.shape].append(example)
             if not self.groups:
                 raise UserError("no grid in it; write one JSON object a line")
-        self.shapes = list(self.groups)
+
+    def shapes(self):
+        """The sizes of the rows of all grids."""
+        return list(self.groups)
 
     def held_out(self):
         """The same grids: a file holds none back."""
         return self
 
     def shape(self, rng):
-        """The sizes of the rows, which the elements of a micro-batch share."""
-        counts = np.array([len(self.groups[shape]) for shape in self.shapes])
-        return self.shapes[rng.choice(len(counts), p=counts / counts.sum())]
+        """The sizes of the rows, which the members of a group share."""
+        counts = np.array([len(examples) for examples in self.groups.values()])
+        return self.shapes()[rng.choice(len(counts), p=counts / counts.sum())]
 
     def example(self, rng, shape):
         """Draw one example of that shape."""
-        grid, prompt = self.groups[shape][rng.integers(len(self.groups[shape]))]
-        return Example(grid, "" if rng.random() < self.dropout else prompt)
+        example = self.groups[shape][rng.integers(len(self.groups[shape]))]
+        return example._replace(prompt="") if rng.random() < self.dropout else example
 
 
 def read_example(table, resolution, folder):
@@ -78,4 +81,5 @@ def read_example(table, resolution, folder):
         cells[-1][-1] = last, np.ones((last.height, last.width), bool)
     grid = build_grid(cells, resolution)
     layout, task, content = sentences(given, grid)
-    return Example(grid, prompts.join(layout, task, prompts.content_sentence(content)))
+    prompt = prompts.join(layout, task, prompts.content_sentence(content))
+    return Example(grid, prompt, given["task"] or "")

@@ -1,4 +1,4 @@
-"""Sources of grids to learn from: what one must do, where each is found, and micro-batches of it.
+"""Sources of grids to learn from: what one must do, where each is found, and groups drawn of it.
 
 A new source of data is one file and one row of `SOURCES`.
 """
@@ -19,6 +19,7 @@ class Example(NamedTuple):
 
     grid: Grid
     prompt: str
+    kind: str = ""  # of its task, by which the loss is reported
 
 
 class Source(Protocol):
@@ -27,8 +28,11 @@ class Source(Protocol):
     masks_every_row: bool  # else only the last row of a grid has masked pixels
 
     def shape(self, rng: np.random.Generator) -> Hashable:
-        """Draw what the grids of a micro-batch share: two examples of one are equal in
-        `grid.shape`, so that they fit one program."""
+        """Draw what the grids of a group share: two examples of one are equal in `grid.shape`,
+        so that they fit one program."""
+
+    def shapes(self) -> list[Hashable]:
+        """All that `shape` may draw, so that a run knows its programs before its first step."""
 
     def example(self, rng: np.random.Generator, shape: Hashable) -> Example:
         """Draw one example of that shape."""
@@ -67,22 +71,40 @@ def open_source(name: str, resolution: int, dropout: float) -> Source:
     return resolve_name(JSON_LINES)(name, resolution, dropout)
 
 
-def micro_batch(source: Source, seed: int, index: int, size: int) -> list[Example]:
-    """The micro-batch of that number: `size` examples of one shape, a function of (seed, index).
+# What a generator draws. NumPy pads seeds with zeros, so that (seed, 7) and (seed, 7, 0) would be
+# one stream; as spawn keys, behind a purpose of their own, no two are.
+PURPOSES = ("shape", "example", "preview", "validation")
 
-    Any can be asked for at any time; the shape is drawn from (seed, index) alone, so that all hosts
+
+def random_generator(purpose: str, seed: int, number: int) -> np.random.Generator:
+    """The generator of one thing that is drawn: a function of its purpose, the seed, its number."""
+    key = PURPOSES.index(purpose), number
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+
+
+def draw_group(source: Source, seed: int, number: int, size: int) -> list[Example]:
+    """The group of that number: `size` grids of one shape, a function of (seed, number).
+
+    Any can be asked for at any time; the shape is drawn apart from the grids, so that all hosts
     agree.
     """
-    shape = source.shape(np.random.default_rng((seed, index)))
-    return [source.example(np.random.default_rng((seed, index, i)), shape) for i in range(size)]
+    shape = source.shape(random_generator("shape", seed, number))
+    members = range(number * size, (number + 1) * size)
+    return [source.example(random_generator("example", seed, i), shape) for i in members]
 
 
-def micro_batches(
+def draw_groups(
     source: Source, seed: int, size: int, start: int, stop: int
 ) -> Iterator[list[Example]]:
-    """Iterate over the micro-batches start … stop - 1, made ahead in a thread."""
+    """Iterate over the groups start … stop - 1, made ahead in a thread."""
     import grain  # which imports JAX
 
     numbers = grain.MapDataset.range(start, stop)
-    batches = numbers.map(lambda index: micro_batch(source, seed, int(index), size))
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    groups = numbers.map(lambda number: draw_group(source, seed, int(number), size))
+    return iter(groups.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+
+def draw_fixed(source: Source, purpose: str, count: int) -> list[Example]:
+    """Some grids of a source, always the same, for a purpose that is not training."""
+    rngs = [random_generator(purpose, 0, i) for i in range(count)]
+    return [source.example(rng, source.shape(rng)) for rng in rngs]
