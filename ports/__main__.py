@@ -18,13 +18,13 @@ from vcloze_jax.config import UserError
 def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["lora"]:
-        return lora(argv[1:])
+        return convert_adapter(argv[1:])
     parser = argparse.ArgumentParser("python -m ports", description=__doc__)
     parser.add_argument("source", type=Path, metavar="SRC", help="a weights folder")
     parser.add_argument("--out", type=Path, metavar="DST", required=True, help="a new folder")
     args = parser.parse_args(argv)
     try:
-        convert(args.source, args.out)
+        convert_folder(args.source, args.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -32,40 +32,43 @@ def main(argv=None) -> int:
     return 0
 
 
-def lora(argv) -> int:
+def convert_adapter(argv) -> int:
     """`python -m ports lora FILE --to NAMING --out FILE`: an adapter in another naming."""
-    from ports import exchange, namings
-    from ports.read import PortError
+    from ports import export
+    from ports.diagnose import PortError
+    from ports.tables.namings import NAMINGS, TARGETS
 
-    parser = argparse.ArgumentParser("python -m ports lora", description=exchange.__doc__)
+    parser = argparse.ArgumentParser("python -m ports lora", description=export.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="an adapter in any naming that is known")
-    add("--to", choices=namings.TARGETS, required=True, help="the naming to write")
+    add("--to", choices=TARGETS, required=True, help="the naming to write")
     add("--out", type=Path, metavar="FILE", required=True)
     args = parser.parse_args(argv)
-    suffix = ".pth" if args.to == "visualcloze" else ".safetensors"
+    naming = NAMINGS[args.to]
     try:
-        if args.out.suffix != suffix:
-            raise UserError(f"--out {args.out}: --to {args.to} writes a file that ends in {suffix}")
-        count = exchange.convert(args.file, args.to, args.out)
+        if args.out.suffix != naming.ending:
+            ending = f"--to {args.to} writes a file that ends in {naming.ending}"
+            raise UserError(f"--out {args.out}: {ending}")
+        count = export.convert_adapter(args.file, naming, args.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (PortError, OSError) as error:
         print(f"error: {args.file}: {error}", file=sys.stderr)
         return 2
-    print(f"{args.out}: {count} linear layers in {namings.NAMINGS[args.to].title}")
+    print(f"{args.out}: {count} linear layers in {naming.title} naming")
     return 0
 
 
 COPIED = "", ".json", ".md", ".model", ".txt"  # what lies beside the tensors: tokenizers, licences
 
 
-def convert(source: Path, out: Path):
+def convert_folder(source: Path, out: Path):
     """Write `out` from the weights folder `source`; UserError if either is not as it must be. The
     JSON files that the source has are kept, those that it lacks are written."""
-    from ports import read
+    from ports import export
+    from ports.diagnose import PortError
     from vcloze_jax.storage import weights
 
     if out.exists():
@@ -77,16 +80,16 @@ def convert(source: Path, out: Path):
     part_of = out.with_name(out.name + ".part")
     shutil.rmtree(part_of, ignore_errors=True)
     try:
-        shutil.copytree(source, part_of, ignore=left_out)
+        shutil.copytree(source, part_of, ignore=list_left_out)
         for file, entries in weights.described(preset, weights.MODELS).items():
             if not (part_of / file).exists():
                 weights.write_json(part_of / file, entries)
         for field, (module, part) in weights.MODELS.items():
             file, _, _, leaves = weights.plan(module, getattr(preset, field), source)
-            tensors = read.convert(part.table, leaves, file)
-            read.write(part_of / part.folder, part.stem, tensors, "bfloat16", 5 * 10**9)
+            tensors = export.convert_leaves(part.table, leaves, file)
+            export.write_shards(part_of / part.folder, part.stem, tensors, "bfloat16", 5 * 10**9)
         part_of.rename(out)
-    except read.PortError as error:
+    except PortError as error:
         raise UserError(f"{file.path}: {error}") from error
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out}: cannot be written ({error})") from error
@@ -94,7 +97,7 @@ def convert(source: Path, out: Path):
         shutil.rmtree(part_of, ignore_errors=True)
 
 
-def left_out(folder, names):
+def list_left_out(folder, names):
     """Of the names in a folder those that are not copied: tensors, their indices, hidden files."""
     files = [Path(folder, name) for name in names]
     return [

@@ -10,14 +10,15 @@ import numpy as np
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from ports import exchange, torchfile
+from ports import export, torchfile
+from ports.tables import namings
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.ops import rope_table
 from vcloze_jax.storage import adapters, weights
 
 PLAIN = tiny.FLUX
 RANKED = replace(PLAIN, rank=11)  # between the widths 10 and 12 of two layers: ranks are mixed
-NAMINGS = {  # of ports/namings.py -> a file's name
+NAMINGS = {  # of ports/tables/namings.py -> a file's name
     "diffusers": "diffusers.safetensors",
     "kohya": "kohya.safetensors",
     "visualcloze": "visualcloze.pth",
@@ -68,7 +69,7 @@ def edited(file, change, **header):
 def renamed(file, to):
     """A file in another naming, beside it."""
     out = file.with_name(NAMINGS[to])
-    exchange.convert(file, to, out)
+    export.convert_adapter(file, namings.NAMINGS[to], out)
     return out
 
 

@@ -17,9 +17,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from ports import __main__ as command
-from ports import exchange
-from ports import lora as files
-from ports.read import PortError
+from ports import export
+from ports.adapters import check_adapter
+from ports.diagnose import PortError
+from ports.tables.namings import NAMINGS as TABLES
 from vcloze_jax.config import FLUX_FILL
 from vcloze_jax.model import lora
 from vcloze_jax.model.mmdit import Flux
@@ -249,9 +250,15 @@ def test_full_size_key_list():
     base = weights.shapes(weights.abstract(Flux, FLUX_FILL.flux)[2])
     kernels = {path: shape for path, shape in base.items() if path.endswith("/kernel")}
     for shapes in (base, None):
-        found = files.checked(SimpleNamespace(header=header, metadata={}), shapes)
+        found = check_adapter(SimpleNamespace(header=header, metadata={}), shapes)
         assert {leaf.path: leaf.shape for leaf, _ in found.linear} == kernels
-        used = [key for _, factors in found.linear for one in factors for key in one.keys if key]
+        used = [
+            key
+            for _, factors in found.linear
+            for one in factors
+            for key in one.keys
+            if key in header
+        ]
         assert sorted(used) == sorted(keys)
 
 
@@ -367,5 +374,5 @@ def test_exchange_keeps_types(file):
     """bfloat16 stays bfloat16 in the authors' format."""
     save_file({k: x.astype(ml_dtypes.bfloat16) for k, x in load_file(file).items()}, file)
     out = file.with_name("out.pth")
-    assert exchange.convert(file, "visualcloze", out) == 36
+    assert export.convert_adapter(file, TABLES["visualcloze"], out) == 36
     assert {x.dtype for x in tensors(out).values()} == {np.dtype(ml_dtypes.bfloat16)}

@@ -1,0 +1,173 @@
+"""The engine behind the tables: NumPy and safetensors only, a part of one tensor at a time."""
+
+import json
+import re
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  (makes bfloat16 a dtype of NumPy)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ports.diagnose import (
+    PortError,
+    describe_header,
+    describe_start,
+    in_brackets,
+    list_faults,
+    misshapen,
+)
+from ports.tables import Leaf, Table, lay_out
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' and of transformers' folders
+BLOCK = 128  # outputs of a matrix copied at once: it stays in the cache while it is transposed
+
+
+class Source:
+    """A safetensors file, or a folder of one or of shards: headers now, tensors when asked for.
+
+    `header` maps key -> (shape, dtype as safetensors writes it). Raises PortError if the file is
+    not whole, a key appears twice, or shards and their index disagree.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.header, self.metadata, self.home = {}, {}, {}
+        files, listed = find_shards(path) if path.is_dir() else ([path], None)
+        for file in files:
+            header, start = read_header(file)
+            self.metadata |= header.pop("__metadata__", None) or {}
+            for key, entry in header.items():
+                if key in self.header:
+                    raise PortError(f"{key} is in {self.home[key][0].name} and in {file.name}")
+                self.header[key] = tuple(entry["shape"]), entry["dtype"]
+                self.home[key] = file, start + entry["data_offsets"][0]
+        if listed is not None and listed != set(self.header):
+            odd = sorted(listed ^ set(self.header))
+            raise PortError(f"the index and its shards disagree about {list_faults(odd)}")
+
+    def map(self, key: str) -> np.ndarray:
+        """One tensor, mapped from the file: only what is used of it is read, and it is held only as
+        long as it is referred to (safetensors would map the whole file, as long as it is open)."""
+        (shape, dtype), (file, offset) = self.header[key], self.home[key]
+        if 0 in shape:
+            return np.empty(shape, DTYPES[dtype])
+        return np.asarray(np.memmap(file, DTYPES[dtype], "r", offset, shape))
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor; PortError if it holds NaN or infinity."""
+        return check_finite(np.array(self.map(key)), key)
+
+
+def check_finite(tensor, key: str):
+    """The tensor, or PortError if it holds NaN or infinity."""
+    if not np.isfinite(tensor).all():
+        raise PortError(f"{key} holds NaN or infinity; fetch or train it again")
+    return tensor
+
+
+def find_shards(folder: Path):
+    """-> the safetensors files of a model's folder, and the keys of its index, if it has one."""
+    for stem in STEMS:
+        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if single.is_file() and index.is_file():
+            raise PortError(f"holds {single.name} and {index.name}; remove the one that is old")
+        if single.is_file():
+            return [single], None
+        if index.is_file():
+            try:
+                listed = json.loads(index.read_bytes())["weight_map"]
+                files = sorted({folder / Path(name).name for name in listed.values()})
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise PortError(f"{index.name} is no index of shards; fetch it again") from error
+            if gone := [file.name for file in files if not file.is_file()]:
+                raise PortError(f"{index.name} names {gone[0]}, which is not there")
+            return files, set(listed)
+    raise PortError(f"holds no {' or '.join(f'{stem}.safetensors' for stem in STEMS)}")
+
+
+def read_header(path: Path) -> tuple[dict, int]:
+    """The JSON header of a safetensors file that is whole, and where its tensors begin."""
+
+    def refuse_twice(pairs):
+        if len(dict(pairs)) < len(pairs):
+            names = [key for key, _ in pairs]
+            raise PortError(f"{path.name}: {max(names, key=names.count)} is there twice")
+        return dict(pairs)
+
+    try:
+        if other := describe_start(path):
+            raise PortError(f"{path.name} is {other}; take the model's safetensors")
+        safe_open(path, "numpy")  # checks sizes, offsets and types
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            return json.loads(file.read(size), object_pairs_hook=refuse_twice), 8 + size
+    except (OSError, SafetensorError, ValueError) as error:
+        raise PortError(f"{path.name} is not a whole safetensors file ({error})") from error
+
+
+def plan(table: Table, wanted: dict[str, tuple[int, ...]], source: Source) -> list[Leaf]:
+    """Join the table to `wanted` (our path -> shape) and to the keys of a source; reads no tensor.
+
+    Every key of the source is used once or ignored by a row, every leaf is filled once and every
+    shape agrees, or PortError.
+    """
+    if not any(key.startswith(table.prefix) for key in source.header):
+        table = table._replace(prefix="")
+    leaves = [lay_out(table, path, shape) for path, shape in wanted.items()]
+    pieces = {piece.key: piece.shape for leaf in leaves for piece in leaf.pieces}
+    faults = [fault for key, shape in pieces.items() if (fault := find_fault(source, key, shape))]
+    for key, (shape, _) in source.header.items():
+        if key not in pieces and not any(re.fullmatch(sign, key) for sign in table.ignored):
+            faults.append(f"{key} {in_brackets(shape)} is unknown")
+    if faults:
+        other = describe_header(source.header, table.sign)
+        raise PortError((f"seems to be {other}: " if other else "") + list_faults(faults))
+    return leaves
+
+
+def find_fault(source: Source, key: str, expected: tuple[int, ...]) -> str:
+    """What is wrong with a tensor of a source of which another shape may be expected, or ""."""
+    shape, dtype = source.header.get(key, (None, None))
+    if shape is None:
+        return f"{key} {in_brackets(expected)} is missing"
+    if shape != expected:
+        return misshapen(key, shape, expected)
+    return "" if dtype in DTYPES else f"{key} is of type {dtype}, not {' or '.join(DTYPES)}"
+
+
+def fetch(leaf: Leaf, source: Source, dtype=None, cut: tuple[slice, ...] = ()) -> np.ndarray:
+    """Our array of a planned leaf in `dtype`, or in one that holds those of the source; with a
+    `cut`, a slice for each axis, that part of it, and no more is read. PortError if it holds NaN or
+    infinity."""
+    dtype = dtype or np.result_type(*(DTYPES[source.header[p.key][1]] for p in leaf.pieces))
+    wanted = to_ranges(leaf.shape, cut or [slice(None)] * len(leaf.shape))
+    array = np.empty([len(span) for span in wanted], dtype)
+    for piece in leaf.pieces:
+        place = to_ranges(leaf.shape, piece.place)
+        both = [
+            range(max(a.start, b.start), min(a.stop, b.stop))
+            for a, b in zip(place, wanted, strict=True)
+        ]
+        if all(both):
+            tensor = leaf.to_ours(source.map(piece.key)).reshape([len(span) for span in place])
+            copy_blocks(tensor[shift(both, place)], array[shift(both, wanted)], piece.key)
+    return array
+
+
+def to_ranges(shape, cut) -> list[range]:
+    return [range(n)[span] for n, span in zip(shape, cut, strict=True)]
+
+
+def shift(spans, origin) -> tuple[slice, ...]:
+    """The index of some ranges in an array that covers the ranges `origin`."""
+    pairs = zip(spans, origin, strict=True)
+    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in pairs)
+
+
+def copy_blocks(tensor, array, key):
+    """tensor -> array in its dtype, block by block along the axis that is slowest in the file."""
+    axis = max(range(tensor.ndim), key=lambda i: (tensor.shape[i] > 1, tensor.strides[i]))
+    for start in range(0, tensor.shape[axis], BLOCK):
+        block = (slice(None),) * axis + (slice(start, start + BLOCK),)
+        array[block] = check_finite(tensor[block].astype(array.dtype), key)
