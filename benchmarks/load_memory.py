@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ports import export  # noqa: E402
+from ports import engine  # noqa: E402
 from ports.tables import mmdit  # noqa: E402
 from vcloze_jax.config import FluxConfig  # noqa: E402
 
@@ -39,8 +39,8 @@ def write(folder, width, table):
 
     sizes = weights.shapes(weights.abstract(weights.MODULES["flux"], config(width))[2])
     ones = ((path, np.ones(shape, "bfloat16")) for path, shape in sizes.items())
-    export.write_shards(
-        folder, "diffusion_pytorch_model", export.export_arrays(table, ones), "bfloat16"
+    engine.write_shards(
+        folder, "diffusion_pytorch_model", engine.export_arrays(table, ones), "bfloat16"
     )
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return size, 2 * max(map(np.prod, sizes.values()))

@@ -12,32 +12,24 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ports import engine, export
+from ports.diagnose import PortError
+from ports.tables.namings import NAMINGS, TARGETS
 from vcloze_jax.config import UserError
 
 
 def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["lora"]:
-        return convert_adapter(argv[1:])
-    parser = argparse.ArgumentParser("python -m ports", description=__doc__)
-    parser.add_argument("source", type=Path, metavar="SRC", help="a weights folder")
-    parser.add_argument("--out", type=Path, metavar="DST", required=True, help="a new folder")
-    args = parser.parse_args(argv)
     try:
-        convert_folder(args.source, args.out)
+        print(convert_adapter(argv[1:]) if argv[:1] == ["lora"] else convert_folder(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.out}: a complete weights folder")
     return 0
 
 
-def convert_adapter(argv) -> int:
+def convert_adapter(argv) -> str:
     """`python -m ports lora FILE --to NAMING --out FILE`: an adapter in another naming."""
-    from ports import export
-    from ports.diagnose import PortError
-    from ports.tables.namings import NAMINGS, TARGETS
-
     parser = argparse.ArgumentParser("python -m ports lora", description=export.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
@@ -46,30 +38,33 @@ def convert_adapter(argv) -> int:
     add("--out", type=Path, metavar="FILE", required=True)
     args = parser.parse_args(argv)
     naming = NAMINGS[args.to]
+    if args.out.suffix != naming.ending:
+        ending = f"--to {args.to} writes a file that ends in {naming.ending}"
+        raise UserError(f"--out {args.out}: {ending}")
     try:
-        if args.out.suffix != naming.ending:
-            ending = f"--to {args.to} writes a file that ends in {naming.ending}"
-            raise UserError(f"--out {args.out}: {ending}")
         count = export.convert_adapter(args.file, naming, args.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except (PortError, OSError) as error:
-        print(f"error: {args.file}: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.out}: {count} linear layers in {naming.title} naming")
-    return 0
+        raise UserError(f"{args.file}: {error}") from error
+    return f"{args.out}: {count} linear layers in {naming.title} naming"
+
+
+def convert_folder(argv) -> str:
+    """`python -m ports SRC --out DST`, as above."""
+    parser = argparse.ArgumentParser("python -m ports", description=__doc__)
+    parser.add_argument("source", type=Path, metavar="SRC", help="a weights folder")
+    parser.add_argument("--out", type=Path, metavar="DST", required=True, help="a new folder")
+    args = parser.parse_args(argv)
+    write_folder(args.source, args.out)
+    return f"{args.out}: a complete weights folder"
 
 
 COPIED = "", ".json", ".md", ".model", ".txt"  # what lies beside the tensors: tokenizers, licences
 
 
-def convert_folder(source: Path, out: Path):
+def write_folder(source: Path, out: Path):
     """Write `out` from the weights folder `source`; UserError if either is not as it must be. The
     JSON files that the source has are kept, those that it lacks are written."""
-    from ports import export
-    from ports.diagnose import PortError
-    from vcloze_jax.storage import weights
+    from vcloze_jax.storage import weights  # JAX from here on
 
     if out.exists():
         raise UserError(f"{out}: exists already; name a new folder")
@@ -86,8 +81,8 @@ def convert_folder(source: Path, out: Path):
                 weights.write_json(part_of / file, entries)
         for field, (module, part) in weights.MODELS.items():
             file, _, _, leaves = weights.plan(module, getattr(preset, field), source)
-            tensors = export.convert_leaves(part.table, leaves, file)
-            export.write_shards(part_of / part.folder, part.stem, tensors, "bfloat16", 5 * 10**9)
+            tensors = engine.convert_leaves(part.table, leaves, file)
+            engine.write_shards(part_of / part.folder, part.stem, tensors, "bfloat16", 5 * 10**9)
         part_of.rename(out)
     except PortError as error:
         raise UserError(f"{file.path}: {error}") from error

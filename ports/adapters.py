@@ -24,7 +24,6 @@ from ports.tables.namings import NAMINGS, Naming
 METADATA = "lora_adapter_metadata"  # diffusers' entry of the header: LoraConfig as JSON
 ALPHA = "lora_alpha", "alpha_pattern", "use_rslora", "use_dora"  # what of it concerns the scale
 PICKLE = rb"PK\x03\x04|\x80[\x00-\x05]"
-LAYER = r"(\d{1,3})"  # no model has a thousand blocks, and a false number must not make one
 
 
 class Factors(NamedTuple):
@@ -66,8 +65,7 @@ class Adapter(NamedTuple):
     """An adapter file whose keys and shapes are as they must be; no tensor is read yet."""
 
     source: object
-    naming: Naming
-    alpha: Callable
+    alpha_of: Callable  # key stem, rank, alpha tensor or None -> alpha
     linear: list[tuple[Leaf, list[Factors]]]  # a kernel each
     norms: list[Leaf]  # that the file replaces
 
@@ -93,18 +91,22 @@ def check_adapter(source, shapes=None) -> Adapter:
     kernels = [lay_out(naming.modules, path, shapes[path]) for path in kernels]
     linear = [(kernel, find_factors(source, naming, kernel)) for kernel in kernels]
     norms = find_norms(source, naming, shapes)
-    every = [one for _, factors in linear for one in factors]
-    faults = [fault for one in every for fault in check_factors(source, one)]
-    faults += [fault for norm in norms for fault in check_norm(source, norm)]
-    used = {key for one in every for key in one.keys}
-    used |= {piece.key for norm in norms for piece in norm.pieces}
+    faults, used = [], set()
+    for factors in (one for _, found in linear for one in found):
+        faults += check_factors(source, factors)
+        used |= set(factors.keys)
+    for norm in norms:
+        expected = {piece.key: piece.shape for piece in norm.pieces}
+        there = next(key for key in expected if key in source.header)
+        faults += find_faults(source, expected, there)
+        used |= set(expected)
     for key, (shape, _) in source.header.items():
         if key not in used:
             faults.append(f"{key} {in_brackets(shape)} is unknown{describe_key(key)}")
     if faults:
         raise PortError(f"read as an adapter in {naming.title} naming: {list_faults(faults)}")
-    alpha = read_alphas(source, naming)
-    return Adapter(source, naming, alpha, [pair for pair in linear if pair[1]], norms)
+    linear = [pair for pair in linear if pair[1]]
+    return Adapter(source, read_alphas(source, naming), linear, norms)
 
 
 def recognise_naming(source) -> Naming:
@@ -126,15 +128,10 @@ def recognise_naming(source) -> Naming:
 def count_keys(source, naming: Naming) -> int:
     """How many keys are A or B of a module as the naming spells it."""
     parts = [part for _, foreign in naming.linear for part, _ in split_name(foreign)]
-    modules = "|".join(spell_pattern(naming, part) for part in parts)
+    modules = "|".join(naming.pattern(part) for part in parts)
     halves = "|".join(re.escape(suffix) for suffix in naming.suffixes[:2])
     sign = re.compile(f"(?:{modules})(?:{halves})")
     return sum(sign.fullmatch(key) is not None for key in source.header)
-
-
-def spell_pattern(naming: Naming, module: str, suffix: str = "") -> str:
-    """The regular expression of a module's key; its group is the layer."""
-    return re.escape(naming.spell(module) + suffix).replace(r"\{i\}", LAYER)
 
 
 def infer_shapes(source, naming: Naming) -> dict[str, tuple[int, ...]]:
@@ -142,7 +139,7 @@ def infer_shapes(source, naming: Naming) -> dict[str, tuple[int, ...]]:
 
     def match_keys(name, suffix=""):
         """[(layer, shape)] of the tensors that have this name in some layer."""
-        sign = re.compile(spell_pattern(naming, name, suffix))
+        sign = re.compile(naming.pattern(name, suffix))
         pairs = [(sign.fullmatch(key), shape) for key, (shape, _) in source.header.items()]
         return [(int(m[1]) if sign.groups else 0, shape) for m, shape in pairs if m]
 
@@ -183,33 +180,26 @@ def find_norms(source, naming: Naming, shapes) -> list[Leaf]:
 
 def check_factors(source, factors: Factors) -> list[str]:
     """What is wrong with the adapter of one linear layer."""
+    key_a, key_b, key_bias, key_alpha = factors.keys
     (fan_out, fan_in), rank = factors.piece.shape, "rank"
-    there = [source.header.get(key, ((), None))[0] for key in factors.keys]
-    for shape, axis in zip(there[:2], (0, 1), strict=True):
+    for key, axis in ((key_a, 0), (key_b, 1)):
+        shape, _ = source.header.get(key, ((), None))
         if len(shape) == 2:
             rank = shape[axis] or "rank"
-    expected = (rank, fan_in), (fan_out, rank), (fan_out,), (1,) if there[3] == (1,) else ()
+    one, _ = source.header.get(key_alpha, ((), None))
+    expected = {key_a: (rank, fan_in), key_b: (fan_out, rank)}
+    optional = {key_bias: (fan_out,), key_alpha: (1,) if one == (1,) else ()}
+    expected |= {key: shape for key, shape in optional.items() if key in source.header}
+    return find_faults(source, expected, "its other half")
+
+
+def find_faults(source, expected: dict, there: str) -> list[str]:
+    """What is wrong with tensors, {key: shape}, all of which must be there because `there` is."""
     faults = [
-        f"{key} is missing, its other half is there"
-        for key in factors.keys[:2]
-        if key not in source.header
-    ]
-    faults += [
         engine.find_fault(source, key, shape)
-        for key, shape in zip(factors.keys, expected, strict=True)
         if key in source.header
-    ]
-    return [fault for fault in faults if fault]
-
-
-def check_norm(source, norm: Leaf) -> list[str]:
-    """What is wrong with a norm that is given in full, as it must be in all layers."""
-    here = next(piece.key for piece in norm.pieces if piece.key in source.header)
-    faults = [
-        engine.find_fault(source, piece.key, piece.shape)
-        if piece.key in source.header
-        else f"{piece.key} is missing, {here} is there"
-        for piece in norm.pieces
+        else f"{key} is missing, {there} is there"
+        for key, shape in expected.items()
     ]
     return [fault for fault in faults if fault]
 
@@ -221,7 +211,7 @@ def read_branches(adapter: Adapter) -> Iterator[Tuned]:
         for stem, piece, keys in factors:
             tensors = [adapter.source.read(k) if k in adapter.source.header else None for k in keys]
             a, b, bias, alpha = tensors
-            alpha = adapter.alpha(stem, len(a), alpha)
+            alpha = adapter.alpha_of(stem, len(a), alpha)
             branch = Branch(stem, piece.place[-1], a, b, bias, alpha)
             branch = branch.swap_halves() if kernel.swapped else branch
             layers.setdefault(piece.layer, []).append(branch)

@@ -1,12 +1,15 @@
 """The engine behind the tables: NumPy and safetensors only, a part of one tensor at a time."""
 
 import json
+import os
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (makes bfloat16 a dtype of NumPy)
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from ports.diagnose import (
     PortError,
@@ -171,3 +174,58 @@ def copy_blocks(tensor, array, key):
     for start in range(0, tensor.shape[axis], BLOCK):
         block = (slice(None),) * axis + (slice(start, start + BLOCK),)
         array[block] = check_finite(tensor[block].astype(array.dtype), key)
+
+
+def export_arrays(table: Table, arrays: Iterable) -> Iterator[tuple[str, np.ndarray]]:
+    """(our path, array) pairs -> foreign (key, array) pairs, by the rows that read them; lazy."""
+    for path, array in arrays:
+        leaf = lay_out(table, path, array.shape)
+        for piece in leaf.pieces:
+            yield piece.key, leaf.to_foreign(array[piece.place]).reshape(piece.shape)
+
+
+def convert_leaves(table: Table, leaves: list[Leaf], source: Source) -> Iterator:
+    """Planned leaves of a source -> foreign (key, array) pairs of another table; lazy, and no more
+    in memory than one tensor."""
+    for ours in leaves:
+        leaf = lay_out(table, ours.path, ours.shape)
+        for piece in leaf.pieces:
+            array = fetch(ours, source, cut=piece.place)
+            yield piece.key, leaf.to_foreign(array).reshape(piece.shape)
+
+
+def write_shards(folder: Path, stem: str, tensors: Iterable, dtype: str, max_bytes: int = 10**10):
+    """Write (key, array) pairs as STEM.safetensors, or as shards of at most `max_bytes` each (but
+    for a tensor that is larger alone) with the index that diffusers and transformers read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts, total = [], 0
+    for shard in group_tensors(tensors, dtype, max_bytes):
+        part = folder / f"{stem}.{len(parts)}.part"
+        save_file(shard, part, metadata={"format": "pt"})
+        parts.append((part, list(shard)))
+        total += sum(tensor.nbytes for tensor in shard.values())
+    for old in folder.glob(f"{stem}*.safetensors*"):
+        old.unlink()
+    if len(parts) == 1:
+        os.replace(parts[0][0], folder / f"{stem}.safetensors")
+        return
+    where = {}
+    for n, (part, keys) in enumerate(parts, 1):
+        name = f"{stem}-{n:05}-of-{len(parts):05}.safetensors"
+        os.replace(part, folder / name)
+        where |= dict.fromkeys(keys, name)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def group_tensors(tensors, dtype, max_bytes) -> Iterator[dict[str, np.ndarray]]:
+    """(key, array) pairs in `dtype` as dicts of at most `max_bytes`, at least one."""
+    shard, size = {}, 0
+    for key, tensor in tensors:
+        tensor = tensor.astype(dtype)
+        if shard and size + tensor.nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[key] = tensor
+        size += tensor.nbytes
+    yield shard

@@ -125,7 +125,14 @@ class Source:
     def __init__(self, path: Path):
         self.path, self.metadata = path, {}
         try:
-            entries, self.storages = unzip(path)
+            with open(path, "rb") as file:
+                if file.read(1) == b"\x80":
+                    raise PortError(
+                        "is a bare pickle, as torch before 1.6 wrote them; nothing of it was run. "
+                        "If you trust it, save it again with a newer torch"
+                    )
+            self.zipped = zipfile.ZipFile(path)
+            entries, self.storages = read_zip(self.zipped, path.stat().st_size)
             if not isinstance(entries, dict):
                 raise PortError("is a file of torch.save, but no state dict")
             self.tensors = {k: check_tensor(k, one, self.storages) for k, one in entries.items()}
@@ -138,8 +145,7 @@ class Source:
         one = self.tensors[key]
         dtype = np.dtype(DTYPES[one.storage.dtype])
         try:
-            with zipfile.ZipFile(self.path) as zipped:
-                data = np.frombuffer(zipped.read(self.storages[one.storage.key]), dtype)
+            data = np.frombuffer(self.zipped.read(self.storages[one.storage.key]), dtype)
         except BROKEN as error:
             raise PortError(f"{key} is damaged ({error}); fetch the file again") from error
         strides = [stride * dtype.itemsize for stride in one.strides]
@@ -150,28 +156,21 @@ class Source:
         return check_finite(np.array(self.map(key), order="C"), key)
 
 
-def unzip(path: Path):
-    """-> the object of a file of torch, {storage's key: its entry in the zip}."""
-    with open(path, "rb") as file:
-        if file.read(1) == b"\x80":
-            raise PortError(
-                "is a bare pickle, as torch before 1.6 wrote them; nothing of it was run. If you "
-                "trust it, save it again with a newer torch"
-            )
-    with zipfile.ZipFile(path) as zipped:
-        entries = {entry.filename: entry for entry in zipped.infolist()}
-        (name,) = (name for name in entries if name.endswith("/data.pkl"))
-        folder = name.removesuffix("data.pkl")
-        if any(entry.compress_type for entry in entries.values()):
-            raise PortError("is packed; torch.save stores tensors as they are")
-        if max(entry.file_size for entry in entries.values()) > path.stat().st_size:
-            raise PortError("is cut; fetch it again")
-        if f"{folder}byteorder" in entries and zipped.read(f"{folder}byteorder") != b"little":
-            raise PortError("was written on a big-endian machine; save it again on another")
-        with zipped.open(name) as stream:
-            program = check_opcodes(stream.read(LONGEST))
-    found = Unpickler(io.BytesIO(program)).load()
-    return found, {name.removeprefix(f"{folder}data/"): one for name, one in entries.items()}
+def read_zip(zipped: zipfile.ZipFile, size: int):
+    """-> the object of a zip of torch, of `size` bytes, and {storage's key: its entry}."""
+    entries = {entry.filename: entry for entry in zipped.infolist()}
+    (name,) = (name for name in entries if name.endswith("/data.pkl"))
+    folder = name.removesuffix("data.pkl")
+    if any(entry.compress_type for entry in entries.values()):
+        raise PortError("is packed; torch.save stores tensors as they are")
+    if max(entry.file_size for entry in entries.values()) > size:
+        raise PortError("is cut; fetch it again")
+    if f"{folder}byteorder" in entries and zipped.read(f"{folder}byteorder") != b"little":
+        raise PortError("was written on a big-endian machine; save it again on another")
+    with zipped.open(name) as stream:
+        program = check_opcodes(stream.read(LONGEST))
+    storages = {name.removeprefix(f"{folder}data/"): entry for name, entry in entries.items()}
+    return Unpickler(io.BytesIO(program)).load(), storages
 
 
 def check_tensor(key: str, one, storages) -> Tensor:

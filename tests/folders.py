@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from ports import export
+from ports import engine
 from ports.tables.folder import PARTS
 from vcloze_jax.config import MINI, CLIPConfig, FluxConfig, T5Config, UserError, VAEConfig
 from vcloze_jax.storage import weights
@@ -81,7 +81,7 @@ def save_bfl(source, folder, preset=PRESET):
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*unlike), dirs_exist_ok=True)
     for field, name in SINGLES.items():
         table = PARTS[field].tables[1]
-        there = export.export_arrays(table, arrays(field, getattr(preset, field)).items())
+        there = engine.export_arrays(table, arrays(field, getattr(preset, field)).items())
         save_file(dict(there), folder / name)
 
 

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +23,6 @@ NAMINGS = {  # of ports/tables/namings.py -> a file's name
     "visualcloze": "visualcloze.pth",
 }
 LORA = "lora_adapter_metadata"
-
-
-def key_list(name):
-    """{key: shape} of a list of tests/data."""
-    lines = (Path(__file__).parent / f"data/keys_{name}.txt").read_text().splitlines()
-    words = [line.split() for line in lines if not line.startswith("#")]
-    return {key: tuple(map(int, shape)) for key, *shape in words}
 
 
 def base(seed=1):

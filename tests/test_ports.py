@@ -7,7 +7,7 @@ import pytest
 from folders import FLUX, PRESET, VARIANTS, arrays, key_list, shapes
 from safetensors.numpy import load_file
 
-from ports import engine, export
+from ports import engine
 from ports.diagnose import PortError
 from ports.tables import Table, find_row, mmdit, text, vae
 from ports.tables.folder import PARTS
@@ -26,7 +26,7 @@ def test_round_trip_is_bit_identical(tmp_path, name, dtype):
     """Ours, written in a foreign naming and read again, is the same to the last bit."""
     field, config, table = NAMINGS[name]
     mine = arrays(field, config, dtype)
-    export.write_shards(tmp_path, "model", export.export_arrays(table, mine.items()), dtype)
+    engine.write_shards(tmp_path, "model", engine.export_arrays(table, mine.items()), dtype)
     source = engine.Source(tmp_path)
     leaves = engine.plan(table, shapes(field, config), source)
     again = {leaf.path: engine.fetch(leaf, source) for leaf in leaves}
@@ -44,7 +44,7 @@ def test_a_cut_is_a_part_of_the_whole(tmp_path, name, monkeypatch):
     field, config, table = NAMINGS[name]
     monkeypatch.setattr(engine, "BLOCK", 3)
     mine = arrays(field, config)
-    export.write_shards(tmp_path, "model", export.export_arrays(table, mine.items()), "float32")
+    engine.write_shards(tmp_path, "model", engine.export_arrays(table, mine.items()), "float32")
     source, rng = engine.Source(tmp_path), np.random.default_rng(0)
     for leaf in engine.plan(table, shapes(field, config), source):
         for _ in range(3):
@@ -59,7 +59,7 @@ def test_no_more_than_the_cut_is_read(tmp_path):
     So that a host reads what its own devices hold."""
     path, mine = "single/linear1/kernel", arrays("flux", FLUX)
     mine[path][0, :, :100] = np.nan
-    export.write_shards(tmp_path, "model", export.export_arrays(mmdit.BFL, mine.items()), "float32")
+    engine.write_shards(tmp_path, "model", engine.export_arrays(mmdit.BFL, mine.items()), "float32")
     source = engine.Source(tmp_path)
     (leaf,) = (
         leaf for leaf in engine.plan(mmdit.BFL, shapes("flux", FLUX), source) if leaf.path == path
@@ -129,7 +129,7 @@ def test_meaning_of_the_rows():
     """Fused outputs are q, k, v, mlp in this order; kernels are transposed; only the final
     modulation has its halves swapped; layers are counted along the first axis."""
     mine = arrays("flux", FLUX)
-    there, D = dict(export.export_arrays(mmdit.DIFFUSERS, mine.items())), FLUX.width
+    there, D = dict(engine.export_arrays(mmdit.DIFFUSERS, mine.items())), FLUX.width
     kernel, bias = mine["single/linear1/kernel"], mine["single/linear1/bias"]
     for i, name in enumerate(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")):
         span = slice(i * D, (i + 1) * D if i < 3 else None)
@@ -140,13 +140,13 @@ def test_meaning_of_the_rows():
     np.testing.assert_array_equal(there["norm_out.linear.weight"], np.hstack([scale, shift]).T)
     mod = mine["double/txt/mod/kernel"][1]
     np.testing.assert_array_equal(there["transformer_blocks.1.norm1_context.linear.weight"], mod.T)
-    there = dict(export.export_arrays(mmdit.BFL, mine.items()))
+    there = dict(engine.export_arrays(mmdit.BFL, mine.items()))
     np.testing.assert_array_equal(
         there["final_layer.adaLN_modulation.1.bias"], mine["final/mod/bias"]
     )
     np.testing.assert_array_equal(there["single_blocks.2.linear1.weight"], kernel[2].T)
     conv = arrays("vae", PRESET.vae)["decoder/up/0/sample/conv/kernel"]
-    ((_, value), *_) = export.export_arrays(
+    ((_, value), *_) = engine.export_arrays(
         vae.DIFFUSERS, [("decoder/up/0/sample/conv/kernel", conv)]
     )
     assert value[3, 5, 1, 2] == conv[1, 2, 5, 3]
@@ -155,7 +155,7 @@ def test_meaning_of_the_rows():
 def test_meaning_of_bfls_autoencoder():
     """BFL's decoder counts its levels from the last, and its attention is made of 1x1 convs."""
     mine = arrays("vae", PRESET.vae)
-    there = dict(export.export_arrays(vae.BFL, mine.items()))
+    there = dict(engine.export_arrays(vae.BFL, mine.items()))
     np.testing.assert_array_equal(
         there["decoder.up.3.block.0.conv1.bias"], mine["decoder/up/0/res/0/conv1/bias"]
     )
@@ -174,8 +174,8 @@ def test_meaning_of_bfls_autoencoder():
 def test_shards(tmp_path):
     """Shards respect the limit, their index names every key, and they read as one file does."""
     mine = arrays("vae", PRESET.vae)
-    export.write_shards(
-        tmp_path, "model", export.export_arrays(vae.DIFFUSERS, mine.items()), "float32", 20_000
+    engine.write_shards(
+        tmp_path, "model", engine.export_arrays(vae.DIFFUSERS, mine.items()), "float32", 20_000
     )
     files = sorted(tmp_path.glob("*.safetensors"))
     assert (
@@ -185,7 +185,7 @@ def test_shards(tmp_path):
     source = engine.Source(tmp_path)
     for leaf in engine.plan(vae.DIFFUSERS, shapes("vae", PRESET.vae), source):
         np.testing.assert_array_equal(engine.fetch(leaf, source), mine[leaf.path])
-    export.write_shards(
-        tmp_path, "model", export.export_arrays(vae.DIFFUSERS, mine.items()), "float32"
+    engine.write_shards(
+        tmp_path, "model", engine.export_arrays(vae.DIFFUSERS, mine.items()), "float32"
     )
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]

@@ -7,7 +7,7 @@ import folders
 import pytest
 from folders import FLUX, arrays, key_list, refusal
 
-from ports import engine, export
+from ports import engine
 from ports.locate import SIZES
 from ports.tables.folder import PARTS
 from vcloze_jax.config import FLUX_FILL, PRESETS
@@ -30,7 +30,7 @@ def test_sizes_of_the_transformer_from_shapes(changes):
     naming; the RoPE axes by the rule of axes."""
     config = replace(FLUX, **changes)
     for table in PARTS["flux"].tables:
-        there = export.export_arrays(table, arrays("flux", config).items())
+        there = engine.export_arrays(table, arrays("flux", config).items())
         source = engine.Source.__new__(engine.Source)
         source.header = {key: (x.shape, "F32") for key, x in there}
         ours = SIZES["flux"](source, table)

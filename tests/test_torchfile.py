@@ -201,8 +201,8 @@ def test_tensors_stay_inside_their_storage(file, kind):
 
 
 def test_damaged_files(file):
-    """Packed, big-endian, cut, without pickle, with a wrong checksum or of a torch that wrote no zip:
-    errors; NaN is named."""
+    """Packed, big-endian, cut, without pickle, with a wrong checksum or from before zips: errors;
+    NaN is named."""
     whole = file.read_bytes()
     for change in (
         dict(compression=zipfile.ZIP_DEFLATED),

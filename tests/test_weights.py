@@ -15,7 +15,7 @@ from folders import FLUX, PRESET, SINGLES, arrays, leaves, module
 from safetensors.numpy import load_file, save_file
 
 from ports import __main__ as command
-from ports import engine, export
+from ports import engine
 from ports.tables.folder import PARTS
 from vcloze_jax.config import UserError
 from vcloze_jax.pipeline import Pipeline
@@ -84,7 +84,7 @@ def test_shards_and_one_file_fill_the_same_bits(saved, loaded, tmp_path):
     folder = folders.copy(saved, tmp_path)
     for part in PARTS.values():
         file = folder / part.folder / f"{part.stem}.safetensors"
-        export.write_shards(
+        engine.write_shards(
             folder / part.folder, part.stem, load_file(file).items(), "float32", 5_000
         )
         assert len(list(file.parent.glob("*-of-*.safetensors"))) > 1

@@ -8,11 +8,9 @@ scripts/convert_flux_to_diffusers.py (which also shows the swapped halves of the
 from ports.tables import Part, Swapped, Table, nest_rows, take_column
 
 # fmt: off
-OUTSIDE = (
-    ("img_in",       "img_in",                         "x_embedder"),
-    ("txt_in",       "txt_in",                         "context_embedder"),
-    ("final/mod",    "final_layer.adaLN_modulation.1", Swapped("norm_out.linear")),
-    ("final/linear", "final_layer.linear",             "proj_out"),
+INPUTS = (
+    ("img_in", "img_in", "x_embedder"),
+    ("txt_in", "txt_in", "context_embedder"),
 )
 VECTOR = (
     ("time_in/in_layer",      "time_in.in_layer",      "timestep_embedder.linear_1"),
@@ -45,11 +43,16 @@ SINGLE = (
     ("q_norm/scale", "norm.query_norm.scale", "attn.norm_q.weight"),
     ("k_norm/scale", "norm.key_norm.scale",   "attn.norm_k.weight"),
 )
+FINAL = (
+    ("final/mod",    "final_layer.adaLN_modulation.1", Swapped("norm_out.linear")),
+    ("final/linear", "final_layer.linear",             "proj_out"),
+)
 ROWS = (
-    *OUTSIDE,
+    *INPUTS,
     *nest_rows(("",        "",                   "time_text_embed."),               VECTOR),
     *nest_rows(("double/", "double_blocks.{i}.", "transformer_blocks.{i}."),        DOUBLE),
     *nest_rows(("single/", "single_blocks.{i}.", "single_transformer_blocks.{i}."), SINGLE),
+    *FINAL,
 )
 # fmt: on
 BFL = Table(take_column(ROWS, 1), sign=r"double_blocks\.\d+\.img_attn\.qkv\.weight")

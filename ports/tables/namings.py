@@ -6,9 +6,12 @@ lzyhha/VisualCloze:models/modules/lora.py, which is black-forest-labs/flux:src/f
 huggingface/diffusers:src/diffusers/loaders/lora_conversion_utils.py for who writes which prefix.
 """
 
+import re
 from typing import NamedTuple
 
 from ports.tables import Table, mmdit
+
+LAYER = r"(\d{1,3})"  # no model has a thousand blocks, and a false number must not make one
 
 
 class Naming(NamedTuple):
@@ -42,6 +45,10 @@ class Naming(NamedTuple):
     def spell(self, module: str) -> str:
         """A module's key without its suffix, as we write it."""
         return self.prefixes[0] + module.replace(".", self.dot)
+
+    def pattern(self, module: str, suffix: str = "") -> str:
+        """The regular expression of a module's key; its group is the layer."""
+        return re.escape(self.spell(module) + suffix).replace(r"\{i\}", LAYER)
 
 
 AB = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".alpha"

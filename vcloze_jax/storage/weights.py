@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ports import engine, export
+from ports import engine
 from ports.locate import locate
 from ports.tables import folder as tables
 from vcloze_jax.config import FLUX_FILL, Preset, UserError
@@ -123,10 +123,10 @@ def save_pipeline(folder: Path, preset: Preset, models: dict, dtype="bfloat16", 
     for field, model in models.items():
         part = MODELS[field][1]
         arrays = flat(nnx.to_pure_dict(nnx.state(model))).items()
-        tensors = export.export_arrays(
+        tensors = engine.export_arrays(
             part.table, ((path, np.asarray(array)) for path, array in arrays)
         )
-        export.write_shards(folder / part.folder, part.stem, tensors, dtype, max_bytes)
+        engine.write_shards(folder / part.folder, part.stem, tensors, dtype, max_bytes)
     for file, entries in described(preset, models).items():
         write_json(folder / file, entries)
 
