@@ -21,14 +21,14 @@ from vcloze_jax.config import UserError
 def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
-        print(convert_adapter(argv[1:]) if argv[:1] == ["lora"] else convert_folder(argv))
+        print(run_lora(argv[1:]) if argv[:1] == ["lora"] else run_folder(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def convert_adapter(argv) -> str:
+def run_lora(argv) -> str:
     """`python -m ports lora FILE --to NAMING --out FILE`: an adapter in another naming."""
     parser = argparse.ArgumentParser("python -m ports lora", description=export.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -48,7 +48,7 @@ def convert_adapter(argv) -> str:
     return f"{args.out}: {count} linear layers in {naming.title} naming"
 
 
-def convert_folder(argv) -> str:
+def run_folder(argv) -> str:
     """`python -m ports SRC --out DST`, as above."""
     parser = argparse.ArgumentParser("python -m ports", description=__doc__)
     parser.add_argument("source", type=Path, metavar="SRC", help="a weights folder")

@@ -68,8 +68,8 @@ SPELLINGS = {  # naming it starts from, what is done to its keys
 
 def test_every_naming_folds_alike(tree, file):
     """In each of the three namings that we write and each of those that others write, at scale 1
-    and 0.5, an adapter gives the same folded weights, bit for bit; at scale 1 the exact ones. Of one
-    rank in every layer, it can be trained on, whatever its naming."""
+    and 0.5, an adapter gives the same folded weights, bit for bit; at scale 1 the exact ones.
+    Of one rank in every layer, it can be trained on, whatever its naming."""
     base = lorafiles.base()
     exact = base["double"]["txt"]["qkv"]["kernel"].astype(np.float64)
     branch = tree["double"]["txt"]["qkv"]

@@ -16,7 +16,7 @@ from flax import nnx
 
 from ports import engine
 from ports.locate import locate
-from ports.tables import folder as tables
+from ports.tables.folder import BASES, INDEX, PARTS, SCHEDULER, SHIFT
 from vcloze_jax.config import FLUX_FILL, Preset, UserError
 from vcloze_jax.model.lora import split
 from vcloze_jax.model.mmdit import Flux
@@ -26,7 +26,7 @@ from vcloze_jax.storage.preset import error_context, load_preset
 
 # field of Preset -> module, and its part of a weights folder
 MODULES = {"flux": Flux, "vae": VAE, "t5": T5Encoder, "clip": CLIPTextEncoder}
-MODELS = {field: (module, tables.PARTS[field]) for field, module in MODULES.items()}
+MODELS = {field: (module, PARTS[field]) for field, module in MODULES.items()}
 
 
 @cache
@@ -81,7 +81,7 @@ def summary(folder: Path, preset: Preset) -> str:
     channels = preset.flux.in_channels
     name = preset.name
     if name == FLUX_FILL.name:
-        name = tables.BASES.get(channels, "of no base that is known")
+        name = BASES.get(channels, "of no base that is known")
     size = sum(leaf.size for leaf in jax.tree.leaves(base)) / 1e6
     return f"{folder}: {layout}, {name}, {size:,.1f} M parameters, {channels} input channels"
 
@@ -134,11 +134,11 @@ def save_pipeline(folder: Path, preset: Preset, models: dict, dtype="bfloat16", 
 def described(preset: Preset, fields) -> dict:
     """The JSON files of a weights folder of ours, {path in it: entries}, with the config.json of
     the models of some fields of Preset."""
-    flow = {theirs: getattr(preset.flow, ours) for theirs, ours in tables.SHIFT.items()}
+    flow = {theirs: getattr(preset.flow, ours) for theirs, ours in SHIFT.items()}
     files = {
-        "scheduler/scheduler_config.json": tables.SCHEDULER | flow,
+        "scheduler/scheduler_config.json": SCHEDULER | flow,
         "vcloze.json": {"preset": preset.name},
-        "model_index.json": tables.INDEX,
+        "model_index.json": INDEX,
     }
     for field in fields:
         part, config = MODELS[field][1], getattr(preset, field)
