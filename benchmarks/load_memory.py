@@ -19,7 +19,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ports import flux, read  # noqa: E402
+from ports import engine  # noqa: E402
+from ports.tables import mmdit  # noqa: E402
 from vcloze_jax.config import FluxConfig  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +39,9 @@ def write(folder, width, table):
 
     sizes = weights.shapes(weights.abstract(weights.MODULES["flux"], config(width))[2])
     ones = ((path, np.ones(shape, "bfloat16")) for path, shape in sizes.items())
-    read.write(folder, "diffusion_pytorch_model", read.export(table, ones), "bfloat16")
+    engine.write_shards(
+        folder, "diffusion_pytorch_model", engine.export_arrays(table, ones), "bfloat16"
+    )
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return size, 2 * max(map(np.prod, sizes.values()))
 
@@ -75,7 +78,7 @@ def main():
         folder, devices, dtype = args.load
         return load(Path(folder), args.width, int(devices), dtype)
     print("naming     devices  dtype     file  largest leaf  held  rise over held")
-    for naming, table in (("bfl", flux.BFL), ("diffusers", flux.DIFFUSERS)):
+    for naming, table in (("bfl", mmdit.BFL), ("diffusers", mmdit.DIFFUSERS)):
         with tempfile.TemporaryDirectory() as folder:
             inside = Path(folder, "transformer")
             size, largest = write(inside, args.width, table)

@@ -12,61 +12,59 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ports import engine, export
+from ports.diagnose import PortError
+from ports.tables.namings import NAMINGS, TARGETS
 from vcloze_jax.config import UserError
 
 
 def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["lora"]:
-        return lora(argv[1:])
+    try:
+        print(run_lora(argv[1:]) if argv[:1] == ["lora"] else run_folder(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_lora(argv) -> str:
+    """`python -m ports lora FILE --to NAMING --out FILE`: an adapter in another naming."""
+    parser = argparse.ArgumentParser("python -m ports lora", description=export.__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE", help="an adapter in any naming that is known")
+    add("--to", choices=TARGETS, required=True, help="the naming to write")
+    add("--out", type=Path, metavar="FILE", required=True)
+    args = parser.parse_args(argv)
+    naming = NAMINGS[args.to]
+    if args.out.suffix != naming.ending:
+        ending = f"--to {args.to} writes a file that ends in {naming.ending}"
+        raise UserError(f"--out {args.out}: {ending}")
+    try:
+        count = export.convert_adapter(args.file, naming, args.out)
+    except (PortError, OSError) as error:
+        raise UserError(f"{args.file}: {error}") from error
+    return f"{args.out}: {count} linear layers in {naming.title} naming"
+
+
+def run_folder(argv) -> str:
+    """`python -m ports SRC --out DST`, as above."""
     parser = argparse.ArgumentParser("python -m ports", description=__doc__)
     parser.add_argument("source", type=Path, metavar="SRC", help="a weights folder")
     parser.add_argument("--out", type=Path, metavar="DST", required=True, help="a new folder")
     args = parser.parse_args(argv)
-    try:
-        convert(args.source, args.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.out}: a complete weights folder")
-    return 0
-
-
-def lora(argv) -> int:
-    """`python -m ports lora FILE --to NAMING --out FILE`: an adapter in another naming."""
-    from ports import exchange, namings
-    from ports.read import PortError
-
-    parser = argparse.ArgumentParser("python -m ports lora", description=exchange.__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add("file", type=Path, metavar="FILE", help="an adapter in any naming that is known")
-    add("--to", choices=namings.TARGETS, required=True, help="the naming to write")
-    add("--out", type=Path, metavar="FILE", required=True)
-    args = parser.parse_args(argv)
-    suffix = ".pth" if args.to == "visualcloze" else ".safetensors"
-    try:
-        if args.out.suffix != suffix:
-            raise UserError(f"--out {args.out}: --to {args.to} writes a file that ends in {suffix}")
-        count = exchange.convert(args.file, args.to, args.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (PortError, OSError) as error:
-        print(f"error: {args.file}: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.out}: {count} linear layers in {namings.NAMINGS[args.to].title}")
-    return 0
+    write_folder(args.source, args.out)
+    return f"{args.out}: a complete weights folder"
 
 
 COPIED = "", ".json", ".md", ".model", ".txt"  # what lies beside the tensors: tokenizers, licences
 
 
-def convert(source: Path, out: Path):
+def write_folder(source: Path, out: Path):
     """Write `out` from the weights folder `source`; UserError if either is not as it must be. The
     JSON files that the source has are kept, those that it lacks are written."""
-    from ports import read
-    from vcloze_jax.storage import weights
+    from vcloze_jax.storage import weights  # JAX from here on
 
     if out.exists():
         raise UserError(f"{out}: exists already; name a new folder")
@@ -77,16 +75,16 @@ def convert(source: Path, out: Path):
     part_of = out.with_name(out.name + ".part")
     shutil.rmtree(part_of, ignore_errors=True)
     try:
-        shutil.copytree(source, part_of, ignore=left_out)
+        shutil.copytree(source, part_of, ignore=list_left_out)
         for file, entries in weights.described(preset, weights.MODELS).items():
             if not (part_of / file).exists():
                 weights.write_json(part_of / file, entries)
         for field, (module, part) in weights.MODELS.items():
             file, _, _, leaves = weights.plan(module, getattr(preset, field), source)
-            tensors = read.convert(part.table, leaves, file)
-            read.write(part_of / part.folder, part.stem, tensors, "bfloat16", 5 * 10**9)
+            tensors = engine.convert_leaves(part.table, leaves, file)
+            engine.write_shards(part_of / part.folder, part.stem, tensors, "bfloat16", 5 * 10**9)
         part_of.rename(out)
-    except read.PortError as error:
+    except PortError as error:
         raise UserError(f"{file.path}: {error}") from error
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out}: cannot be written ({error})") from error
@@ -94,7 +92,7 @@ def convert(source: Path, out: Path):
         shutil.rmtree(part_of, ignore_errors=True)
 
 
-def left_out(folder, names):
+def list_left_out(folder, names):
     """Of the names in a folder those that are not copied: tensors, their indices, hidden files."""
     files = [Path(folder, name) for name in names]
     return [

@@ -1,11 +1,11 @@
-"""PyTorch's own files (.pth, .pt, .bin) read and written as data: no torch and no unpickler.
+"""PyTorch's own files (.pth, .pt, .bin) read and written without torch; nothing of them is run.
 
-A pickle is a program for a stack machine, and an unpickler calls whatever it names. `contents`
-reads its opcodes on a machine that can call nothing: it holds the opcodes of plain data, and of
-names only those below, which stand for a tensor, a dict and a storage; any other is refused by
-name. Tensors lie outside the pickle as raw bytes and are read when asked for.
-Sources: pytorch/pytorch:torch/serialization.py (both layouts), torch/_utils.py (what a tensor is);
-python/cpython:Lib/pickletools.py (opcodes).
+A pickle is a program for a stack machine, and an unpickler calls whatever it names. So its opcodes
+are read first, and only those of plain data may be among them; then an Unpickler runs it which
+knows five names and gives for each what is inert. Tensors lie outside the pickle as raw bytes and
+are read when asked for.
+Sources: pytorch/pytorch:torch/serialization.py (the layout), torch/_utils.py (what a tensor is);
+python/cpython:Lib/pickletools.py (opcodes) and Modules/_pickle.c (what they do).
 """
 
 import io
@@ -13,31 +13,28 @@ import pickle
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ports.read import DTYPES, PortError, finite
+from ports.diagnose import PortError
+from ports.engine import DTYPES, check_finite
 
-DICT, TENSOR = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
+OPCODES = (  # of plain data, of calls of a name, and of what lies outside
+    "PROTO FRAME STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINUNICODE "
+    "SHORT_BINUNICODE SHORT_BINBYTES EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE EMPTY_LIST APPEND "
+    "APPENDS EMPTY_DICT SETITEM SETITEMS MARK BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET "
+    "GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID"
+).split()
+DICT, TENSOR = "collections.OrderedDict", "torch._utils._rebuild_tensor_v2"
 KINDS = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"}
-STORAGES = {f"torch {name}": dtype for name, dtype in KINDS.items()}
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-COUNTS = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2}
-COUNTS |= dict.fromkeys(("TUPLE", "APPENDS", "SETITEMS"))  # all down to the mark
-MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how a file of torch before 1.6 begins
-LONGEST = 1 << 26  # of a pickle without its tensors; a number in it must not ask for more memory
-BROKEN = (ValueError, LookupError, TypeError, AttributeError, EOFError, OSError)
-BROKEN += (struct.error, zipfile.BadZipFile, NotImplementedError, OverflowError)
+STORAGES = {f"torch.{name}": dtype for name, dtype in KINDS.items()}
+NEW_DICT = b"ccollections\nOrderedDict\n)R"
+LONGEST = 1 << 24  # of a pickle without its tensors; a number in it must not ask for more memory
+BROKEN = (ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, OverflowError)
+BROKEN += (pickle.UnpicklingError, zipfile.BadZipFile, NotImplementedError)
 BROKEN += (RuntimeError,)  # of zipfile, for an entry with a password
-FOREIGN = "was written on a big-endian machine; save it again on another"
-
-
-class Name(str):
-    """A name that a pickle would have called."""
 
 
 class Storage(NamedTuple):
@@ -53,19 +50,90 @@ class Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-class Source:
-    """A state dict that torch.save wrote, as read.Source shows a safetensors file.
+class StateDict(dict):
+    """A dict whose keys are text, each there once. What else it is told of itself (the versions of
+    modules) is not kept."""
 
-    PortError if it is cut or no state dict, or its pickle holds anything but tensors of DTYPES.
+    __slots__ = ()
+
+    def __setitem__(self, key, value):
+        if type(key) is not str:  # and is not hashed: a deep tuple would exhaust the C stack
+            raise PortError("its pickle has a key that is no text; save a state dict")
+        if key in self:
+            raise PortError(f"{key!r} is there twice")
+        super().__setitem__(key, value)
+
+    def __setstate__(self, state):
+        pass
+
+
+class Name(str):
+    """A name that a pickle may call. It has no attribute that a pickle could set."""
+
+    __slots__ = ()
+
+    def __call__(self, *arguments):
+        if self == DICT and not arguments:
+            return StateDict()
+        if self == TENSOR and isinstance(arguments[0], Storage):
+            return Tensor(*arguments[:4])
+        raise PortError("its pickle calls something with arguments that are not known")
+
+
+class Unpickler(pickle.Unpickler):
+    """Knows the names that a state dict is made of, and that its storages lie elsewhere."""
+
+    def find_class(self, module, name):
+        name = f"{module}.{name}"
+        if name in (DICT, TENSOR, *STORAGES):
+            return Name(name)
+        raise PortError(
+            f"its pickle names {name!r}, which is no part of a file of weights; nothing of it was "
+            "run. Do not load it elsewhere: take the safetensors file"
+        )
+
+    def persistent_load(self, pid):
+        kind, name, key, _location, size = pid
+        if kind != "storage" or type(name) is not Name or type(key) is not str:
+            raise PortError("its pickle holds a storage of a kind that is not known")
+        return Storage(STORAGES[name], key, size)
+
+
+def check_opcodes(program: bytes) -> bytes:
+    """A pickle with nothing but opcodes of plain data, each dict of it a StateDict; PortError if
+    there are others, or numbers that would take memory."""
+    stream, checked = io.BytesIO(program), bytearray()
+    for count, (opcode, value, start) in enumerate(pickletools.genops(stream)):
+        if opcode.name == "EMPTY_DICT":
+            checked += NEW_DICT
+        elif opcode.name not in OPCODES or ("BINPUT" in opcode.name and value > count):
+            raise PortError(f"its pickle says {opcode.name} ({value!r}), which no tensor needs")
+        elif opcode.name != "FRAME":  # whose length would no longer be right
+            checked += program[start : stream.tell()]
+    return bytes(checked)
+
+
+class Source:
+    """A state dict that torch.save wrote, as engine.Source shows a safetensors file.
+
+    PortError if it is cut or no state dict, if its pickle holds anything but tensors of DTYPES, or
+    if it is of torch before 1.6, which wrote no zip.
     """
 
     def __init__(self, path: Path):
         self.path, self.metadata = path, {}
         try:
-            entries, self.storages = (unzip if zipfile.is_zipfile(path) else unroll)(path)
+            with open(path, "rb") as file:
+                if file.read(1) == b"\x80":
+                    raise PortError(
+                        "is a bare pickle, as torch before 1.6 wrote them; nothing of it was run. "
+                        "If you trust it, save it again with a newer torch"
+                    )
+            self.zipped = zipfile.ZipFile(path)
+            entries, self.storages = read_zip(self.zipped, path.stat().st_size)
             if not isinstance(entries, dict):
                 raise PortError("is a file of torch.save, but no state dict")
-            self.tensors = {key: check(key, one, self.storages) for key, one in entries.items()}
+            self.tensors = {k: check_tensor(k, one, self.storages) for k, one in entries.items()}
         except BROKEN as error:
             raise PortError(f"is no whole file of torch.save ({error})") from error
         self.header = {key: (one.shape, one.storage.dtype) for key, one in self.tensors.items()}
@@ -75,7 +143,7 @@ class Source:
         one = self.tensors[key]
         dtype = np.dtype(DTYPES[one.storage.dtype])
         try:
-            data = np.frombuffer(self.storages[one.storage.key].read(), dtype)
+            data = np.frombuffer(self.zipped.read(self.storages[one.storage.key]), dtype)
         except BROKEN as error:
             raise PortError(f"{key} is damaged ({error}); fetch the file again") from error
         strides = [stride * dtype.itemsize for stride in one.strides]
@@ -83,70 +151,29 @@ class Source:
 
     def read(self, key: str) -> np.ndarray:
         """One tensor; PortError if it holds NaN or infinity."""
-        return finite(np.array(self.map(key), order="C"), key)
+        return check_finite(np.array(self.map(key), order="C"), key)
 
 
-class Bytes(NamedTuple):
-    """Where a storage lies: how many bytes it has, and how they are read."""
-
-    size: int
-    read: Callable[[], bytes]
-
-
-def unzip(path):
-    """-> the object of a zip of torch, {storage's key: Bytes}."""
-    zipped = zipfile.ZipFile(path)
+def read_zip(zipped: zipfile.ZipFile, size: int):
+    """-> the object of a zip of torch, of `size` bytes, and {storage's key: its entry}."""
     entries = {entry.filename: entry for entry in zipped.infolist()}
     (name,) = (name for name in entries if name.endswith("/data.pkl"))
     folder = name.removesuffix("data.pkl")
     if any(entry.compress_type for entry in entries.values()):
         raise PortError("is packed; torch.save stores tensors as they are")
-    if max(entry.file_size for entry in entries.values()) > path.stat().st_size:
+    if max(entry.file_size for entry in entries.values()) > size:
         raise PortError("is cut; fetch it again")
     if f"{folder}byteorder" in entries and zipped.read(f"{folder}byteorder") != b"little":
-        raise PortError(FOREIGN)
+        raise PortError("was written on a big-endian machine; save it again on another")
     with zipped.open(name) as stream:
-        found = contents(io.BytesIO(stream.read(LONGEST)))
-    return found, {
-        entry.filename.removeprefix(f"{folder}data/"): Bytes(
-            entry.file_size, partial(zipped.read, entry)
-        )
-        for entry in entries.values()
-    }
+        program = check_opcodes(stream.read(LONGEST))
+    storages = {name.removeprefix(f"{folder}data/"): entry for name, entry in entries.items()}
+    return Unpickler(io.BytesIO(program)).load(), storages
 
 
-def unroll(path):
-    """The same of a file of torch before 1.6: five pickles, then storages with their lengths."""
-    with open(path, "rb") as file:
-        stream = io.BytesIO(file.read(LONGEST))
-        if contents(stream) != MAGIC or contents(stream) != PROTOCOL:
-            raise PortError("is a pickle, but none of torch.save")
-        if not contents(stream)["little_endian"]:
-            raise PortError(FOREIGN)
-        found, keys = contents(stream), contents(stream)
-        tensors = [one for one in found.values() if isinstance(one, Tensor)]
-        dtypes = {one.storage.key: np.dtype(DTYPES[one.storage.dtype]) for one in tensors}
-        storages, start = {}, stream.tell()
-        for key in keys:
-            file.seek(start)
-            (count,) = struct.unpack("<q", file.read(8))
-            size = count * dtypes[key].itemsize
-            storages[key] = Bytes(size, partial(stretch, path, start + 8, size))
-            start += 8 + size
-        if start > path.stat().st_size:
-            raise PortError("is cut; fetch it again")
-    return found, storages
-
-
-def stretch(path, start, size):
-    with open(path, "rb") as file:
-        file.seek(start)
-        return file.read(size)
-
-
-def check(key, one, storages):
+def check_tensor(key: str, one, storages) -> Tensor:
     """The tensor, or PortError where it is none or reaches beyond its storage."""
-    if not isinstance(key, str) or not key.isprintable() or not isinstance(one, Tensor):
+    if not key.isprintable() or not isinstance(one, Tensor):
         raise PortError(f"{key!r} is no tensor; save a state dict and nothing else")
     numbers = (one.offset, one.storage.size, *one.shape, *one.strides)
     if len(one.shape) != len(one.strides) or not all(type(n) is int and n >= 0 for n in numbers):
@@ -154,106 +181,23 @@ def check(key, one, storages):
     size = int(np.prod([n or 1 for n in one.shape], dtype=object))
     reach = sum((n - 1) * stride for n, stride in zip(one.shape, one.strides, strict=True))
     itemsize = np.dtype(DTYPES[one.storage.dtype]).itemsize
-    whole = storages[one.storage.key].size == one.storage.size * itemsize
+    whole = storages[one.storage.key].file_size == one.storage.size * itemsize
     if not whole or max(one.offset + reach + 1, size) > one.storage.size and 0 not in one.shape:
         raise PortError(f"{key} reaches beyond its storage; the file is damaged")
     return one
 
 
-def contents(stream):
-    """What one pickle holds, as dicts, lists, tuples, numbers, text and Tensors."""
-    stack, marks, memo = [], [], {}
-
-    def popped(count=None):
-        start = marks.pop() if count is None else len(stack) - count
-        top = stack[start:]
-        del stack[start:]
-        return top
-
-    for opcode, value, _ in pickletools.genops(stream):
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                return stack.pop()
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINUNICODE" | "SHORT_BINUNICODE":
-                stack.append(value)
-            case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
-                stack.append(CONSTANTS[opcode.name])
-            case "EMPTY_DICT" | "EMPTY_LIST":
-                stack.append({} if opcode.name == "EMPTY_DICT" else [])
-            case "MARK":
-                marks.append(len(stack))
-            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(popped(COUNTS[opcode.name])))
-            case "APPEND" | "APPENDS":
-                items = popped(COUNTS[opcode.name])
-                stack[-1].extend(items)
-            case "SETITEM" | "SETITEMS":
-                items = popped(COUNTS[opcode.name])
-                put(stack[-1], items)
-            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
-                memo[len(memo) if value is None else value] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[value])
-            case "GLOBAL" | "STACK_GLOBAL":
-                stack.append(known(value or " ".join(popped(2))))
-            case "BINPERSID":
-                stack.append(storage(*stack.pop()))
-            case "REDUCE":
-                stack.append(made(*popped(2)))
-            case "BUILD":  # attributes of the dict: versions of modules, nothing of tensors
-                popped(1)
-            case other:
-                raise PortError(f"its pickle says {other} ({value!r}), which no tensor needs")
-    raise EOFError("its pickle does not end")
-
-
-def put(found, items):
-    """Keys and values in turn into a dict; the same key twice is an error."""
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        if key in found:
-            raise PortError(f"{key!r} is there twice")
-        found[key] = value
-
-
-def known(name):
-    """A name that may stand in a pickle of tensors, or PortError."""
-    if name not in (DICT, TENSOR, *STORAGES):
-        name = name.replace(" ", ".")
-        raise PortError(
-            f"its pickle names {name!r}, which is no part of a file of weights; nothing of it was "
-            "run. Do not load it elsewhere: take the safetensors file"
-        )
-    return Name(name)
-
-
-def storage(kind, name, key, _location, size, view=None):
-    if kind != "storage" or type(name) is not Name or view is not None:
-        raise PortError("its pickle holds a storage of a kind that is not known")
-    return Storage(STORAGES[name], key, size)
-
-
-def made(name, arguments):
-    """The value of the two calls that a state dict is made of."""
-    if type(name) is Name and name == DICT and arguments == ():
-        return {}
-    if type(name) is Name and name == TENSOR and isinstance(arguments[0], Storage):
-        return Tensor(*arguments[:4])
-    raise PortError("its pickle calls something with arguments that are not known")
-
-
 def save(path: Path, tensors: dict[str, np.ndarray]):
     """Write a state dict that torch.load(path, weights_only=True) reads; arrays of DTYPES."""
     kinds = {np.dtype(DTYPES[code]): name for name, code in KINDS.items()}
-    program = [b"\x80\x02", b"ccollections\nOrderedDict\n)R("]
+    program = [b"\x80\x02", NEW_DICT, b"("]
     tensors = {key: np.asarray(x, order="C") for key, x in tensors.items()}
     for i, (key, x) in enumerate(tensors.items()):
         strides = tuple(stride // x.itemsize for stride in x.strides)
         program += [opcodes(key), b"ctorch._utils\n_rebuild_tensor_v2\n((", opcodes("storage")]
         program += [f"ctorch\n{kinds[x.dtype]}\n".encode(), opcodes(str(i)), opcodes("cpu")]
         program += [opcodes(x.size), b"tQ", opcodes(0), opcodes(x.shape), opcodes(strides)]
-        program += [b"\x89ccollections\nOrderedDict\n)RtR"]
+        program += [b"\x89", NEW_DICT, b"tR"]
     program += [b"u."]
     with zipfile.ZipFile(path, "w") as zipped:
         zipped.writestr(zipfile.ZipInfo("adapter/data.pkl"), b"".join(program))

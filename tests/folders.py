@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from ports import pipeline, read
+from ports import engine
+from ports.tables.folder import PARTS
 from vcloze_jax.config import MINI, CLIPConfig, FluxConfig, T5Config, UserError, VAEConfig
 from vcloze_jax.storage import weights
 
@@ -79,8 +80,8 @@ def save_bfl(source, folder, preset=PRESET):
     unlike = ("transformer", "scheduler", "model_index.json", "diffusion_pytorch_model.safetensors")
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*unlike), dirs_exist_ok=True)
     for field, name in SINGLES.items():
-        table = pipeline.PARTS[field].tables[1]
-        there = read.export(table, arrays(field, getattr(preset, field)).items())
+        table = PARTS[field].tables[1]
+        there = engine.export_arrays(table, arrays(field, getattr(preset, field)).items())
         save_file(dict(there), folder / name)
 
 

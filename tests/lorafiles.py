@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,26 +9,20 @@ import numpy as np
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from ports import exchange, torchfile
+from ports import export, torchfile
+from ports.tables import namings
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.ops import rope_table
 from vcloze_jax.storage import adapters, weights
 
 PLAIN = tiny.FLUX
 RANKED = replace(PLAIN, rank=11)  # between the widths 10 and 12 of two layers: ranks are mixed
-NAMINGS = {  # of ports/namings.py -> a file's name
+NAMINGS = {  # of ports/tables/namings.py -> a file's name
     "diffusers": "diffusers.safetensors",
     "kohya": "kohya.safetensors",
     "visualcloze": "visualcloze.pth",
 }
 LORA = "lora_adapter_metadata"
-
-
-def key_list(name):
-    """{key: shape} of a list of tests/data."""
-    lines = (Path(__file__).parent / f"data/keys_{name}.txt").read_text().splitlines()
-    words = [line.split() for line in lines if not line.startswith("#")]
-    return {key: tuple(map(int, shape)) for key, *shape in words}
 
 
 def base(seed=1):
@@ -68,7 +61,7 @@ def edited(file, change, **header):
 def renamed(file, to):
     """A file in another naming, beside it."""
     out = file.with_name(NAMINGS[to])
-    exchange.convert(file, to, out)
+    export.convert_adapter(file, namings.NAMINGS[to], out)
     return out
 
 

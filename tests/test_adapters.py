@@ -234,30 +234,22 @@ KOHYA = {
 }
 
 
-def refused(file, words):
+@pytest.mark.parametrize(
+    ("to", "kind"), [("diffusers", kind) for kind in SPOILED] + [("kohya", kind) for kind in KOHYA]
+)
+def test_spoiled_adapters_are_refused(tree, tmp_path, to, kind):
+    """An adapter that does not fit is one line that names the key, and is never half applied."""
+    kohya = to == "kohya"
+    file = lorafiles.written(tmp_path, tree, bias=not kohya)
+    file = renamed(file, "kohya") if kohya else file
+    spoil, words = (KOHYA if kohya else SPOILED)[kind]
+    save_file(spoil(load_file(file)), file)
     with pytest.raises(UserError) as error:
         adapters.check(file, PLAIN)
     message = str(error.value)
     assert message.startswith(f"{file}: ") and "\n" not in message
     assert all(word in message for word in words), message
     assert len(message.split("; ")) <= 12
-
-
-@pytest.mark.parametrize("kind", SPOILED)
-def test_spoiled_adapters_are_refused(file, kind):
-    """An adapter that does not fit is one line that names the key, and is never half applied."""
-    spoil, words = SPOILED[kind]
-    save_file(spoil(load_file(file)), file)
-    refused(file, words)
-
-
-@pytest.mark.parametrize("kind", KOHYA)
-def test_spoiled_kohya_adapters_are_refused(tree, tmp_path, kind):
-    """The same in kohya's naming."""
-    file = renamed(lorafiles.written(tmp_path, tree, bias=False), "kohya")
-    spoil, words = KOHYA[kind]
-    save_file(spoil(load_file(file)), file)
-    refused(file, words)
 
 
 @pytest.mark.parametrize("to", lorafiles.NAMINGS)

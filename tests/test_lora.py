@@ -10,7 +10,7 @@ from flax import nnx
 from folders import FLUX as PLAIN
 from lorafiles import velocity
 
-from ports import lora as names
+from ports.tables import lay_out, mmdit
 from vcloze_jax.config import FLUX_FILL
 from vcloze_jax.model import lora
 from vcloze_jax.model.layers import Dense
@@ -146,9 +146,10 @@ def test_count_at_full_size():
     _, adapter, _ = weights.abstract(Flux, replace(FLUX_FILL.flux, rank=256))
     shapes = weights.shapes(adapter)
     stems = {
-        piece.key.rsplit(".lora")[0]
+        piece.key
         for path, shape in shapes.items()
-        for piece in names.leaf(names.PEFT, path, shape).pieces
+        if path.endswith("/lora_a")
+        for piece in lay_out(mmdit.DIFFUSERS, path.replace("lora_a", "kernel"), shape).pieces
     }
     assert len(stems) == 504
     assert shapes["final/linear/lora_a"] == (3072, 64)  # the rank is clipped

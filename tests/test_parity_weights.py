@@ -10,7 +10,7 @@ import pytest
 from folders import FLUX, PRESET, SINGLES, VARIANTS, key_list, module
 from safetensors.numpy import load_file, save_file
 
-from ports import pipeline
+from ports.tables.folder import PARTS
 from vcloze_jax.model.ops import rope_table
 from vcloze_jax.model.vae import VAE
 from vcloze_jax.storage import weights
@@ -175,7 +175,7 @@ def test_transformers_text_encoders(saved):
     ids[0, 20:] = 23
     ids[1, 76] = 23
     for field, name in (("t5", "T5EncoderModel"), ("clip", "CLIPTextModel")):
-        part = pipeline.PARTS[field]
+        part = PARTS[field]
         theirs, info = getattr(transformers, name).from_pretrained(
             saved / part.folder, output_loading_info=True
         )

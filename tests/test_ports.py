@@ -7,14 +7,16 @@ import pytest
 from folders import FLUX, PRESET, VARIANTS, arrays, key_list, shapes
 from safetensors.numpy import load_file
 
-from ports import flux, pipeline, read, text, vae
-from ports.rows import Table, find
+from ports import engine
+from ports.diagnose import PortError
+from ports.tables import Table, find_row, mmdit, text, vae
+from ports.tables.folder import PARTS
 from vcloze_jax.config import FLUX_FILL
 
 NAMINGS = {
     f"{name}, {'diffusers' if n == 0 else 'bfl'}": (field, config, table)
     for name, (field, config) in VARIANTS.items()
-    for n, table in enumerate(pipeline.PARTS[field].tables)
+    for n, table in enumerate(PARTS[field].tables)
 }
 
 
@@ -24,10 +26,10 @@ def test_round_trip_is_bit_identical(tmp_path, name, dtype):
     """Ours, written in a foreign naming and read again, is the same to the last bit."""
     field, config, table = NAMINGS[name]
     mine = arrays(field, config, dtype)
-    read.write(tmp_path, "model", read.export(table, mine.items()), dtype)
-    source = read.Source(tmp_path)
-    leaves = read.plan(table, shapes(field, config), source)
-    again = {leaf.path: read.fetch(leaf, source) for leaf in leaves}
+    engine.write_shards(tmp_path, "model", engine.export_arrays(table, mine.items()), dtype)
+    source = engine.Source(tmp_path)
+    leaves = engine.plan(table, shapes(field, config), source)
+    again = {leaf.path: engine.fetch(leaf, source) for leaf in leaves}
     assert again.keys() == mine.keys()
     for path, array in mine.items():
         assert again[path].dtype == array.dtype and again[path].tobytes() == array.tobytes(), path
@@ -40,15 +42,15 @@ def test_a_cut_is_a_part_of_the_whole(tmp_path, name, monkeypatch):
     """A cut of a leaf holds what a cut of the whole array holds, whatever pieces it crosses, also
     where a piece is copied in many blocks."""
     field, config, table = NAMINGS[name]
-    monkeypatch.setattr(read, "BLOCK", 3)
+    monkeypatch.setattr(engine, "BLOCK", 3)
     mine = arrays(field, config)
-    read.write(tmp_path, "model", read.export(table, mine.items()), "float32")
-    source, rng = read.Source(tmp_path), np.random.default_rng(0)
-    for leaf in read.plan(table, shapes(field, config), source):
+    engine.write_shards(tmp_path, "model", engine.export_arrays(table, mine.items()), "float32")
+    source, rng = engine.Source(tmp_path), np.random.default_rng(0)
+    for leaf in engine.plan(table, shapes(field, config), source):
         for _ in range(3):
             edges = [sorted(rng.integers(0, n + 1, 2)) for n in leaf.shape]
             cut = tuple(slice(int(a), int(b)) for a, b in edges)
-            there = read.fetch(leaf, source, cut=cut)
+            there = engine.fetch(leaf, source, cut=cut)
             np.testing.assert_array_equal(there, mine[leaf.path][cut], strict=True)
 
 
@@ -57,18 +59,18 @@ def test_no_more_than_the_cut_is_read(tmp_path):
     So that a host reads what its own devices hold."""
     path, mine = "single/linear1/kernel", arrays("flux", FLUX)
     mine[path][0, :, :100] = np.nan
-    read.write(tmp_path, "model", read.export(flux.BFL, mine.items()), "float32")
-    source = read.Source(tmp_path)
+    engine.write_shards(tmp_path, "model", engine.export_arrays(mmdit.BFL, mine.items()), "float32")
+    source = engine.Source(tmp_path)
     (leaf,) = (
-        leaf for leaf in read.plan(flux.BFL, shapes("flux", FLUX), source) if leaf.path == path
+        leaf for leaf in engine.plan(mmdit.BFL, shapes("flux", FLUX), source) if leaf.path == path
     )
     for cut in (
         (slice(1, 3), slice(None), slice(None)),
         (slice(0, 1), slice(None), slice(100, 168)),
     ):
-        np.testing.assert_array_equal(read.fetch(leaf, source, cut=cut), mine[path][cut])
-    with pytest.raises(read.PortError, match="single_blocks.0.linear1.weight holds NaN"):
-        read.fetch(leaf, source, cut=(slice(0, 1), slice(None), slice(99, 168)))
+        np.testing.assert_array_equal(engine.fetch(leaf, source, cut=cut), mine[path][cut])
+    with pytest.raises(PortError, match="single_blocks.0.linear1.weight holds NaN"):
+        engine.fetch(leaf, source, cut=(slice(0, 1), slice(None), slice(99, 168)))
 
 
 @pytest.mark.parametrize(
@@ -87,10 +89,10 @@ def test_full_size_keys_are_covered(name, field, tensors):
     every shape agrees: at full size, by lists of diffusers, transformers and BFL's code."""
     keys = key_list(name)
     assert len(keys) == tensors
-    table = pipeline.PARTS[field].tables[name.endswith("bfl")]
+    table = PARTS[field].tables[name.endswith("bfl")]
     wanted = shapes(field, getattr(FLUX_FILL, field))
     source = SimpleNamespace(header={key: (shape, "BF16") for key, shape in keys.items()})
-    leaves = read.plan(table, wanted, source)
+    leaves = engine.plan(table, wanted, source)
     used = [piece.key for leaf in leaves for piece in leaf.pieces]
     assert len(used) == len(set(used)) and len(leaves) == len(wanted)
     ignored = set(keys) - set(used)
@@ -106,7 +108,7 @@ def test_full_size_parameters():
 
 def test_every_row_is_used():
     """No row of a table is dead: each is the row of some leaf of the full models."""
-    tables = [(flux.BFL, "flux"), (flux.DIFFUSERS, "flux"), (vae.BFL, "vae")]
+    tables = [(mmdit.BFL, "flux"), (mmdit.DIFFUSERS, "flux"), (vae.BFL, "vae")]
     tables += [(vae.DIFFUSERS, "vae"), (text.T5.table, "t5"), (text.CLIP.table, "clip")]
     for table, field in tables:
         rest = list(table.rows)
@@ -118,7 +120,7 @@ def test_every_row_is_used():
 
 def matches(row, path):
     try:
-        return find(Table((row,)), path)
+        return find_row(Table((row,)), path)
     except KeyError:
         return None
 
@@ -127,7 +129,7 @@ def test_meaning_of_the_rows():
     """Fused outputs are q, k, v, mlp in this order; kernels are transposed; only the final
     modulation has its halves swapped; layers are counted along the first axis."""
     mine = arrays("flux", FLUX)
-    there, D = dict(read.export(flux.DIFFUSERS, mine.items())), FLUX.width
+    there, D = dict(engine.export_arrays(mmdit.DIFFUSERS, mine.items())), FLUX.width
     kernel, bias = mine["single/linear1/kernel"], mine["single/linear1/bias"]
     for i, name in enumerate(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")):
         span = slice(i * D, (i + 1) * D if i < 3 else None)
@@ -138,20 +140,22 @@ def test_meaning_of_the_rows():
     np.testing.assert_array_equal(there["norm_out.linear.weight"], np.hstack([scale, shift]).T)
     mod = mine["double/txt/mod/kernel"][1]
     np.testing.assert_array_equal(there["transformer_blocks.1.norm1_context.linear.weight"], mod.T)
-    there = dict(read.export(flux.BFL, mine.items()))
+    there = dict(engine.export_arrays(mmdit.BFL, mine.items()))
     np.testing.assert_array_equal(
         there["final_layer.adaLN_modulation.1.bias"], mine["final/mod/bias"]
     )
     np.testing.assert_array_equal(there["single_blocks.2.linear1.weight"], kernel[2].T)
     conv = arrays("vae", PRESET.vae)["decoder/up/0/sample/conv/kernel"]
-    ((_, value), *_) = read.export(vae.DIFFUSERS, [("decoder/up/0/sample/conv/kernel", conv)])
+    ((_, value), *_) = engine.export_arrays(
+        vae.DIFFUSERS, [("decoder/up/0/sample/conv/kernel", conv)]
+    )
     assert value[3, 5, 1, 2] == conv[1, 2, 5, 3]
 
 
 def test_meaning_of_bfls_autoencoder():
     """BFL's decoder counts its levels from the last, and its attention is made of 1x1 convs."""
     mine = arrays("vae", PRESET.vae)
-    there = dict(read.export(vae.BFL, mine.items()))
+    there = dict(engine.export_arrays(vae.BFL, mine.items()))
     np.testing.assert_array_equal(
         there["decoder.up.3.block.0.conv1.bias"], mine["decoder/up/0/res/0/conv1/bias"]
     )
@@ -170,14 +174,18 @@ def test_meaning_of_bfls_autoencoder():
 def test_shards(tmp_path):
     """Shards respect the limit, their index names every key, and they read as one file does."""
     mine = arrays("vae", PRESET.vae)
-    read.write(tmp_path, "model", read.export(vae.DIFFUSERS, mine.items()), "float32", 20_000)
+    engine.write_shards(
+        tmp_path, "model", engine.export_arrays(vae.DIFFUSERS, mine.items()), "float32", 20_000
+    )
     files = sorted(tmp_path.glob("*.safetensors"))
     assert (
         len(files) > 3 and files[-1].name == f"model-{len(files):05}-of-{len(files):05}.safetensors"
     )
     assert all(sum(x.nbytes for x in load_file(file).values()) <= 20_000 for file in files)
-    source = read.Source(tmp_path)
-    for leaf in read.plan(vae.DIFFUSERS, shapes("vae", PRESET.vae), source):
-        np.testing.assert_array_equal(read.fetch(leaf, source), mine[leaf.path])
-    read.write(tmp_path, "model", read.export(vae.DIFFUSERS, mine.items()), "float32")
+    source = engine.Source(tmp_path)
+    for leaf in engine.plan(vae.DIFFUSERS, shapes("vae", PRESET.vae), source):
+        np.testing.assert_array_equal(engine.fetch(leaf, source), mine[leaf.path])
+    engine.write_shards(
+        tmp_path, "model", engine.export_arrays(vae.DIFFUSERS, mine.items()), "float32"
+    )
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]

@@ -7,8 +7,9 @@ import folders
 import pytest
 from folders import FLUX, arrays, key_list, refusal
 
-from ports import pipeline, read
-from ports.folder import SIZES
+from ports import engine
+from ports.locate import SIZES
+from ports.tables.folder import PARTS
 from vcloze_jax.config import FLUX_FILL, PRESETS
 from vcloze_jax.storage import weights
 from vcloze_jax.storage.preset import axes, load_preset
@@ -28,9 +29,9 @@ def test_sizes_of_the_transformer_from_shapes(changes):
     """Without a config.json every size of the transformer is told by its tensors, in either
     naming; the RoPE axes by the rule of axes."""
     config = replace(FLUX, **changes)
-    for table in pipeline.PARTS["flux"].tables:
-        there = read.export(table, arrays("flux", config).items())
-        source = read.Source.__new__(read.Source)
+    for table in PARTS["flux"].tables:
+        there = engine.export_arrays(table, arrays("flux", config).items())
+        source = engine.Source.__new__(engine.Source)
         source.header = {key: (x.shape, "F32") for key, x in there}
         ours = SIZES["flux"](source, table)
         head_dim = ours.pop("head_dim")
@@ -41,7 +42,7 @@ def test_sizes_of_the_transformer_from_shapes(changes):
 def test_published_sizes_from_shapes():
     """By BFL's own key lists alone, FLUX.1-Fill's presets come out."""
     for field in SIZES:
-        part, source = pipeline.PARTS[field], read.Source.__new__(read.Source)
+        part, source = PARTS[field], engine.Source.__new__(engine.Source)
         source.header = {key: (shape, "BF16") for key, shape in key_list(f"{field}_bfl").items()}
         ours, preset = SIZES[field](source, part.tables[1]), getattr(FLUX_FILL, field)
         assert all(getattr(preset, name) == value for name, value in ours.items()), ours

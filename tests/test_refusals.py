@@ -11,7 +11,8 @@ import pytest
 from folders import FLUX, SINGLES, arrays, change, refusal
 from safetensors.numpy import load_file, save_file
 
-from ports import flux, read
+from ports import engine
+from ports.tables import mmdit
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.storage import weights
 
@@ -130,7 +131,7 @@ def cut(folder):
 
 
 def another(folder):
-    tensors = dict(read.export(flux.BFL, arrays("flux", FLUX).items()))
+    tensors = dict(engine.export_arrays(mmdit.BFL, arrays("flux", FLUX).items()))
     save_file(tensors, folder / "flux1-dev.safetensors")
 
 
@@ -266,7 +267,7 @@ def test_wrong_shards(saved, tmp_path, kind):
     """Shards that disagree with their index or among each other are one line that says so."""
     folder = folders.copy(saved, tmp_path)
     tensors = load_file(folder / VAE).items()
-    read.write(folder / "vae", "diffusion_pytorch_model", tensors, "float32", 20_000)
+    engine.write_shards(folder / "vae", "diffusion_pytorch_model", tensors, "float32", 20_000)
     spoil, words = SHARDS[kind]
     spoil(folder)
     message = refusal(folder)

@@ -15,7 +15,8 @@ from folders import FLUX, PRESET, SINGLES, arrays, leaves, module
 from safetensors.numpy import load_file, save_file
 
 from ports import __main__ as command
-from ports import pipeline, read
+from ports import engine
+from ports.tables.folder import PARTS
 from vcloze_jax.config import UserError
 from vcloze_jax.pipeline import Pipeline
 from vcloze_jax.sharding import make_mesh, shardings
@@ -81,9 +82,11 @@ def test_names_mean_nothing(bfl, loaded, tmp_path):
 def test_shards_and_one_file_fill_the_same_bits(saved, loaded, tmp_path):
     """Shards with an index, as diffusers and transformers write large models, read as one file."""
     folder = folders.copy(saved, tmp_path)
-    for part in pipeline.PARTS.values():
+    for part in PARTS.values():
         file = folder / part.folder / f"{part.stem}.safetensors"
-        read.write(folder / part.folder, part.stem, load_file(file).items(), "float32", 5_000)
+        engine.write_shards(
+            folder / part.folder, part.stem, load_file(file).items(), "float32", 5_000
+        )
         assert len(list(file.parent.glob("*-of-*.safetensors"))) > 1
     weights.check(folder)
     same(tensors(folder, PRESET), loaded)
@@ -92,14 +95,14 @@ def test_shards_and_one_file_fill_the_same_bits(saved, loaded, tmp_path):
 def test_shards_of_the_mesh(bfl, loaded):
     """On a mesh every leaf lies as the table of shardings says and holds the same bits; a shard is
     read once for all devices that hold it, and never more than one shard at a time."""
-    mesh, asked, fetch = make_mesh(dict(data=2, fsdp=2, tensor=2)), [], read.fetch
+    mesh, asked, fetch = make_mesh(dict(data=2, fsdp=2, tensor=2)), [], engine.fetch
 
     def watched(leaf, source, dtype, cut):
         asked.append((leaf.path, tuple(str(span) for span in cut)))
         return fetch(leaf, source, dtype, cut)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read, "fetch", watched)
+        patch.setattr(engine, "fetch", watched)
         there = tensors(bfl, PRESET, place=partial(shardings, mesh=mesh))
     same(there, loaded)
     for (path, array), leaf in zip(there.items(), loaded.values(), strict=True):

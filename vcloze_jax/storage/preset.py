@@ -10,45 +10,46 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ports import pipeline, read
-from ports.folder import SIZES, locate, what
+from ports.diagnose import PortError
+from ports.locate import SIZES, describe_file, locate
+from ports.tables.folder import PARTS, SHIFT
 from vcloze_jax.config import PRESETS, Preset, UserError
 from vcloze_jax.storage.places import named_preset
 
 
 @contextmanager
-def told(path):
+def error_context(path):
     """Errors of ports and of files become the user's, with the path in front."""
     try:
         yield
-    except (read.PortError, OSError) as error:
+    except (PortError, OSError) as error:
         raise UserError(f"{path}: {error}") from error
 
 
 def load_preset(folder: Path) -> Preset:
     """The preset that a weights folder names, with all sizes that its files give. UserError if it
     is no weights folder of a kind that we read, or a file or entry cannot be ours."""
-    with told(folder):
+    with error_context(folder):
         if folder.is_file():
-            raise UserError(f"{folder}: {what(folder)}; give the folder that holds all models")
+            raise UserError(
+                f"{folder}: {describe_file(folder)}; give the folder that holds all models"
+            )
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
     preset = named_preset(folder)
-    configs = {
-        field: read_config(folder, field, getattr(preset, field)) for field in pipeline.PARTS
-    }
+    configs = {field: read_config(folder, field, getattr(preset, field)) for field in PARTS}
     file, limit = folder / "tokenizer_2" / "tokenizer_config.json", preset.t5.max_length
     length = typed(file, "model_max_length", read_json(file).get("model_max_length", limit), limit)
     configs["t5"] = replace(configs["t5"], max_length=min(length, limit))
     file = folder / "scheduler" / "scheduler_config.json"
-    shift = read_fields(file, pipeline.SHIFT, preset.flow) if file.is_file() else {}
+    shift = read_fields(file, SHIFT, preset.flow) if file.is_file() else {}
     return replace(preset, flow=replace(preset.flow, **shift), **configs)
 
 
 def read_config(folder: Path, field: str, default):
     """One model's sizes as our dataclass: from its config.json, where an entry that is absent keeps
     the default; without that file from its tensors' shapes, where they tell."""
-    part = pipeline.PARTS[field]
+    part = PARTS[field]
     file = folder / part.folder / "config.json"
     if file.is_file():
         entries = read_json(file)
@@ -58,7 +59,7 @@ def read_config(folder: Path, field: str, default):
         ours = read_fields(file, part.config, default)
     else:
         file = folder
-        with told(folder):
+        with error_context(folder):
             ours = SIZES[field](*locate(folder, part)) if field in SIZES else {}
     if field == "flux":
         ours.setdefault("out_channels", ours.get("in_channels", default.in_channels))

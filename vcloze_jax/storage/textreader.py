@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from ports import read
+from ports import engine
 from vcloze_jax import conditioning
 from vcloze_jax.config import CLIPConfig, T5Config, UserError
 from vcloze_jax.programs import timed
@@ -82,10 +82,10 @@ class TextCache:
     def read(self, t5_ids: np.ndarray, clip_ids: np.ndarray):
         """[txt, pooled] of these ids as they were written, or None."""
         try:
-            source = read.Source(self.file(t5_ids, clip_ids))
+            source = engine.Source(self.file(t5_ids, clip_ids))
             embeddings = [source.read("txt"), source.read("pooled")]
             return embeddings if source.metadata["sha256"] == digest(embeddings) else None
-        except (OSError, KeyError, read.PortError):
+        except (OSError, KeyError, engine.PortError):
             return None
 
     def write(self, t5_ids: np.ndarray, clip_ids: np.ndarray, embeddings):

@@ -1,8 +1,8 @@
-"""Weights from disk to the mesh and back; with configs.py and adapters.py what knows `ports`.
+"""Weights from disk to the mesh and back; with preset.py and adapters.py what knows `ports`.
 
 A weights folder is laid out as diffusers': model_index.json, a folder per model with config.json
 and safetensors, tokenizers. Transformer and autoencoder may instead be single files of Black Forest
-Labs' (ports/folder.py).
+Labs' (ports/locate.py).
 """
 
 import json
@@ -14,18 +14,19 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ports import pipeline, read
-from ports.folder import locate
+from ports import engine
+from ports.locate import locate
+from ports.tables.folder import BASES, INDEX, PARTS, SCHEDULER, SHIFT
 from vcloze_jax.config import FLUX_FILL, Preset, UserError
 from vcloze_jax.model.lora import split
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.text import CLIPTextEncoder, T5Encoder
 from vcloze_jax.model.vae import VAE
-from vcloze_jax.storage.preset import load_preset, told
+from vcloze_jax.storage.preset import error_context, load_preset
 
 # field of Preset -> module, and its part of a weights folder
 MODULES = {"flux": Flux, "vae": VAE, "t5": T5Encoder, "clip": CLIPTextEncoder}
-MODELS = {field: (module, pipeline.PARTS[field]) for field, module in MODULES.items()}
+MODELS = {field: (module, PARTS[field]) for field, module in MODULES.items()}
 
 
 @cache
@@ -48,10 +49,10 @@ def plan(module, config, folder):
     """-> the open source of a module's files, graphdef, shapes of its base, its planned leaves."""
     part = next(part for cls, part in MODELS.values() if cls is module)
     graphdef, _, base = abstract(module, config)
-    with told(folder):
+    with error_context(folder):
         source, table = locate(folder, part)
-    with told(source.path):
-        return source, graphdef, base, read.plan(table, shapes(base), source)
+    with error_context(source.path):
+        return source, graphdef, base, engine.plan(table, shapes(base), source)
 
 
 def check(folder: Path) -> Preset:
@@ -80,7 +81,7 @@ def summary(folder: Path, preset: Preset) -> str:
     channels = preset.flux.in_channels
     name = preset.name
     if name == FLUX_FILL.name:
-        name = pipeline.BASES.get(channels, "of no base that is known")
+        name = BASES.get(channels, "of no base that is known")
     size = sum(leaf.size for leaf in jax.tree.leaves(base)) / 1e6
     return f"{folder}: {layout}, {name}, {size:,.1f} M parameters, {channels} input channels"
 
@@ -96,7 +97,7 @@ def load(module: type, config, folder: Path, dtype="float32", sharding=None):
     source, graphdef, base, leaves = plan(module, config, folder)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     places = jax.tree.leaves(sharding(base)) if sharding else [one] * len(leaves)
-    with told(source.path):
+    with error_context(source.path):
         arrays = [
             stream(leaf, source, dtype, place) for leaf, place in zip(leaves, places, strict=True)
         ]
@@ -110,7 +111,7 @@ def stream(leaf, source, dtype, sharding):
         devices[tuple((span.start, span.stop) for span in cut)].append(device)
     shards = []
     for cut, homes in devices.items():
-        array = read.fetch(leaf, source, dtype, [slice(*span) for span in cut])
+        array = engine.fetch(leaf, source, dtype, [slice(*span) for span in cut])
         shards += jax.block_until_ready([jax.device_put(array, home) for home in homes])
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
@@ -122,8 +123,10 @@ def save_pipeline(folder: Path, preset: Preset, models: dict, dtype="bfloat16", 
     for field, model in models.items():
         part = MODELS[field][1]
         arrays = flat(nnx.to_pure_dict(nnx.state(model))).items()
-        tensors = read.export(part.table, ((path, np.asarray(array)) for path, array in arrays))
-        read.write(folder / part.folder, part.stem, tensors, dtype, max_bytes)
+        tensors = engine.export_arrays(
+            part.table, ((path, np.asarray(array)) for path, array in arrays)
+        )
+        engine.write_shards(folder / part.folder, part.stem, tensors, dtype, max_bytes)
     for file, entries in described(preset, models).items():
         write_json(folder / file, entries)
 
@@ -131,11 +134,11 @@ def save_pipeline(folder: Path, preset: Preset, models: dict, dtype="bfloat16", 
 def described(preset: Preset, fields) -> dict:
     """The JSON files of a weights folder of ours, {path in it: entries}, with the config.json of
     the models of some fields of Preset."""
-    flow = {theirs: getattr(preset.flow, ours) for theirs, ours in pipeline.SHIFT.items()}
+    flow = {theirs: getattr(preset.flow, ours) for theirs, ours in SHIFT.items()}
     files = {
-        "scheduler/scheduler_config.json": pipeline.SCHEDULER | flow,
+        "scheduler/scheduler_config.json": SCHEDULER | flow,
         "vcloze.json": {"preset": preset.name},
-        "model_index.json": pipeline.INDEX,
+        "model_index.json": INDEX,
     }
     for field in fields:
         part, config = MODELS[field][1], getattr(preset, field)

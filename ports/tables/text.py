@@ -1,49 +1,45 @@
-"""The text encoders: our path, the name in transformers.
+"""The text encoders: our path | the name in transformers.
 
 Source: huggingface/transformers:src/transformers/models/{t5/modeling_t5,clip/modeling_clip}.py.
 transformers 5 writes CLIP without the prefix that transformers 4 gave it; both read it with.
 """
 
-from ports.rows import Part, Table
+from ports.tables import Part, Table
 
-ATTENTION = "encoder.block.{i}.layer.0"
-MLP = "encoder.block.{i}.layer.1"
-LAYER = "encoder.layers.{i}"
-
-T5_TABLE = Table(
-    (
-        ("embed", "shared.weight"),
-        (
-            "relative_bias",
-            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-        ),
-        ("blocks/norm1", f"{ATTENTION}.layer_norm"),
-        ("blocks/norm2", f"{MLP}.layer_norm"),
-        ("blocks/wi_0", f"{MLP}.DenseReluDense.wi_0"),
-        ("blocks/wi_1", f"{MLP}.DenseReluDense.wi_1"),
-        ("blocks/wo", f"{MLP}.DenseReluDense.wo"),
-        ("blocks/{qkvo}", f"{ATTENTION}.SelfAttention.{{qkvo}}"),
-        ("norm", "encoder.final_layer_norm"),
-    ),
-    sign=r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.q\.weight",
-    ignored=((r"encoder\.embed_tokens\.weight", "a second name of shared.weight"),),
+# fmt: off
+T5_ROWS = (
+    ("embed",         "shared.weight"),
+    ("relative_bias", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
+    ("blocks/norm1",  "encoder.block.{i}.layer.0.layer_norm"),
+    ("blocks/norm2",  "encoder.block.{i}.layer.1.layer_norm"),
+    ("blocks/wi_0",   "encoder.block.{i}.layer.1.DenseReluDense.wi_0"),
+    ("blocks/wi_1",   "encoder.block.{i}.layer.1.DenseReluDense.wi_1"),
+    ("blocks/wo",     "encoder.block.{i}.layer.1.DenseReluDense.wo"),
+    ("blocks/{qkvo}", "encoder.block.{i}.layer.0.SelfAttention.{qkvo}"),
+    ("norm",          "encoder.final_layer_norm"),
 )
-
+CLIP_ROWS = (
+    ("embed",         "embeddings.token_embedding.weight"),
+    ("positions",     "embeddings.position_embedding.weight"),
+    ("blocks/norm1",  "encoder.layers.{i}.layer_norm1"),
+    ("blocks/norm2",  "encoder.layers.{i}.layer_norm2"),
+    ("blocks/fc1",    "encoder.layers.{i}.mlp.fc1"),
+    ("blocks/fc2",    "encoder.layers.{i}.mlp.fc2"),
+    ("blocks/o",      "encoder.layers.{i}.self_attn.out_proj"),
+    ("blocks/{qkv}",  "encoder.layers.{i}.self_attn.{qkv}_proj"),
+    ("norm",          "final_layer_norm"),
+)
+# fmt: on
+T5_TABLE = Table(
+    T5_ROWS,
+    sign=r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.q\.weight",
+    ignored=(r"encoder\.embed_tokens\.weight",),  # a second name of shared.weight
+)
 CLIP_TABLE = Table(
-    (
-        ("embed", "embeddings.token_embedding.weight"),
-        ("positions", "embeddings.position_embedding.weight"),
-        ("blocks/norm1", f"{LAYER}.layer_norm1"),
-        ("blocks/norm2", f"{LAYER}.layer_norm2"),
-        ("blocks/fc1", f"{LAYER}.mlp.fc1"),
-        ("blocks/fc2", f"{LAYER}.mlp.fc2"),
-        ("blocks/o", f"{LAYER}.self_attn.out_proj"),
-        ("blocks/{qkv}", f"{LAYER}.self_attn.{{qkv}}_proj"),
-        ("norm", "final_layer_norm"),
-    ),
+    CLIP_ROWS,
     sign=r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.q_proj\.weight",
     prefix="text_model.",
-    ignored=((r"(text_model\.)?embeddings\.position_ids", "the numbers 0, 1, 2, ..."),),
+    ignored=(r"(text_model\.)?embeddings\.position_ids",),  # the numbers 0, 1, 2, ...
 )
 
 T5 = Part(

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (makes bfloat16 a dtype of NumPy)
@@ -11,17 +11,19 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ports import pipeline
-from ports.rows import Leaf, Table, leaf
+from ports.diagnose import (
+    PortError,
+    describe_header,
+    describe_start,
+    in_brackets,
+    list_faults,
+    misshapen,
+)
+from ports.tables import Leaf, Table, lay_out
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' and of transformers' folders
-SHOWN = 10  # keys that an error names
 BLOCK = 128  # outputs of a matrix copied at once: it stays in the cache while it is transposed
-
-
-class PortError(Exception):
-    """A file that does not fit: one line that names up to ten of its keys."""
 
 
 class Source:
@@ -34,39 +36,40 @@ class Source:
     def __init__(self, path: Path):
         self.path = path
         self.header, self.metadata, self.home = {}, {}, {}
-        names, listed = shards(path) if path.is_dir() else ([path], None)
-        for name in names:
-            header, start = read_header(name)
+        files, listed = find_shards(path) if path.is_dir() else ([path], None)
+        for file in files:
+            header, start = read_header(file)
             self.metadata |= header.pop("__metadata__", None) or {}
             for key, entry in header.items():
                 if key in self.header:
-                    raise PortError(f"{key} is in {self.home[key][0].name} and in {name.name}")
+                    raise PortError(f"{key} is in {self.home[key][0].name} and in {file.name}")
                 self.header[key] = tuple(entry["shape"]), entry["dtype"]
-                self.home[key] = name, start + entry["data_offsets"][0]
+                self.home[key] = file, start + entry["data_offsets"][0]
         if listed is not None and listed != set(self.header):
             odd = sorted(listed ^ set(self.header))
-            raise PortError(f"the index and its shards disagree about {several(odd)}")
+            raise PortError(f"the index and its shards disagree about {list_faults(odd)}")
 
     def map(self, key: str) -> np.ndarray:
         """One tensor, mapped from the file: only what is used of it is read, and it is held only as
         long as it is referred to (safetensors would map the whole file, as long as it is open)."""
-        (shape, dtype), (name, offset) = self.header[key], self.home[key]
+        (shape, dtype), (file, offset) = self.header[key], self.home[key]
         if 0 in shape:
             return np.empty(shape, DTYPES[dtype])
-        return np.asarray(np.memmap(name, DTYPES[dtype], "r", offset, shape))
+        return np.asarray(np.memmap(file, DTYPES[dtype], "r", offset, shape))
 
     def read(self, key: str) -> np.ndarray:
         """One tensor; PortError if it holds NaN or infinity."""
-        return finite(np.array(self.map(key)), key)
+        return check_finite(np.array(self.map(key)), key)
 
 
-def finite(tensor, key):
+def check_finite(tensor, key: str):
+    """The tensor, or PortError if it holds NaN or infinity."""
     if not np.isfinite(tensor).all():
         raise PortError(f"{key} holds NaN or infinity; fetch or train it again")
     return tensor
 
 
-def shards(folder: Path):
+def find_shards(folder: Path):
     """-> the safetensors files of a model's folder, and the keys of its index, if it has one."""
     for stem in STEMS:
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
@@ -77,32 +80,31 @@ def shards(folder: Path):
         if index.is_file():
             try:
                 listed = json.loads(index.read_bytes())["weight_map"]
-                names = sorted({folder / Path(name).name for name in listed.values()})
+                files = sorted({folder / Path(name).name for name in listed.values()})
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise PortError(f"{index.name} is no index of shards; fetch it again") from error
-            for name in names:
-                if not name.is_file():
-                    raise PortError(f"{index.name} names {name.name}, which is not there")
-            return names, set(listed)
+            if gone := [file.name for file in files if not file.is_file()]:
+                raise PortError(f"{index.name} names {gone[0]}, which is not there")
+            return files, set(listed)
     raise PortError(f"holds no {' or '.join(f'{stem}.safetensors' for stem in STEMS)}")
 
 
 def read_header(path: Path) -> tuple[dict, int]:
     """The JSON header of a safetensors file that is whole, and where its tensors begin."""
 
-    def once(pairs):
+    def refuse_twice(pairs):
         if len(dict(pairs)) < len(pairs):
             names = [key for key, _ in pairs]
             raise PortError(f"{path.name}: {max(names, key=names.count)} is there twice")
         return dict(pairs)
 
     try:
-        if other := magic(path):
+        if other := describe_start(path):
             raise PortError(f"{path.name} is {other}; take the model's safetensors")
         safe_open(path, "numpy")  # checks sizes, offsets and types
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            return json.loads(file.read(size), object_pairs_hook=once), 8 + size
+            return json.loads(file.read(size), object_pairs_hook=refuse_twice), 8 + size
     except (OSError, SafetensorError, ValueError) as error:
         raise PortError(f"{path.name} is not a whole safetensors file ({error})") from error
 
@@ -113,145 +115,95 @@ def plan(table: Table, wanted: dict[str, tuple[int, ...]], source: Source) -> li
     Every key of the source is used once or ignored by a row, every leaf is filled once and every
     shape agrees, or PortError.
     """
-    table = spelled(table, source)
-    leaves = [leaf(table, path, shape) for path, shape in wanted.items()]
-    pieces = {piece.key: piece for leaf in leaves for piece in leaf.pieces}
-    faults = []
-    for key, piece in pieces.items():
-        shape, dtype = source.header.get(key, (None, None))
-        if shape is None:
-            faults.append(f"{key} {brackets(piece.shape)} is missing")
-        elif shape != piece.shape:
-            faults.append(misshapen(table, key, shape, brackets(piece.shape)))
-        elif dtype not in DTYPES:
-            faults.append(f"{key} is of type {dtype}, not {' or '.join(DTYPES)}")
-    faults += unknown(table, source, pieces)
+    if not any(key.startswith(table.prefix) for key in source.header):
+        table = table._replace(prefix="")
+    leaves = [lay_out(table, path, shape) for path, shape in wanted.items()]
+    pieces = {piece.key: piece.shape for leaf in leaves for piece in leaf.pieces}
+    faults = [fault for key, shape in pieces.items() if (fault := find_fault(source, key, shape))]
+    for key, (shape, _) in source.header.items():
+        if key not in pieces and not any(re.fullmatch(sign, key) for sign in table.ignored):
+            faults.append(f"{key} {in_brackets(shape)} is unknown")
     if faults:
-        other = seems(source.header, table.sign)
-        raise PortError((f"seems to be {other}: " if other else "") + several(faults))
+        other = describe_header(source.header, table.sign)
+        raise PortError((f"seems to be {other}: " if other else "") + list_faults(faults))
     return leaves
 
 
-def magic(path: Path) -> str:
-    """What a file is by its first bytes, or nothing where that is not known."""
-    with open(path, "rb") as file:
-        start = file.read(32)
-    if start[8:9] == b"{":  # safetensors, whatever the eight bytes of its header's length look like
-        return ""
-    return next((kind for sign, kind in pipeline.MAGIC if re.match(sign, start)), "")
-
-
-def seems(header, expected: str = "") -> str:
-    """What a file is by its keys and types; nothing where that is not known, or its sign is the
-    one expected."""
-    names = [f"{key} {dtype}" for key, (_, dtype) in header.items()]
-    kinds = (row for row in pipeline.KINDS if any(re.match(row[0], key) for key in names))
-    sign, kind = next(kinds, ("", ""))
-    return "" if sign == expected else kind
-
-
-def spelled(table: Table, source: Source) -> Table:
-    """The table as this source spells it: with its prefix or without."""
-    with_prefix = any(key.startswith(table.prefix) for key in source.header)
-    return table if with_prefix else table._replace(prefix="")
-
-
-def unknown(table, source, used):
-    """Faults of the keys that are neither used nor ignored."""
-    rest = [key for key in source.header if key not in used]
-    rest = [key for key in rest if not any(re.fullmatch(row, key) for row, _ in table.ignored)]
-    return [f"{key} {brackets(source.header[key][0])} is unknown" for key in rest]
-
-
-def misshapen(table, key, shape, expected):
-    hint = next((f" ({hint})" for word, hint in table.hints if word in key), "")
-    return f"{key} is {brackets(shape)}, expected {expected}{hint}"
-
-
-def refuse(faults):
-    if faults:
-        raise PortError(several(faults))
-
-
-def several(faults):
-    """The first ten, joined, and how many more there are."""
-    more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-    return "; ".join(faults[:SHOWN]) + more
-
-
-def brackets(shape):
-    return f"[{', '.join(map(str, shape))}]"
+def find_fault(source: Source, key: str, expected: tuple[int, ...]) -> str:
+    """What is wrong with a tensor of a source of which another shape may be expected, or ""."""
+    shape, dtype = source.header.get(key, (None, None))
+    if shape is None:
+        return f"{key} {in_brackets(expected)} is missing"
+    if shape != expected:
+        return misshapen(key, shape, expected)
+    return "" if dtype in DTYPES else f"{key} is of type {dtype}, not {' or '.join(DTYPES)}"
 
 
 def fetch(leaf: Leaf, source: Source, dtype=None, cut: tuple[slice, ...] = ()) -> np.ndarray:
-    """Our array of a planned leaf in `dtype` or that of the source; with a `cut`, a slice for each
-    axis, that part of it, and no more is read. PortError if it holds NaN or infinity."""
-    dtype = np.dtype(dtype or DTYPES[source.header[leaf.pieces[0].key][1]])
-    wanted = [range(n)[span] for n, span in zip(leaf.shape, cut or leaf.whole, strict=True)]
+    """Our array of a planned leaf in `dtype`, or in one that holds those of the source; with a
+    `cut`, a slice for each axis, that part of it, and no more is read. PortError if it holds NaN or
+    infinity."""
+    dtype = dtype or np.result_type(*(DTYPES[source.header[p.key][1]] for p in leaf.pieces))
+    wanted = to_ranges(leaf.shape, cut or [slice(None)] * len(leaf.shape))
     array = np.empty([len(span) for span in wanted], dtype)
     for piece in leaf.pieces:
-        place = [range(n)[span] for n, span in zip(leaf.shape, leaf.span(piece), strict=True)]
+        place = to_ranges(leaf.shape, piece.place)
         both = [
             range(max(a.start, b.start), min(a.stop, b.stop))
             for a, b in zip(place, wanted, strict=True)
         ]
         if all(both):
             tensor = leaf.to_ours(source.map(piece.key)).reshape([len(span) for span in place])
-            copy(tensor[within(both, place)], array[within(both, wanted)], piece.key)
+            copy_blocks(tensor[shift(both, place)], array[shift(both, wanted)], piece.key)
     return array
 
 
-def within(spans, whole):
-    """The index of some ranges in an array that covers other ranges."""
-    pairs = zip(spans, whole, strict=True)
+def to_ranges(shape, cut) -> list[range]:
+    return [range(n)[span] for n, span in zip(shape, cut, strict=True)]
+
+
+def shift(spans, origin) -> tuple[slice, ...]:
+    """The index of some ranges in an array that covers the ranges `origin`."""
+    pairs = zip(spans, origin, strict=True)
     return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in pairs)
 
 
-def copy(tensor, array, key):
+def copy_blocks(tensor, array, key):
     """tensor -> array in its dtype, block by block along the axis that is slowest in the file."""
     axis = max(range(tensor.ndim), key=lambda i: (tensor.shape[i] > 1, tensor.strides[i]))
     for start in range(0, tensor.shape[axis], BLOCK):
         block = (slice(None),) * axis + (slice(start, start + BLOCK),)
-        array[block] = finite(tensor[block].astype(array.dtype), key)
+        array[block] = check_finite(tensor[block].astype(array.dtype), key)
 
 
-def export(table: Table, arrays) -> Iterator[tuple[str, np.ndarray]]:
+def export_arrays(table: Table, arrays: Iterable) -> Iterator[tuple[str, np.ndarray]]:
     """(our path, array) pairs -> foreign (key, array) pairs, by the rows that read them; lazy."""
     for path, array in arrays:
-        place = leaf(table, path, array.shape)
-        for piece in place.pieces:
-            yield piece.key, place.to_foreign(array[piece.index]).reshape(piece.shape)
+        leaf = lay_out(table, path, array.shape)
+        for piece in leaf.pieces:
+            yield piece.key, leaf.to_foreign(array[piece.place]).reshape(piece.shape)
 
 
-def convert(table: Table, leaves: list[Leaf], source: Source) -> Iterator[tuple[str, np.ndarray]]:
+def convert_leaves(table: Table, leaves: list[Leaf], source: Source) -> Iterator:
     """Planned leaves of a source -> foreign (key, array) pairs of another table; lazy, and no more
     in memory than one tensor."""
     for ours in leaves:
-        place = leaf(table, ours.path, ours.shape)
-        for piece in place.pieces:
-            array = fetch(ours, source, cut=place.span(piece))
-            yield piece.key, place.to_foreign(array).reshape(piece.shape)
+        leaf = lay_out(table, ours.path, ours.shape)
+        for piece in leaf.pieces:
+            array = fetch(ours, source, cut=piece.place)
+            yield piece.key, leaf.to_foreign(array).reshape(piece.shape)
 
 
-def write(folder: Path, stem: str, tensors, dtype: str, max_bytes: int = 10**10):
+def write_shards(folder: Path, stem: str, tensors: Iterable, dtype: str, max_bytes: int = 10**10):
     """Write (key, array) pairs as STEM.safetensors, or as shards of at most `max_bytes` each (but
     for a tensor that is larger alone) with the index that diffusers and transformers read."""
     folder.mkdir(parents=True, exist_ok=True)
-    shard, size, total, parts = {}, 0, 0, []
-
-    def flush():
+    parts, total = [], 0
+    for shard in group_tensors(tensors, dtype, max_bytes):
         part = folder / f"{stem}.{len(parts)}.part"
         save_file(shard, part, metadata={"format": "pt"})
         parts.append((part, list(shard)))
-
-    for key, tensor in tensors:
-        tensor = tensor.astype(dtype)
-        if shard and size + tensor.nbytes > max_bytes:
-            flush()
-            shard, size = {}, 0
-        shard[key] = tensor
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    flush()
+        total += sum(tensor.nbytes for tensor in shard.values())
     for old in folder.glob(f"{stem}*.safetensors*"):
         old.unlink()
     if len(parts) == 1:
@@ -264,3 +216,16 @@ def write(folder: Path, stem: str, tensors, dtype: str, max_bytes: int = 10**10)
         where |= dict.fromkeys(keys, name)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def group_tensors(tensors, dtype, max_bytes) -> Iterator[dict[str, np.ndarray]]:
+    """(key, array) pairs in `dtype` as dicts of at most `max_bytes`, at least one."""
+    shard, size = {}, 0
+    for key, tensor in tensors:
+        tensor = tensor.astype(dtype)
+        if shard and size + tensor.nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[key] = tensor
+        size += tensor.nbytes
+    yield shard

@@ -1,0 +1,302 @@
+"""Adapters of every naming, read: y = x W + b + alpha / r * ((x A) B + b_B).
+
+A file becomes Branches, those of a layer of ours in a list, exactly as it holds them: a foreign
+adapter may have an A of its own for q, k and v, ranks that differ, or a part of the layers. From
+there it is written in another naming (export.py), or becomes one of ours: side by side in A, on the
+diagonal in B and padded with zeros.
+Sources: huggingface/diffusers:src/diffusers/loaders/{peft,lora_pipeline}.py;
+huggingface/peft:src/peft/utils/other.py (get_pattern_key).
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ports import engine, torchfile
+from ports.diagnose import PortError, describe_header, describe_key, in_brackets, list_faults
+from ports.tables import Leaf, Piece, lay_out, split_name
+from ports.tables.namings import NAMINGS, Naming
+
+METADATA = "lora_adapter_metadata"  # diffusers' entry of the header: LoraConfig as JSON
+ALPHA = "lora_alpha", "alpha_pattern", "use_rslora", "use_dora"  # what of it concerns the scale
+PICKLE = rb"PK\x03\x04|\x80[\x00-\x05]"
+
+
+class Factors(NamedTuple):
+    """The adapter of one linear layer of the file: the weight that it changes, and the keys that A,
+    B, a bias on B and alpha have if they are there, None where the naming has none."""
+
+    stem: str
+    piece: Piece
+    keys: list[str | None]
+
+
+class Branch(NamedTuple):
+    """A linear layer's adapter, read: a [r, in], b [out, r] and bias [out] or None, in the dtype of
+    the file and our order; `span` is its part of our fused outputs. Its scale is alpha / r."""
+
+    stem: str  # in messages
+    span: slice
+    a: np.ndarray
+    b: np.ndarray
+    bias: np.ndarray | None
+    alpha: float
+
+    def swap_halves(self):
+        """The branch with the halves of its outputs swapped: of B and its bias, not of A."""
+        half = len(self.b) // 2
+        bias = None if self.bias is None else np.roll(self.bias, half)
+        return self._replace(b=np.roll(self.b, half, 0), bias=bias)
+
+
+class Tuned(NamedTuple):
+    """One kernel of ours and what adapts it: {layer of its stack, or None: [Branch]}."""
+
+    path: str
+    shape: tuple[int, ...]
+    layers: dict[int | None, list[Branch]]
+
+
+class Adapter(NamedTuple):
+    """An adapter file whose keys and shapes are as they must be; no tensor is read yet."""
+
+    source: object
+    alpha_of: Callable  # key stem, rank, alpha tensor or None -> alpha
+    linear: list[tuple[Leaf, list[Factors]]]  # a kernel each
+    norms: list[Leaf]  # that the file replaces
+
+
+def open_adapter(path: Path, shapes: dict[str, tuple[int, ...]] | None = None) -> Adapter:
+    """Open an adapter file, safetensors or a pickle of torch, for a base; reads headers only.
+
+    `shapes`: our path -> shape of the base's leaves; None: of whatever base it was made for.
+    PortError if the file is no adapter, or if a key is unknown, lacks its other half or has another
+    shape.
+    """
+    with open(path, "rb") as file:
+        start = file.read(9)
+    pickled = re.match(PICKLE, start) and start[8:] != b"{"  # with which a JSON header begins
+    return check_adapter((torchfile if pickled else engine).Source(path), shapes)
+
+
+def check_adapter(source, shapes=None) -> Adapter:
+    """The adapter of an open source, as `open_adapter` says."""
+    naming = recognise_naming(source)
+    shapes = infer_shapes(source, naming) if shapes is None else shapes
+    kernels = [p for p in shapes if p.endswith("/kernel")]
+    kernels = [lay_out(naming.modules, path, shapes[path]) for path in kernels]
+    linear = [(kernel, find_factors(source, naming, kernel)) for kernel in kernels]
+    norms = find_norms(source, naming, shapes)
+    faults, used = [], set()
+    for factors in (one for _, found in linear for one in found):
+        faults += check_factors(source, factors)
+        used |= set(factors.keys)
+    for norm in norms:
+        expected = {piece.key: piece.shape for piece in norm.pieces}
+        there = next(key for key in expected if key in source.header)
+        faults += find_faults(source, expected, there)
+        used |= set(expected)
+    for key, (shape, _) in source.header.items():
+        if key not in used:
+            faults.append(f"{key} {in_brackets(shape)} is unknown{describe_key(key)}")
+    if faults:
+        raise PortError(f"read as an adapter in {naming.title} naming: {list_faults(faults)}")
+    linear = [pair for pair in linear if pair[1]]
+    return Adapter(source, read_alphas(source, naming), linear, norms)
+
+
+def recognise_naming(source) -> Naming:
+    """The naming, with the one prefix of this file, that explains most keys of a source.
+
+    PortError if none explains any: then the file is no adapter of FLUX.
+    """
+    namings = [(naming, prefix) for naming in NAMINGS.values() for prefix in naming.prefixes]
+    namings = [naming._replace(prefixes=(prefix,)) for naming, prefix in namings]
+    counts = [count_keys(source, naming) for naming in namings]
+    if not max(counts):
+        keys = list_faults([f"{key}{describe_key(key)}" for key in source.header]) or "none"
+        kind = describe_header(source.header)
+        other = f", seems to be {kind}" if kind and "adapter" not in kind else ""
+        raise PortError(f"is no adapter of FLUX in a naming that is known{other}; it holds {keys}")
+    return namings[counts.index(max(counts))]
+
+
+def count_keys(source, naming: Naming) -> int:
+    """How many keys are A or B of a module as the naming spells it."""
+    parts = [part for _, foreign in naming.linear for part, _ in split_name(foreign)]
+    modules = "|".join(naming.pattern(part) for part in parts)
+    halves = "|".join(re.escape(suffix) for suffix in naming.suffixes[:2])
+    sign = re.compile(f"(?:{modules})(?:{halves})")
+    return sum(sign.fullmatch(key) is not None for key in source.header)
+
+
+def infer_shapes(source, naming: Naming) -> dict[str, tuple[int, ...]]:
+    """The shapes of our leaves that an adapter changes, as its own tensors tell them."""
+
+    def match_keys(name, suffix=""):
+        """[(layer, shape)] of the tensors that have this name in some layer."""
+        sign = re.compile(naming.pattern(name, suffix))
+        pairs = [(sign.fullmatch(key), shape) for key, (shape, _) in source.header.items()]
+        return [(int(m[1]) if sign.groups else 0, shape) for m, shape in pairs if m]
+
+    shapes, (suffix_a, suffix_b, *_) = {}, naming.suffixes
+    for ours, foreign in naming.linear:
+        parts = split_name(foreign)
+        a = [pair for part, _ in parts for pair in match_keys(part, suffix_a)]
+        b = [(i, s, w) for part, w in parts for i, s in match_keys(part, suffix_b)]
+        fan_in = next((s[1] for _, s in a if len(s) == 2), 0)
+        unit = next((s[0] // width for _, s, width in b if len(s) == 2), 0)
+        if a or b:
+            stack = (1 + max(i for i, *_ in a + b),) if "{i}" in foreign else ()
+            shapes[f"{ours}/kernel"] = (*stack, fan_in, unit * sum(width for _, width in parts))
+    for ours, foreign in naming.norms:
+        if found := match_keys(foreign):
+            shapes[ours] = (1 + max(i for i, _ in found), *found[0][1])
+    return shapes
+
+
+def find_factors(source, naming: Naming, kernel: Leaf) -> list[Factors]:
+    """What the file holds of each weight that a kernel of ours is made of."""
+    found = []
+    for piece in kernel.pieces:
+        stem = naming.spell(piece.key.removesuffix(".weight"))
+        keys = [suffix and stem + suffix for suffix in naming.suffixes]
+        if any(key in source.header for key in keys):
+            found.append(Factors(stem, piece, keys))
+    return found
+
+
+def find_norms(source, naming: Naming, shapes) -> list[Leaf]:
+    """The norms that the file gives in full, if only in some layers."""
+    table = naming.modules._replace(prefix=naming.prefixes[0])
+    paths = [path for path, _ in naming.norms if path in shapes]
+    norms = [lay_out(table, path, shapes[path]) for path in paths]
+    return [norm for norm in norms if any(p.key in source.header for p in norm.pieces)]
+
+
+def check_factors(source, factors: Factors) -> list[str]:
+    """What is wrong with the adapter of one linear layer."""
+    key_a, key_b, key_bias, key_alpha = factors.keys
+    (fan_out, fan_in), rank = factors.piece.shape, "rank"
+    for key, axis in ((key_a, 0), (key_b, 1)):
+        shape, _ = source.header.get(key, ((), None))
+        if len(shape) == 2:
+            rank = shape[axis] or "rank"
+    one, _ = source.header.get(key_alpha, ((), None))
+    expected = {key_a: (rank, fan_in), key_b: (fan_out, rank)}
+    optional = {key_bias: (fan_out,), key_alpha: (1,) if one == (1,) else ()}
+    expected |= {key: shape for key, shape in optional.items() if key in source.header}
+    return find_faults(source, expected, "its other half")
+
+
+def find_faults(source, expected: dict, there: str) -> list[str]:
+    """What is wrong with tensors, {key: shape}, all of which must be there because `there` is."""
+    faults = [
+        engine.find_fault(source, key, shape)
+        if key in source.header
+        else f"{key} is missing, {there} is there"
+        for key, shape in expected.items()
+    ]
+    return [fault for fault in faults if fault]
+
+
+def read_branches(adapter: Adapter) -> Iterator[Tuned]:
+    """Read an adapter, a kernel of ours at a time; PortError for NaN and infinity."""
+    for kernel, factors in adapter.linear:
+        layers = {}
+        for stem, piece, keys in factors:
+            tensors = [adapter.source.read(k) if k in adapter.source.header else None for k in keys]
+            a, b, bias, alpha = tensors
+            alpha = adapter.alpha_of(stem, len(a), alpha)
+            branch = Branch(stem, piece.place[-1], a, b, bias, alpha)
+            branch = branch.swap_halves() if kernel.swapped else branch
+            layers.setdefault(piece.layer, []).append(branch)
+        yield Tuned(kernel.path, kernel.shape, layers)
+
+
+def read_norms(adapter: Adapter, dtype=None) -> dict[str, np.ndarray]:
+    """{our path: array} of the norms that the file replaces, by default in its own dtype."""
+    return {norm.path: engine.fetch(norm, adapter.source, dtype) for norm in adapter.norms}
+
+
+def read_arrays(adapter: Adapter) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (our path, float32 array): lora_a, lora_b, lora_bias of each layer that the file
+    changes, with alpha / r already in lora_b and lora_bias, so that the scale of what we return is
+    1; and the norms that it replaces."""
+    for path, shape, layers in read_branches(adapter):
+        *stack, fan_in, fan_out = shape
+        merged = {
+            layer: merge_branches([round_branch(branch) for branch in branches], fan_out)
+            for layer, branches in layers.items()
+        }
+        rank = max(len(branch.a) for branch in merged.values())
+        a = np.zeros((*stack, fan_in, rank), np.float32)
+        b = np.zeros((*stack, rank, fan_out), np.float32)
+        bias = np.zeros((*stack, fan_out), np.float32)
+        for layer, branch in merged.items():
+            at = () if layer is None else layer
+            a[at][:, : len(branch.a)], b[at][: len(branch.a)] = branch.a.T, branch.b.T
+            bias[at] = 0 if branch.bias is None else branch.bias
+        module = path.removesuffix("kernel")
+        yield from ((f"{module}lora_a", a), (f"{module}lora_b", b), (f"{module}lora_bias", bias))
+    yield from read_norms(adapter, "float32").items()
+
+
+def round_branch(branch: Branch) -> Branch:
+    """The branch in float32 with alpha = r, its scale multiplied into B and its bias."""
+    scale = np.float32(branch.alpha / len(branch.a))
+    a, b = branch.a.astype(np.float32), branch.b.astype(np.float32) * scale
+    bias = None if branch.bias is None else branch.bias.astype(np.float32) * scale
+    return branch._replace(a=a, b=b, bias=bias, alpha=len(a))
+
+
+def merge_branches(branches: list[Branch], fan_out: int) -> Branch:
+    """Branches of one scale alpha / r as the one of the fused weight of `fan_out` outputs: if all
+    have the same A, it is A; else they lie side by side in A and on the diagonal of B."""
+    first = branches[0]
+    shared = all(np.array_equal(one.a, first.a) for one in branches)
+    blocks = [first] if shared else branches
+    a = np.concatenate([one.a for one in blocks])
+    b = np.zeros((fan_out, len(a)), np.result_type(*(one.b for one in branches)))
+    biases = [one.bias for one in branches if one.bias is not None]
+    bias = np.zeros(fan_out, np.result_type(*biases)) if biases else None
+    start = 0
+    for one in branches:
+        columns = slice(start, start + len(one.a))
+        b[one.span, columns] = one.b
+        if one.bias is not None:
+            bias[one.span] = one.bias
+        start = 0 if shared else columns.stop
+    return Branch(first.stem, slice(0, fan_out), a, b, bias, sum(one.alpha for one in blocks))
+
+
+def read_alphas(source, naming: Naming) -> Callable:
+    """-> function of (key stem, rank, alpha tensor or None): the alpha of that layer."""
+    prefix = naming.prefixes[0]
+    try:
+        config = json.loads(source.metadata.get(METADATA, "{}"))
+        config = {name: config.get(prefix + name) for name in ALPHA}
+        patterns = config["alpha_pattern"] or {}
+        patterns = {re.compile(rf"(.*\.)?({key})"): float(v) for key, v in patterns.items()}
+        default = config["lora_alpha"]
+        default = None if default is None else float(default)
+        if not np.isfinite([*patterns.values(), default or 0]).all():
+            raise ValueError("an alpha is not finite")
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise PortError(f"{METADATA} in its header is not a LoraConfig ({error})") from error
+    if config["use_dora"]:
+        raise PortError("is a DoRA, whose norms are not a sum of W and B A; fold it with PEFT")
+
+    def alpha_of(stem, rank, tensor):
+        if tensor is not None:
+            return float(tensor.reshape(()))
+        name = stem.removeprefix(prefix)
+        alpha = next((v for key, v in patterns.items() if key.fullmatch(name)), default)
+        alpha = rank if alpha is None else alpha
+        return alpha * rank**0.5 if config["use_rslora"] else alpha
+
+    return alpha_of

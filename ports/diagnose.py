@@ -1,0 +1,100 @@
+"""What is wrong with a file, in words: the one error of this package, and the tables by which files
+that are not what they should be can be told."""
+
+import re
+from pathlib import Path
+
+from ports.tables import mmdit, text, vae
+
+SHOWN = 10  # keys that an error names
+
+# What a file is by its first bytes, where it is not safetensors.
+MAGIC = (
+    (rb"GGUF", "a GGUF file, of quantised weights"),
+    (rb"PK\x03\x04|\x80[\x02-\x05]", "a pickle, which could run anything when it is opened"),
+    (rb"\x89HDF", "an HDF5 file"),
+    (rb"version https://git-lfs", "a pointer of git-lfs, not the file itself: run git lfs pull"),
+    (rb"\s*<", "a web page: the download failed"),
+)
+
+# What a safetensors file is, by the first of these patterns that begins one of its keys; a key is
+# followed by a space and the type of its tensor.
+KINDS = (
+    (r"lora_(unet|te\d?|transformer)_|.*[._]lora([._]|A\b|B\b)", "an adapter, for --lora"),
+    (r".*\.(absmax|quant_map|quant_state\.\S*) ", "quantised by bitsandbytes (nf4, int8)"),
+    (r".*\.(qweight|qzeros|wscales|wtscale) ", "quantised to 4 bits"),
+    (r"(.*\.)?(scaled_fp8|scale_weight|weight_scale|SCB) |.* (F8_|I8|U8)", "quantised to 8 bits"),
+    (r"model\.diffusion_model\.", "a whole checkpoint of ComfyUI"),
+    (r"(.*\.)?joint_blocks\.|pos_embed\.proj\.", "of Stable Diffusion 3"),
+    (r"(down|up|input|output)_blocks\.\d+\.", "a U-Net, of Stable Diffusion 1, 2 or XL"),
+    (r"double_stream_modulation_img\.", "of FLUX.2"),
+    (r"distilled_guidance_layer\.", "of Chroma"),
+    (r"(transformer\.)?double_blocks\.\d+\.img_attn_q", "of HunyuanVideo"),
+    (r"controlnet_", "a ControlNet"),
+    (r"(encoder\.)?vision_model\.", "an image encoder"),
+    (r"(en|de)coder\.(down|up)\w*\.\d+.*attn|(post_)?quant_conv\.", "an older autoencoder"),
+    (mmdit.BFL.sign, "a transformer in BFL's naming"),
+    (mmdit.DIFFUSERS.sign, "a transformer in diffusers' naming"),
+    (vae.BFL.sign, "an autoencoder in BFL's naming"),
+    (vae.DIFFUSERS.sign, "an autoencoder in diffusers' naming"),
+    (text.T5_TABLE.sign, "a T5 encoder"),
+    (text.CLIP_TABLE.sign, "a CLIP text encoder"),
+)
+
+# What the key of an adapter that is in no row says, by the first pattern that is found in it.
+STRANGE = (
+    (r"lora_te|text_encoder|text_model", "for a text encoder; only the MMDiT can be adapted"),
+    (r"dora_scale|magnitude", "a DoRA, whose norms are no sum of W and B A; fold it with PEFT"),
+    (r"lokr_|hada_|oft_|lora_mid", "a LyCORIS kind that is no product of two matrices"),
+    (r"\.diff_b$|\.diff$", "a difference of weights, which is no LoRA"),
+    (r"lora_unet_(input|output|middle|down|up|mid)_", "for Stable Diffusion"),
+    (r"\.processor\.", "XLabs' naming; convert it with diffusers"),
+)
+
+# What a wrong shape tells, by a pattern that is found in its key.
+HINTS = (
+    (r"x_embedder|img_in", "64 input channels are those of FLUX.1-dev, 384 those of FLUX.1-Fill"),
+)
+
+
+class PortError(Exception):
+    """A file that does not fit: one line that names up to ten of its keys."""
+
+
+def describe_start(path: Path) -> str:
+    """What a file is by its first bytes, or nothing where that is not known."""
+    with open(path, "rb") as file:
+        start = file.read(32)
+    if start[8:9] == b"{":  # safetensors, whatever the eight bytes of its header's length look like
+        return ""
+    return next((kind for sign, kind in MAGIC if re.match(sign, start)), "")
+
+
+def describe_header(header, expected: str = "") -> str:
+    """What a file is by its keys and types, {key: (shape, type)}; nothing where that is not known,
+    or its sign is the one expected."""
+    names = [f"{key} {dtype}" for key, (_, dtype) in header.items()]
+    kinds = (row for row in KINDS if any(re.match(row[0], name) for name in names))
+    sign, kind = next(kinds, ("", ""))
+    return "" if sign == expected else kind
+
+
+def describe_key(key: str) -> str:
+    """What is known of an adapter's key that is in no row, in parentheses, or nothing."""
+    return next((f" ({meaning})" for sign, meaning in STRANGE if re.search(sign, key)), "")
+
+
+def misshapen(key: str, shape, expected) -> str:
+    """The fault of a tensor that has another shape than the one expected."""
+    hint = next((f" ({hint})" for sign, hint in HINTS if re.search(sign, key)), "")
+    return f"{key} is {in_brackets(shape)}, expected {in_brackets(expected)}{hint}"
+
+
+def list_faults(faults: list[str]) -> str:
+    """The first ten, joined, and how many more there are."""
+    more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+    return "; ".join(faults[:SHOWN]) + more
+
+
+def in_brackets(shape) -> str:
+    return f"[{', '.join(map(str, shape))}]"

@@ -1,0 +1,118 @@
+"""Where the models of a weights folder lie, and their sizes, told by what its files hold.
+
+A model is in its own folder, as diffusers and transformers write it, or it is a single file beside
+those folders, as Black Forest Labs publish theirs. The name of a single file means nothing.
+"""
+
+import re
+from itertools import count
+from pathlib import Path
+
+from ports.diagnose import PortError, describe_header, describe_start, in_brackets, list_faults
+from ports.engine import STEMS, Source
+from ports.tables import AXES, LEAVES, Part, Table, find_row
+
+OPENED = ".safetensors", ".sft"
+REFUSED = ".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".pt", ".pth"
+
+
+def locate(folder: Path, part: Part) -> tuple[Source, Table]:
+    """A model's open source and the table that it is named by. PortError if it is not there, or in
+    two files."""
+    inside = folder / part.folder
+    if any(list(inside.glob(f"{stem}.safetensors*")) for stem in STEMS):
+        try:
+            source = Source(inside)
+        except PortError as error:
+            raise PortError(f"{part.folder}/: {error}") from error
+        return source, recognise_table(part, source) or part.table
+    sources = [Source(file) for file in list_files(folder, inside, OPENED)]
+    found = [(source, table) for source in sources if (table := recognise_table(part, source))]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = list_faults([source.path.name for source, _ in found])
+        raise PortError(f"holds more than one {part.name}: {names}; leave one")
+    others = list_files(folder, inside, OPENED + REFUSED)
+    others = [f"{file.name} is {describe_file(file)}" for file in others]
+    more = f"; {list_faults(others)}" if others else ""
+    place = f"{part.folder}/{part.stem}.safetensors"
+    raise PortError(f"holds no {part.name}: no {place}, and no single file of one{more}")
+
+
+def list_files(folder: Path, inside: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files with one of some suffixes in a weights folder or in a model's, sorted."""
+    every = sorted(folder.glob("*")) + sorted(inside.glob("*"))
+    return [file for file in every if file.suffix.lower() in suffixes and file.is_file()]
+
+
+def recognise_table(part: Part, source: Source) -> Table | None:
+    """The table by whose sign a source is one of `part`."""
+    tables = (t for t in part.tables if any(re.fullmatch(t.sign, key) for key in source.header))
+    return next(tables, None)
+
+
+def describe_file(file: Path) -> str:
+    """What a file is, in words. PortError if it is broken."""
+    known = describe_start(file) or describe_header(Source(file).header)
+    return known or "of a kind that is not known"
+
+
+def flux_sizes(source: Source, table: Table) -> dict:
+    """Fields of our FluxConfig, and head_dim, from the shapes of its tensors."""
+    in_channels, width = find_shape(source, table, "img_in/kernel", 2)
+    (head_dim,) = find_shape(source, table, "double/img/q_norm/scale", 1)
+    if width % head_dim:
+        key = first_key(table, "double/img/q_norm/scale")
+        raise PortError(f"{key} is [{head_dim}], which does not divide the width {width}")
+    return {
+        "in_channels": in_channels,
+        "out_channels": find_shape(source, table, "final/linear/kernel", 2)[1],
+        "heads": width // head_dim,
+        "head_dim": head_dim,
+        "double_blocks": count_layers(source, table, "double/img/qkv/kernel"),
+        "single_blocks": count_layers(source, table, "single/linear1/kernel"),
+        "text_width": find_shape(source, table, "txt_in/kernel", 2)[0],
+        "vec_width": find_shape(source, table, "vector_in/in_layer/kernel", 2)[0],
+        "guidance_embed": first_key(table, "guidance_in/in_layer/kernel") in source.header,
+    }
+
+
+def vae_sizes(source: Source, table: Table) -> dict:
+    """Fields of our VAEConfig from the shapes of its tensors; groups and scale leave no trace."""
+    first = "encoder/down/{}/res/{}/conv1/bias".format
+    levels = next(i for i in count() if first_key(table, first(i, 0)) not in source.header)
+    blocks = next(j for j in count() if first_key(table, first(0, j)) not in source.header)
+    return {
+        "channels": tuple(find_shape(source, table, first(i, 0), 1)[0] for i in range(levels)),
+        "layers": blocks,
+        "latent_channels": find_shape(source, table, "decoder/conv_in/kernel", 4)[2],
+    }
+
+
+# field of Preset -> its sizes by shapes; the text encoders' come with their config.json
+SIZES = {"flux": flux_sizes, "vae": vae_sizes}
+
+
+def first_key(table: Table, path: str) -> str:
+    """The foreign key of our leaf, or of the first part and layer of it."""
+    parts, leaf, _ = find_row(table, path)
+    return parts[0][0].replace("{i}", "0") + LEAVES.get(leaf, ("",))[0]
+
+
+def find_shape(source: Source, table: Table, path: str, ndim: int) -> tuple[int, ...]:
+    """Our shape of a leaf that is one tensor of the source, in each layer. PortError."""
+    key = first_key(table, path)
+    there, _ = source.header.get(key, ((), None))
+    if len(there) != ndim or 0 in there:
+        found = f"is {in_brackets(there)}" if there else "is missing"
+        raise PortError(f"{key} {found}; the model's sizes are told by it")
+    order = AXES.get(ndim, (0,))
+    return tuple(there[order.index(axis)] for axis in range(ndim))
+
+
+def count_layers(source: Source, table: Table, path: str) -> int:
+    """How many layers of a stacked leaf the source counts: the highest number, plus one."""
+    name = re.escape(find_row(table, path)[0][0][0]).replace(r"\{i\}", r"(\d{1,3})")
+    found = (re.match(rf"{name}\.", key) for key in source.header)
+    return max((int(match[1]) + 1 for match in found if match), default=1)

@@ -1,0 +1,38 @@
+"""What a weights folder holds: its models, and the JSON files of its pipeline.
+
+Source: huggingface/diffusers:src/diffusers/pipelines/flux/pipeline_flux_fill.py.
+"""
+
+from ports.tables import mmdit, text, vae
+
+PARTS = {"flux": mmdit.PART, "vae": vae.PART, "t5": text.T5, "clip": text.CLIP}
+
+BASES = {  # input channels of the transformer -> whose they are
+    384: "FLUX.1-Fill",
+    128: "FLUX.1-Depth or -Canny",
+    64: "FLUX.1-dev",
+}
+
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
+# entry of the scheduler's config -> our field
+SHIFT = {
+    "base_shift": "base_shift",
+    "max_shift": "max_shift",
+    "base_image_seq_len": "base_tokens",
+    "max_image_seq_len": "max_tokens",
+}
+INDEX = {
+    "_class_name": "FluxFillPipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}

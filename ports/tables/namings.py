@@ -1,0 +1,74 @@
+"""How adapter files name what they change: a row per naming; its modules are a column of mmdit.py.
+
+Sources: kohya-ss/sd-scripts:networks/{lora_flux,convert_flux_lora}.py;
+lzyhha/VisualCloze:models/modules/lora.py, which is black-forest-labs/flux:src/flux/modules/lora.py
+(FLUX.1-Depth-dev-lora and FLUX.1-Canny-dev-lora, which give norms in full besides);
+huggingface/diffusers:src/diffusers/loaders/lora_conversion_utils.py for who writes which prefix.
+"""
+
+import re
+from typing import NamedTuple
+
+from ports.tables import Table, mmdit
+
+LAYER = r"(\d{1,3})"  # no model has a thousand blocks, and a false number must not make one
+
+
+class Naming(NamedTuple):
+    """prefix + module, its dots written as `dot`, + suffix: of A, B, a bias on B, and alpha.
+
+    A file has one of `prefixes` throughout; the first is the one that we write. A suffix is None
+    where the naming cannot hold it; whole norms need dotted keys. We write files that end in
+    `ending`, "" being of what is only read, and alpha goes where `alpha` says: into the "header",
+    into a "tensor" or, where the naming has none, into "B".
+    """
+
+    title: str
+    modules: Table
+    dot: str
+    suffixes: tuple[str | None, ...]
+    prefixes: tuple[str, ...]
+    alpha: str = ""
+    ending: str = ""
+
+    @property
+    def linear(self) -> list[tuple[str, str]]:
+        """The rows of linear layers: (our path, foreign name)."""
+        return [row for row in self.modules.rows if not row[0].endswith("/scale")]
+
+    @property
+    def norms(self) -> list[tuple[str, str]]:
+        """The rows of norms, which a file with dotted keys may give in full."""
+        rows = self.modules.rows if self.dot == "." else ()
+        return [row for row in rows if row[0].endswith("/scale")]
+
+    def spell(self, module: str) -> str:
+        """A module's key without its suffix, as we write it."""
+        return self.prefixes[0] + module.replace(".", self.dot)
+
+    def pattern(self, module: str, suffix: str = "") -> str:
+        """The regular expression of a module's key; its group is the layer."""
+        return re.escape(self.spell(module) + suffix).replace(r"\{i\}", LAYER)
+
+
+AB = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".alpha"
+DOWN = ".lora_down.weight", ".lora_up.weight", None, ".alpha"
+DOTS = "transformer.", "diffusion_model.", "base_model.model.", ""
+BARE = "", "diffusion_model.", "base_model.model.", "transformer."
+UNET = ("lora_unet_",)
+FLAT = "lora_transformer_", "lora_unet_"
+
+DIFFUSERS, BFL = mmdit.DIFFUSERS, mmdit.BFL
+TENSORS, PICKLE = ".safetensors", ".pth"
+
+# fmt: off
+NAMINGS = {
+    "diffusers":   Naming("diffusers'",            DIFFUSERS, ".", AB,   DOTS, "header", TENSORS),
+    "kohya":       Naming("kohya's",               BFL,       "_", DOWN, UNET, "tensor", TENSORS),
+    "visualcloze": Naming("VisualCloze's (BFL's)", BFL,       ".", AB,   BARE, "B",      PICKLE),
+    "onetrainer":  Naming("OneTrainer's",          DIFFUSERS, "_", DOWN, FLAT),
+    "old":         Naming("diffusers' old",        DIFFUSERS, ".", DOWN, DOTS),
+    "comfyui":     Naming("ComfyUI's",             BFL,       ".", DOWN, DOTS),
+}
+# fmt: on
+TARGETS = tuple(name for name, naming in NAMINGS.items() if naming.ending)
