@@ -5,7 +5,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.ops import pack, pack_mask, rope_table
@@ -16,14 +15,13 @@ BLACK = -1.0  # of a blank cell, in model range
 GREY = 0.0  # of what stock Fill masks: the second pass
 
 
-class Models(nnx.Module):
-    """The four networks of one preset, as one tree: flux/, vae/, t5/, clip/."""
+class Models(NamedTuple):
+    """The four networks of one preset; None for one that is not at hand."""
 
-    def __init__(self, preset, *, rngs):
-        self.flux = Flux(preset.flux, rngs=rngs)
-        self.vae = VAE(preset.vae, rngs=rngs)
-        self.t5 = T5Encoder(preset.t5, rngs=rngs)
-        self.clip = CLIPTextEncoder(preset.clip, rngs=rngs)
+    flux: Flux | None
+    vae: VAE | None
+    t5: T5Encoder | None
+    clip: CLIPTextEncoder | None
 
     def encoders(self):
         """T5 and CLIP."""
@@ -74,12 +72,13 @@ def encode_picture(vae, pixels, dtype=jnp.float32):
     return pack(vae.encode(to_model(pixels, dtype)))
 
 
-def encode_training(vae, rows, fill, key, dtype=jnp.float32):
+def encode_training(vae, rows, fill, keys, dtype=jnp.float32):
     """Rows of a micro-batch -> clean latents [B, S, 64], condition [B, S, 320], share [B, S].
 
     A row is (pixels uint8 [B, h, W, 3], mask bool [B, h, W] or None where nothing is ever
-    masked). Latent and condition are two draws from the posterior; without a mask it is the same
-    posterior, and the row is encoded once. The share is that of a token's masked pixels.
+    masked). Latent and condition are two draws from the posterior, by the B `keys`; without a mask
+    it is the same posterior, and the row is encoded once. The share is that of a token's masked
+    pixels.
     Source: lzyhha/VisualCloze:train.py.
     """
     clean, blanked, masks = [], {}, []
@@ -96,9 +95,10 @@ def encode_training(vae, rows, fill, key, dtype=jnp.float32):
         of_condition[i] = posterior
     mean, std = posterior_tokens(vae, of_clean)  # B S 64
     condition_mean, condition_std = posterior_tokens(vae, of_condition)
-    draws = jax.random.normal(key, (2, *mean.shape), dtype)
-    latents = mean + std * draws[0]
-    condition = condition_mean + condition_std * draws[1]
+    draw = jax.vmap(lambda key: jax.random.normal(key, (2, *mean.shape[1:]), dtype))
+    draws = draw(keys)  # B 2 S 64
+    latents = mean + std * draws[:, 0]
+    condition = condition_mean + condition_std * draws[:, 1]
     mask = jnp.concatenate(masks, 1)  # B S 256
     share = mask.astype(jnp.float32).mean(-1)
     return latents, jnp.concatenate([condition, mask], -1), share

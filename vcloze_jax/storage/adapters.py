@@ -52,10 +52,11 @@ def fit(file: Path, adapter: dict, config: FluxConfig) -> FluxConfig:
     return config
 
 
-def save(file: Path, adapter: dict):
-    """Write an adapter tree, in float32, for `load_lora_weights` of diffusers: alpha = rank, biases
-    on B."""
+def save(file: Path, adapter: dict, dtype="float32", note: dict[str, str] | None = None):
+    """Write an adapter tree for `load_lora_weights` of diffusers: alpha = rank, biases on B; with a
+    `note` of ours in the header."""
     arrays = flatten_dict(adapter, sep="/")
-    arrays = {path: np.asarray(array, np.float32) for path, array in arrays.items()}
+    arrays = {path: np.asarray(array).astype(dtype) for path, array in arrays.items()}
     norms = {path: array for path, array in arrays.items() if path.endswith("/scale")}
-    export.write_adapter(file, NAMINGS["diffusers"], export.to_branches(arrays), norms)
+    branches = export.to_branches(arrays)
+    export.write_adapter(file, NAMINGS["diffusers"], branches, norms, note)

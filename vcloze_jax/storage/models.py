@@ -11,13 +11,13 @@ import jax
 from flax import nnx
 
 from vcloze_jax import __version__
-from vcloze_jax.conditioning import Models
 from vcloze_jax.config import PRESETS, UserError
-from vcloze_jax.model.lora import fold
+from vcloze_jax.model.lora import fold, split
 from vcloze_jax.sharding import compute_dtype, put, shardings
 from vcloze_jax.storage import adapters, places, weights
 from vcloze_jax.storage.preset import read_config
 from vcloze_jax.storage.textreader import TextCache, TextReader, Tokenizers
+from vcloze_jax.trainer import purpose_key
 
 
 class LazyModels:
@@ -96,39 +96,39 @@ def check_for_training(folder, recipe):
 
 
 def load_for_training(preset, folder, mesh):
-    """All models on the mesh: graphdef, trainable and frozen trees (pure dicts by model).
+    """All models on the mesh, by name: graphdefs, trainable and frozen trees (pure dicts).
 
     Trainable, in float32: the adapter; with rank 0 the MMDiT; from scratch the text encoders too.
     The rest is frozen, in the compute dtype, and comes from the weights folder. Raises UserError.
     """
-    recipe = preset.recipe
+    recipe, key = preset.recipe, purpose_key(preset.recipe.seed, "init")
     adapter = recipe.lora and load_start(preset)  # first, since it may be refused
     scratch = ("flux", "t5", "clip") if recipe.from_scratch else ()
     ranked = replace(preset, flux=replace(preset.flux, rank=recipe.rank))
-    chosen = nnx.LoRAParam if recipe.rank else lambda path, _: path[0] in (scratch or ("flux",))
-
-    def init_trainable(key):
-        _, trainable, _ = nnx.split(Models(ranked, rngs=nnx.Rngs(params=key)), chosen, ...)
-        return nnx.to_pure_dict(trainable)
-
-    models = jax.eval_shape(lambda: Models(ranked, rngs=nnx.Rngs(0)))
-    graphdef, _, _ = nnx.split(models, chosen, ...)
-    key = jax.random.key(recipe.seed)
-    trainable = jax.eval_shape(init_trainable, key)
-    frozen = {}
-    for name in weights.MODULES:
+    graphdefs, trainable, frozen = {}, {}, {}
+    for number, name in enumerate(weights.MODULES):
+        module, config = weights.MODULES[name], getattr(ranked, name)
+        graphdefs[name], _, _ = weights.abstract(module, config)
+        init = partial(init_learnt, module, config)
+        place = partial(shardings, mesh=mesh, root=f"{name}/")
+        learnt = name in scratch or name == "flux" and (not recipe.rank)
         if name not in scratch:
-            exact = name in trainable and not recipe.rank
-            dtype = "float32" if exact else compute_dtype(mesh)
-            model = load_model(name, preset, folder, dtype, mesh)
-            frozen[name] = nnx.to_pure_dict(nnx.state(model))
+            dtype = "float32" if learnt else compute_dtype(mesh)
+            tree = nnx.to_pure_dict(nnx.state(load_model(name, preset, folder, dtype, mesh)))
+            (trainable if learnt else frozen)[name] = tree
+        if name in scratch or name == "flux" and recipe.rank and not adapter:
+            places = place(jax.eval_shape(init, key))
+            draw = jax.jit(init, out_shardings=places)
+            trainable[name] = draw(jax.random.fold_in(key, number))
     if adapter:
-        trainable = put({"flux": adapter}, mesh)
-    elif recipe.rank or scratch:
-        trainable = jax.jit(init_trainable, out_shardings=shardings(trainable, mesh))(key)
-    else:
-        trainable = {"flux": frozen.pop("flux")}
-    return graphdef, trainable, frozen
+        trainable["flux"] = put(adapter, mesh, "flux/")
+    return graphdefs, trainable, frozen
+
+
+def init_learnt(module, config, key):
+    """New weights of a model: its adapter's, or without one all."""
+    _, adapter, base = split(module(config, rngs=nnx.Rngs(params=key)))
+    return adapter or base
 
 
 def load_start(preset):
@@ -141,14 +141,17 @@ def load_start(preset):
     return adapter
 
 
-def save_trained(out, trainer, folder):
-    """Write what a Trainer has learnt: OUT/lora.safetensors, or with rank 0
-    OUT/weights, whose tokenizers are those of `folder`."""
-    if trainer.recipe.rank:
-        adapters.save(out / "lora.safetensors", trainer.state[0]["flux"])
-        return
-    models = trainer.models()
-    parts = {name: getattr(models, name) for name in weights.MODULES}
-    weights.save_pipeline(out / "weights", trainer.preset, parts)
-    for name in ("tokenizer", "tokenizer_2"):
-        shutil.copytree(folder / name, out / "weights" / name, dirs_exist_ok=True)
+def save_trained(run, trainer, folder):
+    """Write what a Trainer has learnt so far: RUN/lora.safetensors, or with rank 0 and at the end
+    RUN/weights, whose tokenizers are those of `folder`."""
+    recipe = trainer.recipe
+    if recipe.rank:
+        what = f"average {recipe.ema:g}" if recipe.ema else "last"
+        note = {"step": str(trainer.step), "weights": what}
+        adapters.save(run.path / "lora.safetensors", trainer.learnt["flux"], note=note)
+    elif trainer.step == recipe.steps:
+        models, out = trainer.models(), run.path / "weights"
+        parts = {name: getattr(models, name) for name in weights.MODULES}
+        weights.save_pipeline(out, trainer.preset, parts)
+        for name in ("tokenizer", "tokenizer_2"):
+            shutil.copytree(folder / name, out / name, dirs_exist_ok=True)
