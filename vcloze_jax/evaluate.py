@@ -4,9 +4,13 @@ Every task is asked of the same held-out subjects from the same noise: with 0, 1
 examples, with the task sentence and without, and with two examples of another task: a wrong
 demonstration, once of the target most unlike the asked one and once of the most alike. RMSE and
 SSIM are those of the painted cell to the truth, in [0, 1], on white.
+
+--card README.md writes table and summary between the markers of a model card, too: no figure in it
+is typed by hand.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +23,7 @@ from vcloze_jax.data import graph
 from vcloze_jax.data.graphemoji import GraphEmojiGrids
 from vcloze_jax.grid import Spec
 from vcloze_jax.inputs import cli
-from vcloze_jax.inputs.pictures import save_png, save_text
+from vcloze_jax.inputs.pictures import check_file, save_png, save_text
 from vcloze_jax.painter import steps_bar
 from vcloze_jax.pipeline import load_painter
 
@@ -43,6 +47,7 @@ COPYING_IS_BAD = TASKS["trained"][:5]
 SHOWN = 6  # subjects on a contact sheet
 STRIDES = (37, 74)  # from a subject to its examples: never a relative of it
 WRONG = ("unlike", "alike")
+MARKERS = ("<!-- evaluation -->", "<!-- end of evaluation -->")  # around the table in a model card
 
 
 class Setting(NamedTuple):
@@ -181,6 +186,27 @@ def markdown(table, summary):
     return "\n".join(lines) + "\n"
 
 
+def split_card(file):
+    """What a model card says before and after its evaluation; the markers belong to it.
+
+    Raises UserError if the file cannot be read, or does not hold both markers once and in order.
+    """
+    try:
+        text = check_file(file).read_text("utf-8")
+    except (UserError, UnicodeDecodeError) as error:
+        raise UserError(f"--card {file}: {error}") from None
+    if re.findall("|".join(MARKERS), text) != list(MARKERS):
+        raise UserError(f"--card {file}: add the lines {' and '.join(MARKERS)}, each once")
+    before, _, rest = text.partition(MARKERS[0])
+    return before + MARKERS[0], MARKERS[1] + rest.partition(MARKERS[1])[2]
+
+
+def write_card(file, table):
+    """Put a table between the markers of a model card, atomically; see split_card."""
+    before, after = split_card(file)
+    save_text(file, f"{before}\n\n{table}\n{after}")
+
+
 def contact_sheet(source, task, cells, subjects):
     """Conditions, painted cells of all settings, truth; one row per subject, uint8."""
     columns = [truth(source, node, subjects) for node in task.conditions]
@@ -196,7 +222,10 @@ def main(argv):
     parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR")
     parser.add_argument("--subjects", type=int, default=64, help="of the 128 held out")
     parser.add_argument("--num-inference-steps", type=int, default=12)
+    parser.add_argument("--card", type=Path, metavar="FILE", help="a model card, with the markers")
     args = parser.parse_args(argv)
+    if args.card:
+        split_card(args.card)  # now, not after the painting
 
     painter = load_painter(args.weights, args.lora, args.mesh)
     source = GraphEmojiGrids("held_out")
@@ -214,9 +243,12 @@ def main(argv):
             sheet = contact_sheet(source, task, cells, subjects)
             save_png(args.out / f"{name.replace('->', '_to_')}.png", sheet)
     summary = summarise(table)
-    save_text(args.out / "table.md", markdown(table, summary))
+    text = markdown(table, summary)
+    save_text(args.out / "table.md", text)
     save_text(args.out / "table.json", json.dumps({"summary": summary, "tasks": table}, indent=1))
-    print(markdown(table, summary))
+    if args.card:
+        write_card(args.card, text)
+    print(text)
 
 
 if __name__ == "__main__":

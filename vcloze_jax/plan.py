@@ -1,8 +1,9 @@
 """What sampling or training will cost, before anything is loaded: tokens, FLOPs, bytes.
 
-Weights and optimizer state are counted exactly, from shapes and the sharding table. Activations
-are estimated: bytes per token and unit of width, counted at the peak of a block and checked against
-XLA's own figures (tests/test_plan.py); a part that the tensor axis would split is counted whole.
+No model is described here a second time. FLOPs are XLA's count of the lowered programs, activations
+the temporaries of the compiled ones on the devices of the mesh; weights and optimizer state are
+counted to the byte, from shapes and the sharding table. Left out are the activations of the text
+encoders, which are small: those of a prompt, not of a grid.
 """
 
 import math
@@ -15,180 +16,99 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vcloze_jax import flow
 from vcloze_jax.grid import PATCH, bucket
+from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.vae import VAE
 from vcloze_jax.painter import BATCH_TOKENS
-from vcloze_jax.sharding import compute_dtype, shardings
-from vcloze_jax.storage import weights
+from vcloze_jax.sharding import batch_sharding, compute_dtype, shardings
+from vcloze_jax.storage.weights import MODULES, abstract
 
-# Values of one block that live at once, in widths of the MMDiT per token: in a forward pass those
-# of a single block's joined MLP and attention; for a gradient all that autodiff keeps.
-FORWARD, SAVED = 24, 56
 MESH = "a larger --mesh: its fsdp axis splits weights and state"
 REMEDIES = {
     "activations": "a larger --mesh, a smaller --micro-batch, a lower resolution or fewer cells",
     "its gradients": f"a lower --rank, or {MESH}",
     "its moments": f"a lower --rank, or {MESH}",
 }
-# Which tokens a kernel multiplies; those of modulations and embedders one row of a sample.
-ROWS = {
-    "img_in": "image",
-    "txt_in": "text",
-    "double/img": "image",
-    "double/txt": "text",
-    "single": "all",
-    "final/linear": "image",
-}
-
-
-def on_device(tree, mesh, root, dtype):
-    """Bytes of a tree of shapes on one device of the mesh."""
-    places = jax.tree.leaves(shardings(tree, mesh, root))
-    shards = zip(jax.tree.leaves(tree), places, strict=True)
-    return sum(math.prod(s.shard_shape(x.shape)) for x, s in shards) * jnp.dtype(dtype).itemsize
-
-
-def shapes_of(preset, name):
-    """Adapter and base of a model, as trees of shapes."""
-    return weights.abstract(weights.MODULES[name], getattr(preset, name))[1:]
-
-
-def kernels(tree, image, text):
-    """Multiplications by all kernels of the MMDiT's base or adapter for one sample."""
-    rows = {"image": image, "text": text, "all": image + text}
-    total = 0
-    for path, shape in weights.shapes(tree).items():
-        if path.endswith(("/kernel", "/lora_a", "/lora_b")):
-            kind = next((kind for start, kind in ROWS.items() if path.startswith(start)), None)
-            total += math.prod(shape) * (1 if "/mod/" in path else rows.get(kind, 1))
-    return total
-
-
-def flux_flops(config, image, text):
-    """(linear, attention) FLOPs of one forward of one sample of that many tokens."""
-    base = weights.abstract(weights.MODULES["flux"], config)[2]
-    blocks = config.double_blocks + config.single_blocks
-    return 2 * kernels(base, image, text), 4 * (image + text) ** 2 * config.width * blocks
-
-
-def text_flops(preset):
-    """Of one prompt through both encoders; without attention, which is a hundredth of it."""
-    trees = ((shapes_of(preset, name)[1], getattr(preset, name)) for name in ("t5", "clip"))
-    return sum(2 * kernels(tree, 1, 1) * c.max_length for tree, c in trees)
-
-
-@cache
-def vae_flops(config, kind, height, width):
-    """Of encoding, or decoding, one picture; XLA's count of the traced program."""
-    vae = nnx.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0)))
-    pixels = (1, height, width, 3)
-    shape = pixels if kind == "encode" else (1, height // 8, width // 8, config.latent_channels)
-    x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    lowered = jax.jit(lambda vae, x: getattr(vae, kind)(x)).lower(vae, x)
-    return lowered.cost_analysis()["flops"]
-
-
-def activations(config, grids, length, itemsize, saved=False):
-    """Bytes of the MMDiT's activations for `grids` sequences of `length` tokens on one device.
-
-    Where no kernel fuses attention, as in float32, scores and their softmax are [H, L, L]. `saved`
-    is what a gradient keeps: of every block, or with remat the input of each and all of one.
-    """
-    blocks = config.double_blocks + config.single_blocks
-    unit = grids * length * config.width * itemsize
-    scores = 2 * 4 * grids * config.heads * length * length * (itemsize == 4)
-    if not saved:
-        return FORWARD * unit + scores
-    if config.remat:
-        return blocks * unit + SAVED * unit + scores
-    return blocks * (SAVED * unit + scores)
-
-
-def picture_bytes(config, height, width, itemsize):
-    """Bytes while one picture is encoded or decoded: three maps of the widest full-size level and
-    its float32 norm, or the scores of the attention in the middle."""
-    widest = height * width * max(config.channels[:2]) * (3 * itemsize + 4)
-    return max(widest, 2 * 4 * (height * width // 64) ** 2)
 
 
 def sampling(preset, specs, mesh):
     """What painting specs costs, as text."""
     dtype, shards = compute_dtype(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
-    size, text = jnp.dtype(dtype).itemsize, preset.t5.max_length
-    lines, counts, pictures, total = [], Counter(), [], 0
-    for name, tokens, steps, rows in passes(specs):
+    lines, counts, pictures, total = [], Counter(), set(), 0
+    for name, tokens, steps, rows in passes(preset, specs):
         padded = bucket(tokens, preset.resolution)
-        forward = sum(flux_flops(preset.flux, padded, text))
-        flops = text_flops(preset) + vae_flops(preset.vae, "decode", *rows[-1]) + steps * forward
-        flops += sum(vae_flops(preset.vae, "encode", *row) for row in rows)
-        size_of = f"{tokens} image + {text} text tokens, bucket {padded}"
-        lines.append(f"{name}: {size_of}, {steps} steps of {si(forward, 'FLOP')}")
-        total += flops
+        forward = flux_flops(preset, padded)
+        size = f"{tokens} image + {preset.t5.max_length} text tokens, bucket {padded}"
+        lines.append(f"{name}: {size}, {steps} steps of {si(forward, 'FLOP')}")
+        calls = [*((VAE.encode, row) for row in rows), (VAE.decode, rows[-1])]
+        total += steps * forward + text_flops(preset)
+        total += sum(flops(lower_vae(preset, *call)) for call in calls)
+        pictures.update(calls)
         counts[padded, steps] += 1
-        pictures += rows
     lines.append(f"{si(total, 'FLOP')} in all, on {mesh.size} {dtype} devices; bytes on each:")
-    held = {n: on_device(shapes_of(preset, n)[1], mesh, f"{n}/", dtype) for n in weights.MODULES}
-    texts = {"t5": held.pop("t5"), "clip": held.pop("clip")}
-    step = max(
-        activations(
-            preset.flux,
-            min(-(-count // shards), max(1, BATCH_TOKENS // padded)),
-            text + padded,
-            size,
-        )
+
+    batches = {
+        (min(-(-count // shards), max(1, BATCH_TOKENS // padded)) * shards, padded)
         for (padded, _), count in counts.items()
-    )
-    picture = max(picture_bytes(preset.vae, *row, size) for row in pictures)
+    }
+    # The most tokens need the most memory, or else the longest grids, where scores are kept.
+    batches = {max(batches, key=math.prod), max(batches, key=lambda batch: batch[1])}
+    step = max(flux_temporaries(preset, *batch, mesh) for batch in batches)
+    picture = max(temporaries(lower_vae(preset, *call, dtype)) for call in pictures)
+    weights = weights_on_device(preset, MODULES, mesh, dtype)
+    texts = {name: weights.pop(name) for name in ("t5", "clip")}
     stages = {
         "reading": texts,
-        "painting": held | {"activations": step},
-        "decoding": held | {"activations": picture},
+        "painting": weights | {"activations": step},
+        "decoding": weights | {"activations": picture},
     }
     return "\n".join(lines + verdict(stages, mesh))
 
 
-def passes(specs):
-    """(name, tokens, steps, (height, width) of the rows) of every pass over a grid."""
+def passes(preset, specs):
+    """(name, tokens, steps, (height, width) of the rows as encoded) of every pass over a grid."""
     for spec in specs:
         yield spec.name, spec.grid.tokens, spec.num_inference_steps, spec.grid.shape
         if up := spec.upsampling:
-            steps = max(1, math.ceil(up.num_inference_steps * up.strength))
+            times = flow.schedule(up.num_inference_steps, up.tokens, preset.flow, up.strength)
+            rows = ((up.height, up.width),) * 2  # what it starts from, and the condition
             for i in range(len(spec.grid.targets)):
-                yield f"{spec.name}_target{i}", up.tokens, steps, ((up.height, up.width),)
+                yield f"{spec.name}_target{i}", up.tokens, len(times) - 1, rows
 
 
 def training(preset, settings, data, mesh):
     """What an optimizer step on the largest grid of the data costs, as text."""
     dtype, shards = compute_dtype(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
-    size, text, rank = jnp.dtype(dtype).itemsize, preset.t5.max_length, settings.rank
-    rows = largest(data)
-    tokens = sum(height * width for height, width in rows) // PATCH**2
-    config = replace(preset.flux, rank=rank)
-    adapter, base = shapes_of(replace(preset, flux=config), "flux")
-    names = ("flux", "t5", "clip") if settings.from_scratch else ("flux",)
-    learnt = {"flux": adapter} if rank else {n: shapes_of(preset, n)[1] for n in names}
+    preset = replace(preset, flux=replace(preset.flux, rank=settings.rank))
+    rows, grids = largest(data), settings.micro_batch // shards
+    tokens = sum(map(math.prod, rows)) // PATCH**2
+    encoded = Counter((*rows, rows[-1]))  # the query a second time, blanked
+    total = flux_flops(preset, tokens, learning=True)
+    total += flux_flops(preset, tokens) * preset.flux.remat  # each block runs once more
+    # A gradient of all weights takes twice the work of what it is the gradient of.
+    total += text_flops(preset) * (3 if settings.from_scratch else 1)
+    total += sum(n * flops(lower_vae(preset, VAE.moments, row)) for row, n in encoded.items())
 
-    linear, attention = flux_flops(preset.flux, tokens, text)
-    branch = 2 * kernels(adapter, tokens, text)
-    # Forward and the gradients of all activations, with flash attention's two and a half; those of
-    # what is learnt; and with remat one more forward.
-    flops = 2 * linear + 3.5 * attention + (3 * branch if rank else linear)
-    flops += (linear + attention + branch) * config.remat
-    flops += text_flops(preset) * (3 if settings.from_scratch else 1)
-    flops += sum(vae_flops(preset.vae, "encode", *row) for row in (*rows, rows[-1]))
-
-    grids = settings.micro_batch // shards
-    frozen = [n for n in weights.MODULES if rank or n not in learnt]
-    stage = {n: on_device(shapes_of(preset, n)[1], mesh, f"{n}/", dtype) for n in frozen}
-    exact = sum(on_device(tree, mesh, f"{n}/", "float32") for n, tree in learnt.items())
+    trained = ("flux", "t5", "clip") if settings.from_scratch else ("flux",)
+    frozen = [name for name in MODULES if settings.rank or name not in trained]
+    exact = sum(weights_on_device(preset, trained, mesh, "float32").values())
+    if settings.rank:
+        exact = on_device(abstract(Flux, preset.flux)[1], mesh, "flux", "float32")
+    # Rows of one size are encoded at once, for all grids.
+    vae = {row: temporaries(lower_vae(preset, VAE.moments, row, dtype)) for row in encoded}
+    activations = max(
+        flux_temporaries(preset, grids * shards, tokens, mesh, learning=True),
+        *(grids * n * vae[row] for row, n in encoded.items()),
+    )
+    stage = weights_on_device(preset, frozen, mesh, dtype)
     stage |= {"learnt": exact, "its gradients": 2 * exact, "its moments": 2 * exact}
-    pictures = grids * max(picture_bytes(preset.vae, *row, size) for row in rows)
-    kept = activations(config, grids, text + tokens, size, saved=True)
-    stage["activations"] = max(kept, pictures)
+    stage |= {"activations": activations}
     sides = ", ".join(f"{width}x{height}" for height, width in rows)
+    size = f"{tokens} image + {preset.t5.max_length} text tokens"
     lines = [
-        f"largest grid: rows of {sides}; {tokens} image + {text} text tokens, {si(flops, 'FLOP')}",
-        f"{si(flops * settings.batch, 'FLOP')} in a step of {settings.batch}, {grids} at a time on "
+        f"largest grid: rows of {sides}; {size}, {si(total, 'FLOP')}",
+        f"{si(total * settings.batch, 'FLOP')} in a step of {settings.batch}, {grids} at a time on "
         f"each of {mesh.size} {dtype} devices; bytes on each:",
     ]
     return "\n".join(lines + verdict({"a step": stage}, mesh))
@@ -198,7 +118,99 @@ def largest(data, draws=200):
     """Rows (height, width) of the largest of some grids of the data."""
     rngs = [np.random.default_rng(i) for i in range(draws)]
     shapes = {data.example(rng, data.shape(rng)).grid.shape for rng in rngs}
-    return max(shapes, key=lambda rows: sum(height * width for height, width in rows))
+    return max(shapes, key=lambda rows: sum(map(math.prod, rows)))
+
+
+def weights_on_device(preset, names, mesh, dtype):
+    """Bytes of some models, without adapters, on one device of the mesh, by name."""
+    bases = {name: abstract(MODULES[name], getattr(preset, name))[2] for name in names}
+    return {name: on_device(tree, mesh, name, dtype) for name, tree in bases.items()}
+
+
+def on_device(tree, mesh, root, dtype):
+    """Bytes of a tree of shapes on one device of the mesh."""
+    leaves, places = jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, mesh, f"{root}/"))
+    counts = (math.prod(s.shard_shape(x.shape)) for x, s in zip(leaves, places, strict=True))
+    return sum(counts) * jnp.dtype(dtype).itemsize
+
+
+def flops(lowered):
+    """XLA's count for a lowered program, of all its devices; of a loop it counts one turn."""
+    return lowered.cost_analysis()["flops"]
+
+
+def temporaries(lowered):
+    """Bytes on each device that the compiled program needs beside its arguments and results."""
+    # What machine code a CPU would run does not matter, and takes half of the time.
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return lowered.compile(quick).memory_analysis().temp_size_in_bytes
+
+
+@cache
+def flux_flops(preset, tokens, learning=False):
+    """Of `flux_program` for one grid. Without remat, or blocks would be a loop; in float32, or a
+    kernel of an accelerator would hide the attention."""
+    preset = replace(preset, flux=replace(preset.flux, remat=False))
+    program, *shapes = flux_program(preset, 1, tokens, learning)
+    return flops(jax.jit(program).lower(*shapes))
+
+
+def flux_temporaries(preset, grids, tokens, mesh, learning=False):
+    """Of `flux_program` for so many grids at once, as the mesh runs it."""
+
+    def place(tree, dtype, places):
+        return jax.tree.map(lambda x, s: x.update(dtype=dtype, sharding=s), tree, places)
+
+    dtype = compute_dtype(mesh)
+    program, learnt, frozen, inputs = flux_program(preset, grids, tokens, learning)
+    learnt = place(learnt, "float32", shardings(learnt, mesh, "flux/"))
+    frozen = place(frozen, dtype, shardings(frozen, mesh, "flux/"))
+    inputs = place(inputs, dtype, [batch_sharding(mesh)] * len(inputs))
+    with jax.set_mesh(mesh):
+        return temporaries(jax.jit(program).lower(learnt, frozen, inputs))
+
+
+def flux_program(preset, grids, tokens, learning):
+    """The MMDiT's velocity of grids or, where it is learning, the gradient of a loss of it: a
+    function of what is learnt, what is frozen, and inputs; with these three as shapes."""
+    c, length = preset.flux, preset.t5.max_length
+    graphdef, adapter, base = abstract(Flux, c)
+    trees = (base, adapter) if learning and not c.rank else (adapter, base)
+
+    def velocity(learnt, frozen, inputs):
+        t, img, txt, pooled, *pe = inputs
+        flux = nnx.merge(graphdef, learnt, frozen)
+        return flux(img, txt, flux.modulation(t, t, pooled), pe)
+
+    def loss(*args):
+        return jnp.square(velocity(*args).astype("float32")).mean()
+
+    sizes = (), (tokens, c.in_channels), (length, c.text_width), (c.vec_width,)
+    angles = (length + tokens, 1, c.head_dim // 2)
+    inputs = [jax.ShapeDtypeStruct((grids, *size), "float32") for size in (*sizes, angles, angles)]
+    return jax.grad(loss) if learning else velocity, *trees, inputs
+
+
+@cache
+def text_flops(preset):
+    """Of one prompt through both encoders, whose blocks are a loop: as many turns as layers."""
+    total = 0
+    for name in ("t5", "clip"):
+        module, config = MODULES[name], getattr(preset, name)
+        ids = jax.ShapeDtypeStruct((1, config.max_length), "int32")
+        encoder = nnx.merge(*abstract(module, config))
+        total += config.layers * flops(jax.jit(module.__call__).lower(encoder, ids))
+    return total
+
+
+@cache
+def lower_vae(preset, method, size, dtype="float32"):
+    """`VAE.encode`, `VAE.moments` or `VAE.decode`, lowered for one picture of (height, width)."""
+    vae = jax.tree.map(lambda x: x.update(dtype=dtype), nnx.merge(*abstract(VAE, preset.vae)))
+    height, width = size
+    picture, latent = (height, width, 3), (height // 8, width // 8, preset.vae.latent_channels)
+    shape = latent if method is VAE.decode else picture
+    return jax.jit(method).lower(vae, jax.ShapeDtypeStruct((1, *shape), dtype))
 
 
 def verdict(stages, mesh):

@@ -1,0 +1,84 @@
+"""Laws of a model card: its table is that of the last evaluation, all else of it a hand's."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from vcloze_jax import evaluate
+from vcloze_jax.config import UserError
+from vcloze_jax.storage import places
+
+START, END = evaluate.MARKERS
+CARD = f"# A model\n\nIt paints foxes, größer.\n\n{START}\n| old |\n{END}\n\nLicence: MIT\n"
+SCORES = {"rmse": 0.25, "ssim": 0.5}
+
+
+@pytest.fixture
+def card(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text(CARD, "utf-8")
+    return file
+
+
+@pytest.fixture
+def unpainted(monkeypatch):
+    """The evaluation without a model: every score is the same."""
+
+    def measure(painter, source, task, *_):
+        wrong = {"demonstrated": "other", "to_asked": 0.5, "to_demonstrated": 0.25}
+        settings = {setting.name: SCORES for setting in evaluate.SETTINGS}
+        row = {"settings": settings, "wrong": dict.fromkeys(evaluate.WRONG, wrong), "copy": SCORES}
+        return row, {name: evaluate.truth(source, task.target, [0]) for name in settings}
+
+    monkeypatch.setattr(evaluate, "load_painter", lambda *_: None)
+    monkeypatch.setattr(evaluate, "measure", measure)
+
+
+def test_card_is_written(card, unpainted, capsys):
+    """The table and its summary stand between the markers as in table.md; what stands around them
+    is left as it is, and a second evaluation takes the place of the first."""
+    argv = ["--card", f"{card}", "--out", f"{card.parent}/out", "--subjects", "1"]
+    for _ in range(2):
+        evaluate.main(argv)
+        table = (card.parent / "out/table.md").read_text()
+        before, after = CARD.split("| old |")
+        assert card.read_text("utf-8") == f"{before}\n{table}\n{after.lstrip()}"
+    assert "| mask->edges (held out) | 0.250 (0.50) |" in table
+    assert "- wrong demonstration followed, alike: 100%" in table
+    assert sorted(file.name for file in card.parent.iterdir()) == ["README.md", "out"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "No such file"),
+        (b"# A model\n", "add the lines <!-- evaluation --> and <!-- end of evaluation -->"),
+        (START.encode(), "each once"),
+        (f"{END}{START}".encode(), "each once"),
+        (f"{START}{END}{START}{END}".encode(), "each once"),
+        (b"\xff", "utf-8"),
+    ],
+)
+def test_card_is_refused(card, content, message, monkeypatch):
+    """A card that is missing or lacks a marker costs one line, before anything is loaded."""
+    monkeypatch.setattr(evaluate, "load_painter", None)
+    card.unlink() if content is None else card.write_bytes(content)
+    with pytest.raises(UserError, match=message) as refused:
+        evaluate.main(["--card", f"{card}"])
+    assert f"{refused.value}".startswith(f"--card {card}: ") and "\n" not in f"{refused.value}"
+
+
+def test_shipped_card():
+    """The card of mini can be written anew, and shows each task in each setting; what the README
+    says of them is in it."""
+    card, readme = places.MINI / "README.md", Path(__file__).parents[1] / "README.md"
+    before, after = evaluate.split_card(card)
+    table = card.read_text("utf-8")[len(before) : -len(after)]
+    header, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
+    names = [setting.name for setting in evaluate.SETTINGS]
+    assert header == f"| task | {' | '.join(names)} | copy |"
+    tasks = [f"{name} ({group})" for group, names in evaluate.TASKS.items() for name in names]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {task}" for task in tasks]
+    percent = set(re.findall(r"\d+%", readme.read_text("utf-8")))
+    assert percent and percent <= set(re.findall(r"\d+%", table))
