@@ -4,19 +4,19 @@
     python train.py --mesh 8 --data graphemoji               # the visual cloze on mini's base
     python train.py --preset flux-fill --weights FLUX.1-Fill-dev --data mine.jsonl --mesh 8
 
-The run lives in --out; the same command again resumes it, to the bit. It ends with
-RUN/lora.safetensors, which sample.py --lora and diffusers load.
+The run lives in --out; the same command again resumes it, to the bit. RUN/lora.safetensors is
+written at every save; sample.py --lora and diffusers load it.
 """
 
 from pathlib import Path
 
 from tqdm import tqdm
 
-from vcloze_jax.config import UserError
-from vcloze_jax.data.sources import micro_batch, micro_batches, open_source
+from vcloze_jax.data.sources import draw_fixed, draw_groups, draw_shape, open_source
 from vcloze_jax.inputs import cli
+from vcloze_jax.inputs.metrics import summarise
 from vcloze_jax.inputs.pictures import save_png
-from vcloze_jax.inputs.runfolder import Log, RunFolder, Stop
+from vcloze_jax.inputs.runfolder import ORIGINS, Log, RunFolder
 from vcloze_jax.storage import places
 
 PREVIEWS = 4  # held-out grids
@@ -28,6 +28,8 @@ def parse(argv):
     add("--out", type=Path, metavar="RUN", help="the run's folder (default: runs/PRESET)")
     add("--check", action="store_true", help="validate everything, train nothing")
     add("--plan", action="store_true", help="print tokens, FLOPs and bytes of a step, and exit")
+    accept = "go on with a run although these are not those that it was begun with"
+    add("--accept", nargs="+", choices=ORIGINS, default=[], help=accept)
     cli.add_recipe_flags(parser)
     return parser.parse_args(argv)
 
@@ -41,23 +43,24 @@ def main(argv):
     source = open_source(recipe.data, recipe.resolution, recipe.caption_dropout)
 
     from vcloze_jax import plan  # JAX from here on
-    from vcloze_jax.sharding import make_mesh, parse_mesh
-    from vcloze_jax.storage.models import check_for_training
+    from vcloze_jax.sharding import compute_dtype, make_mesh, parse_mesh
+    from vcloze_jax.storage.models import check_for_training, describe_origins
+    from vcloze_jax.trainer import micro_size
 
     mesh = make_mesh(parse_mesh(recipe.mesh) if recipe.mesh else None)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if recipe.micro_batch % shards:
-        raise UserError(f"--micro-batch {recipe.micro_batch}: a multiple of {shards}, please")
+    micro_size(recipe, mesh)
     folder = Path(args.weights or places.MINI)
     preset = check_for_training(folder, recipe)
+    origins = describe_origins(folder, recipe, source.digest(), compute_dtype(mesh))
+    run.compare_origins(recipe, origins, args.accept)
     if args.plan:
         print(plan.training(preset, recipe, source.held_out(), mesh))
     if args.plan or args.check:
         return 0
-    return learn(run, preset, folder, mesh, source)
+    return learn(run, origins, preset, folder, mesh, source)
 
 
-def learn(run, preset, folder, mesh, source):
+def learn(run, origins, preset, folder, mesh, source):
     """Load the models, take up the run where it stands, and train to its last step or a signal."""
     from vcloze_jax.painter import Painter
     from vcloze_jax.storage import checkpoint
@@ -65,41 +68,56 @@ def learn(run, preset, folder, mesh, source):
     from vcloze_jax.storage.textreader import TextReader, Tokenizers
     from vcloze_jax.trainer import Trainer, preview_sheet, train
 
+    run.lock()
     recipe, tokenizers = preset.recipe, Tokenizers(folder, preset.t5, preset.clip)
     parts = load_for_training(preset, folder, mesh)
     trainer = Trainer(parts, preset, tokenizers, mesh, source.masks_every_row)
-    run.create(recipe)  # after all that the user may have to correct
+    run.create(recipe, origins)  # after all that the user may have to correct
     trainer.step, trainer.state = checkpoint.resume(run.checkpoints, trainer.state)
     log = Log(run.metrics, trainer.step)
     if trainer.step == recipe.steps:
         print(f"{run.path}: finished at step {trainer.step}; a larger --steps goes on")
         return 0
 
+    held_out, stop = source.held_out(), cli.Stop()
     painter = Painter(preset, None, None, mesh)
     painter.read_texts = TextReader(tokenizers, lambda: painter.models.encoders(), painter.dtype)
-    examples = micro_batch(source.held_out(), seed=0, index=0, size=PREVIEWS)
+    examples = draw_fixed(held_out, "preview", PREVIEWS)
     bar = tqdm(total=recipe.steps, initial=trainer.step, unit="step", dynamic_ncols=True)
 
-    def write(metrics):
-        log.write(metrics)
-        loss, norm = metrics["loss"], metrics["grad_norm"]
-        bar.set_postfix(loss=f"{loss:.4f}", grad=f"{norm:.3f}", refresh=False)
+    def write(measured):
+        record = summarise(measured, recipe.loss_region)
+        log.write(record)
+        shown = {key: f"{record[key]:.3g}" for key in ("loss", "grad_norm", "grids_per_second")}
+        bar.set_postfix(shown, refresh=False)
         bar.update()
 
     def preview():
         painter.models = trainer.models()
-        save_png(run.previews / f"{trainer.step:06d}.png", preview_sheet(painter, examples))
+        sheet = preview_sheet(painter, examples, stopped)
+        if not stopped():
+            save_png(run.previews / f"{trainer.step:06d}.png", sheet)
 
     def save():
-        if trainer.step == recipe.steps:  # first: a run whose last step is saved is complete
-            save_trained(run.path, trainer, folder)
+        save_trained(run, trainer, folder)  # first: a run whose last step is saved is complete
         checkpoint.save(run.checkpoints, trainer.step, trainer.state)
 
-    micro = recipe.batch // recipe.micro_batch
-    span = trainer.step * micro, recipe.steps * micro
-    batches = micro_batches(source, recipe.seed, recipe.micro_batch, *span)
-    with Stop() as stop, bar:
-        train(trainer, batches, write, preview, save, lambda: stop.code)
+    def stopped():
+        return stop.code is not None
+
+    per_step = recipe.batch // recipe.group
+    span = trainer.step * per_step, recipe.steps * per_step
+    groups = draw_groups(source, recipe.seed, recipe.group, *span)
+    with stop, bar:
+        shapes = tqdm(source.shapes(), "compiling", unit="shape", leave=False)
+        trainer.compile(draw_shape(source, shape) for shape in shapes)
+        if trainer.step == 0:
+            preview()
+        try:
+            train(trainer, groups, write, preview, save, stopped)
+        except FloatingPointError:
+            save()
+            raise
     if trainer.step == recipe.steps:
         written = "lora.safetensors" if recipe.rank else "weights"
         print(f"{run.path}: finished, {written} written")

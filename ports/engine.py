@@ -194,6 +194,18 @@ def convert_leaves(table: Table, leaves: list[Leaf], source: Source) -> Iterator
             yield piece.key, leaf.to_foreign(array).reshape(piece.shape)
 
 
+def save_tensors(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]):
+    """Write a safetensors file whose bytes depend on nothing else: the library leaves the order of
+    the metadata to chance."""
+    save_file(tensors, file, metadata=metadata)
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        compact = dict(ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+        stream.seek(8)
+        stream.write(json.dumps(header, **compact).encode().ljust(size))
+
+
 def write_shards(folder: Path, stem: str, tensors: Iterable, dtype: str, max_bytes: int = 10**10):
     """Write (key, array) pairs as STEM.safetensors, or as shards of at most `max_bytes` each (but
     for a tensor that is larger alone) with the index that diffusers and transformers read."""
@@ -201,7 +213,7 @@ def write_shards(folder: Path, stem: str, tensors: Iterable, dtype: str, max_byt
     parts, total = [], 0
     for shard in group_tensors(tensors, dtype, max_bytes):
         part = folder / f"{stem}.{len(parts)}.part"
-        save_file(shard, part, metadata={"format": "pt"})
+        save_tensors(part, shard, {"format": "pt"})
         parts.append((part, list(shard)))
         total += sum(tensor.nbytes for tensor in shard.values())
     for old in folder.glob(f"{stem}*.safetensors*"):

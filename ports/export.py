@@ -21,7 +21,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from ports import torchfile
 from ports.adapters import (
@@ -34,7 +33,7 @@ from ports.adapters import (
     read_norms,
 )
 from ports.diagnose import PortError
-from ports.engine import export_arrays
+from ports.engine import export_arrays, save_tensors
 from ports.tables import lay_out
 from ports.tables.namings import NAMINGS, Naming
 
@@ -45,10 +44,13 @@ def convert_adapter(file: Path, naming: Naming, out: Path) -> int:
     return write_adapter(out, naming, read_branches(adapter), read_norms(adapter))
 
 
-def write_adapter(out: Path, naming: Naming, tuned: Iterable[Tuned], norms: dict) -> int:
+def write_adapter(
+    out: Path, naming: Naming, tuned: Iterable[Tuned], norms: dict, note: dict | None = None
+) -> int:
     """Write kernels' adapters and whole norms, {our path: array}, in a naming; returns how many
     linear layers it has there. VisualCloze's is a state dict for torch.load, as the authors' code
-    wants it (lzyhha/VisualCloze:visualcloze.py); the others are safetensors."""
+    wants it (lzyhha/VisualCloze:visualcloze.py); the others are safetensors, whose header may hold
+    a note, {name: text}."""
     tensors, modules = {}, {}
     for branch in fit_branches(tuned, naming):
         key_a, key_b, key_bias, key_alpha = (branch.stem + (s or "") for s in naming.suffixes)
@@ -71,7 +73,7 @@ def write_adapter(out: Path, naming: Naming, tuned: Iterable[Tuned], norms: dict
         biased = any(key.endswith(".bias") for key in tensors)
         header = describe_alphas(modules, biased) if naming.alpha == "header" else {}
         tensors = {key: np.asarray(x, order="C") for key, x in tensors.items()}
-        save_file(tensors, part, metadata={"format": "pt"} | header)
+        save_tensors(part, tensors, {"format": "pt"} | header | (note or {}))
     os.replace(part, out)
     return len(modules)
 

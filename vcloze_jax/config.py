@@ -138,11 +138,22 @@ class Recipe:
         384, "a cell's area is its square; for JSON-lines data", group="data", least=16
     )
     rank: int = setting(256, "of the adapter; 0 trains the MMDiT itself")
-    lr: float = setting(1e-4, "learning rate")
+    lr: float = setting(1e-4, "learning rate", free=True)
     warmup: int = setting(0, "steps over which the rate rises to --lr", least=0)
+    decay_steps: int = setting(
+        0, "the rate falls by a cosine to a hundredth at this step; 0: it is constant", least=0
+    )
+    weight_decay: float = setting(0.0, "of AdamW", least=0)
     clip: float = setting(2.0, "largest norm of a step's gradient")
+    ema: float = setting(0.0, "decay of the average that is written; 0: what is learnt last")
     batch: int = setting(64, "grids per step", least=1)
-    micro_batch: int = setting(8, "grids at a time; --batch is a multiple", least=1)
+    group: int = setting(8, "grids that are drawn with one shape; divides --batch", least=1)
+    micro_batch: int = setting(
+        0,
+        "grids at a time, at most (default: one a device that splits the batch)",
+        least=0,
+        free=True,
+    )
     steps: int = setting(20_000, "optimizer steps in all", least=1, free=True)
     loss_region: str = setting(
         "target",
@@ -150,6 +161,7 @@ class Recipe:
         choices=("target", "grid"),
     )
     time_mean: float = setting(0.0, "of the logit of a training time; above 0 is noisier")
+    time_shift: bool = setting(False, "shift training times by a grid's tokens (the paper's)")
     guidance_range: tuple[float, float] = setting(
         (1.0, 1.0), "training draws the guidance between these", metavar=("LOW", "HIGH")
     )
@@ -157,6 +169,9 @@ class Recipe:
     mask_fill: float = setting(0.0, "of masked pixels in the condition picture, in [-1, 1]")
     caption_dropout: float = setting(0.1, "share of grids without any text")
     seed: int = setting(0, "of all that is drawn")
+    skip_nonfinite: int = setting(
+        0, "steps that may be skipped because they are not finite", least=0, free=True
+    )
     mesh: str = setting(
         "",
         "8, or data=2,fsdp=2,tensor=2 (default: all accelerators, or one CPU device); virtual "
@@ -164,8 +179,15 @@ class Recipe:
         group="run",
         free=True,
     )
-    save_every: int = setting(500, "between checkpoints", least=1, free=True, metavar="STEPS")
-    preview_every: int = setting(500, "between previews", least=1, free=True, metavar="STEPS")
+    save_every: int = setting(
+        500, "between checkpoints", group="run", least=1, free=True, metavar="STEPS"
+    )
+    save_minutes: float = setting(
+        0.0, "save when so many minutes have passed, too", group="run", least=0, free=True
+    )
+    preview_every: int = setting(
+        500, "between previews", group="run", least=1, free=True, metavar="STEPS"
+    )
 
     def __post_init__(self):
         for f in fields(self):
@@ -174,10 +196,12 @@ class Recipe:
                 raise UserError(f"{flag(f.name)} {value}: must be at least {least}")
         if self.rank < 0 or not 0 <= self.seed < 2**32 or not 0 < self.lr < 1:
             raise UserError("--rank from 0, --seed in 0 … 2^32-1, --lr between 0 and 1")
-        if self.batch % self.micro_batch:
-            raise UserError(
-                f"--batch {self.batch}: not a multiple of --micro-batch {self.micro_batch}"
-            )
+        for part in ("micro_batch", "group"):
+            size = getattr(self, part)
+            if size and self.batch % size:
+                raise UserError(f"--batch {self.batch}: not a multiple of {flag(part)} {size}")
+        if not 0 <= self.ema < 1 or not 0 <= self.caption_dropout <= 1:
+            raise UserError("--ema from 0, below 1; --caption-dropout from 0 to 1")
         if self.from_scratch and (self.rank or self.lora):
             raise UserError("--from-scratch trains every weight: leave --rank and --lora away")
 

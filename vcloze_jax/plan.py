@@ -23,6 +23,7 @@ from vcloze_jax.model.vae import VAE
 from vcloze_jax.painter import BATCH_TOKENS
 from vcloze_jax.sharding import batch_sharding, compute_dtype, shardings
 from vcloze_jax.storage.weights import MODULES, abstract
+from vcloze_jax.trainer import micro_size
 
 MESH = "a larger --mesh: its fsdp axis splits weights and state"
 REMEDIES = {
@@ -81,7 +82,7 @@ def training(preset, settings, data, mesh):
     """What an optimizer step on the largest grid of the data costs, as text."""
     dtype, shards = compute_dtype(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
     preset = replace(preset, flux=replace(preset.flux, rank=settings.rank))
-    rows, grids = largest(data), settings.micro_batch // shards
+    rows, grids = largest(data), micro_size(settings, mesh) // shards
     tokens = sum(map(math.prod, rows)) // PATCH**2
     encoded = Counter((*rows, rows[-1]))  # the query a second time, blanked
     total = flux_flops(preset, tokens, learning=True)

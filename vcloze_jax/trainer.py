@@ -3,9 +3,9 @@
 What comes from files is handed in: models as trees, grids as examples, what writes as functions.
 """
 
-import math
 import time
 from functools import partial
+from itertools import takewhile
 from typing import NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from flax import nnx
 
 from vcloze_jax import conditioning, flow
 from vcloze_jax.conditioning import Context, Models
+from vcloze_jax.config import UserError, flag
 from vcloze_jax.grid import Spec
 from vcloze_jax.sharding import batch_sharding, compute_dtype, shardings
 
@@ -52,6 +53,17 @@ class State(NamedTuple):
     failed: jax.Array  # bool: there was one more than may be skipped; nothing changes any more
 
 
+def micro_size(recipe, mesh):
+    """Grids of a micro-batch: at most --micro-batch, some on each device that splits the batch, and
+    a part of a group, so that what a step is does not depend on it. Raises UserError."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name in ("micro_batch", "group"):
+        if getattr(recipe, name) % shards:
+            raise UserError(f"{flag(name)} {getattr(recipe, name)}: a multiple of {shards}, please")
+    sizes = [n for n in range(shards, recipe.group + 1, shards) if recipe.group % n == 0]
+    return max(n for n in sizes if n <= max(shards, recipe.micro_batch))
+
+
 def purpose_key(seed, purpose):
     """The key of a run's random numbers for one purpose, so that no two share a stream."""
     return jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
@@ -66,9 +78,7 @@ def make_batch(examples, numbers, tokenizers, preset, mesh, masks_every_row=Fals
         mask = np.stack([x.mask for x in row]) if maskable else None
         rows.append((np.stack([x.pixels for x in row]), mask))
     t5_ids, clip_ids, _ = tokenizers([example.prompt for example in examples])
-    pe = conditioning.position_table(
-        grids[:1], preset.flux, preset.t5.max_length, grids[0].tokens
-    )
+    pe = conditioning.position_table(grids[:1], preset.flux, preset.t5.max_length, grids[0].tokens)
     arrays = tuple(rows), t5_ids, clip_ids, np.asarray(numbers, np.int32)
     return Batch(*jax.device_put(arrays, batch_sharding(mesh)), pe)
 
@@ -237,7 +247,7 @@ class Trainer:
             "update": update,
             "validate": jax.jit(lambda *args: loss(*args)[0]),
         }
-        self.programs, self.rate = {}, learning_rate(recipe)
+        self.programs, self.rate, self.micro = {}, learning_rate(recipe), micro_size(recipe, mesh)
         self.state = jax.jit(init, out_shardings=places)(trainable)
         self.grads = jax.jit(zeros_like, out_shardings=places.trainable)(trainable)
         self.step, self.ended = 0, 0.0
@@ -260,13 +270,16 @@ class Trainer:
 
     def compile(self, examples):
         """Compile all that steps over grids of these shapes need, so that nothing is compiled
-        later; yields the bytes that the largest program takes beside its inputs, for each."""
-        key, micro = purpose_key(0, "validation"), self.recipe.micro_batch
+        later; returns the bytes that the largest program takes beside its inputs."""
+        key, losses, largest = purpose_key(0, "validation"), [], 0
         for example in examples:
-            question = self.ask([example] * micro, range(micro), key)
+            question = self.ask([example] * self.micro, range(self.micro), key)
             args = self.state.trainable, self.frozen, self.grads, question
             program = self.program("accumulate", question.x_t.shape, *args)
-            yield program.memory_analysis().temp_size_in_bytes
+            largest = max(largest, program.memory_analysis().temp_size_in_bytes)
+        losses = [jnp.zeros(self.micro)] * (self.recipe.batch // self.micro)
+        self.program("update", (), self.state, self.grads, losses, np.float32(0))
+        return largest
 
     def ask(self, examples, numbers, key):
         """Grids of one shape, by their numbers in the run -> Question on the mesh."""
@@ -277,16 +290,16 @@ class Trainer:
     def send(self, groups, stopped=lambda: False):
         """Send the next optimizer step to the devices -> Sent; None if `stopped()` between two
         micro-batches: the part that was done is dropped."""
-        start, recipe, key = time.perf_counter(), self.recipe, purpose_key(self.recipe.seed, "draws")
-        kinds, times, losses = [], [], []
+        start, recipe = time.perf_counter(), self.recipe
+        key, kinds, times, losses = purpose_key(recipe.seed, "draws"), [], [], []
         for first in range(self.step * recipe.batch, (self.step + 1) * recipe.batch, recipe.group):
             group = next(groups)
             kinds += [(example.kind, len(example.grid.rows)) for example in group]
-            for i in range(0, recipe.group, recipe.micro_batch):
+            for i in range(0, recipe.group, self.micro):
                 if stopped():
                     return None
-                numbers = range(first + i, first + i + recipe.micro_batch)
-                question = self.ask(group[i : i + recipe.micro_batch], numbers, key)
+                numbers = range(first + i, first + i + self.micro)
+                question = self.ask(group[i : i + self.micro], numbers, key)
                 args = self.state.trainable, self.frozen, self.grads, question
                 program = self.program("accumulate", question.x_t.shape, *args)
                 loss, self.grads = program(*args)
@@ -305,10 +318,11 @@ class Trainer:
         regions = sent.losses[0]
         losses = {r: np.concatenate([np.asarray(x[r]) for x in sent.losses]) for r in regions}
         norms = {group: float(norm) for group, norm in sent.norms.items()}
-        if sent.failed:
+        if sent.failed:  # since when nothing changes: this is the state before that step
+            self.step, self.state = sent.step - 1, self.state._replace(failed=np.bool_(False))
             raise FloatingPointError(
                 f"step {sent.step}: loss {losses[self.recipe.loss_region].mean()}, gradient norm "
-                f"{norms['all']}; the state before it is saved: lower --lr, allow it by "
+                f"{norms['all']}; the state before it is saved: go on with a lower --lr or with "
                 "--skip-nonfinite 1, or look at the data of that step"
             )
         # It was sent while the step before it ran: its own time begins where that ended.
@@ -333,33 +347,43 @@ def train(trainer, groups, write, preview, save, stopped):
     work; preview, save and stop where that is due.
 
     `write(measured)`, `preview()` and `save()` are the run folder's; `stopped()` is asked before
-    every micro-batch. All steps that were sent are written and saved when it returns, and before a
-    FloatingPointError.
+    every micro-batch. All steps that were sent are written and saved when it returns. Where a step
+    is not finite, the trainer is left as it was before that step.
     """
     recipe, sent, saved, saved_at = trainer.recipe, None, trainer.step, time.monotonic()
-    try:
-        while trainer.step < recipe.steps and not stopped():
-            before, sent = sent, trainer.send(groups, stopped)
-            if before:
-                write(trainer.measure(before))
-            if sent is None:
-                break
-            last, minutes = trainer.step == recipe.steps, (time.monotonic() - saved_at) / 60
-            preview_is_due = last or trainer.step % recipe.preview_every == 0
-            save_is_due = last or trainer.step % recipe.save_every == 0
-            save_is_due |= 0 < recipe.save_minutes < minutes
-            if preview_is_due or save_is_due or trainer.step == 1:
-                write(trainer.measure(sent))
-                sent = None
-            if preview_is_due or trainer.step == 1:
-                preview()
-            if save_is_due:
-                save()
-                saved, saved_at = trainer.step, time.monotonic()
-        if sent:
+    while trainer.step < recipe.steps and not stopped():
+        before, sent = sent, trainer.send(groups, stopped)
+        if before:
+            write(trainer.measure(before))
+        if sent is None:
+            break
+        last, minutes = sent.step == recipe.steps, (time.monotonic() - saved_at) / 60
+        preview_is_due = last or sent.step == 1 or sent.step % recipe.preview_every == 0
+        save_is_due = last or sent.step % recipe.save_every == 0
+        save_is_due |= 0 < recipe.save_minutes < minutes
+        if preview_is_due or save_is_due:
             write(trainer.measure(sent))
-    except FloatingPointError:
-        ...
-        raise
+            sent = None
+        if preview_is_due:
+            preview()
+        if save_is_due:
+            save()
+            saved, saved_at = trainer.step, time.monotonic()
+    if sent:
+        write(trainer.measure(sent))
     if saved < trainer.step:
         save()
+
+
+def preview_sheet(painter, examples, stopped=lambda: False):
+    """Examples painted from always the same noise, each beside its truth: uint8 [H, W, 3]. Where it
+    is `stopped`, what was painted so far is no picture."""
+    preset = painter.preset
+    how = preset.num_inference_steps, preset.guidance_scale
+    specs = [Spec(e.grid, e.prompt, *how, seed) for seed, e in enumerate(examples)]
+    canvases = painter(specs, lambda steps, label: takewhile(lambda _: not stopped(), steps))
+    pairs = [
+        np.concatenate([canvas.spec.grid.compose(canvas.pixels), canvas.spec.grid.compose()], 1)
+        for canvas in canvases
+    ]
+    return np.concatenate(pairs)

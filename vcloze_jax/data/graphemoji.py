@@ -161,6 +161,7 @@ class GraphEmojiGrids:
     draw_sample: Callable = graph.draw_sample  # rng, (rows, columns), names, size -> Sample
     all_shapes: tuple[tuple[int, int], ...] = graph.list_shapes(graph.TRAIN)
     masks_every_row: bool = False
+    content: str = ""  # its tasks in words
 
     @property
     def names(self) -> list[str]:
@@ -175,6 +176,11 @@ class GraphEmojiGrids:
     def held_out(self) -> "GraphEmojiGrids":
         """The same kind of grids of the subjects that are never trained on."""
         return replace(self, split="held_out")
+
+    def digest(self) -> str:
+        """Of the pack, which ships with the code, and of what is drawn of it."""
+        what = f"{GraphEmoji.VERSION} {self.content} {self.all_shapes}"
+        return hashlib.sha256(what.encode()).hexdigest()[:16]
 
     def shape(self, rng: np.random.Generator) -> tuple[int, int]:
         """Rows and columns, which the members of a group share."""
@@ -205,11 +211,12 @@ def open_tasks(task: str, resolution: int, dropout: float) -> GraphEmojiGrids:
         raise UserError(f"--data {error}") from None
     draw_sample = partial(graph.draw_sample, dropout=dropout, tasks=tasks)
     draw_shape, shapes = partial(graph.draw_shape, tasks=tasks), graph.list_shapes(tasks)
-    return GraphEmojiGrids("train", draw_shape, draw_sample, shapes)
+    content = ", ".join(f"{task.name} {weight:.6g}" for task, weight in tasks.items())
+    return GraphEmojiGrids("train", draw_shape, draw_sample, shapes, content=content)
 
 
 def open_fill(part: str, resolution: int, dropout: float) -> GraphEmojiGrids:
     """Grids with holes in any row, of no task: what mini's infilling base learns from."""
     draw_sample = partial(graph.draw_fill, dropout=dropout)
     shapes = tuple(graph.FILL_SHAPES)
-    return GraphEmojiGrids("train", graph.draw_fill_shape, draw_sample, shapes, True)
+    return GraphEmojiGrids("train", graph.draw_fill_shape, draw_sample, shapes, True, "fill")

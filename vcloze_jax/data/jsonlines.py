@@ -1,5 +1,6 @@
 """The user's own grids to learn from: a file with one JSON object a line."""
 
+import hashlib
 from collections import defaultdict
 from pathlib import Path
 
@@ -36,15 +37,24 @@ class JSONLinesGrids:
     def __init__(self, path, resolution, dropout=0.1):
         self.dropout = dropout
         self.groups = defaultdict(list)
+        self.hash = hashlib.sha256()
         with error_context(path), quiet_decoders():
             lines = check_file(path).read_bytes().split(b"\n")
             for number, line in enumerate(lines, start=1):
                 if line.strip() or number < len(lines):  # the last line may end the file
                     with error_context(f"line {number}"):
-                        example = read_example(parse_json(line), resolution, Path(path).parent)
+                        table = parse_json(line)
+                        example = read_example(table, resolution, Path(path).parent)
                     self.groups[example.grid.shape].append(example)
+                    self.hash.update(line.strip())
+                    for row in example.grid.rows:
+                        self.hash.update(row.pixels.tobytes() + row.mask.tobytes())
             if not self.groups:
                 raise UserError("no grid in it; write one JSON object a line")
+
+    def digest(self):
+        """Of the lines and of every pixel that is learnt."""
+        return self.hash.hexdigest()[:16]
 
     def shapes(self):
         """The sizes of the rows of all grids."""

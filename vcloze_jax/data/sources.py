@@ -37,6 +37,9 @@ class Source(Protocol):
     def example(self, rng: np.random.Generator, shape: Hashable) -> Example:
         """Draw one example of that shape."""
 
+    def digest(self) -> str:
+        """What a run knows the grids by, wherever they lie: another content, another digest."""
+
     def held_out(self) -> "Source":
         """Grids never trained on, for previews; a source that has none gives itself."""
 
@@ -108,3 +111,8 @@ def draw_fixed(source: Source, purpose: str, count: int) -> list[Example]:
     """Some grids of a source, always the same, for a purpose that is not training."""
     rngs = [random_generator(purpose, 0, i) for i in range(count)]
     return [source.example(rng, source.shape(rng)) for rng in rngs]
+
+
+def draw_shape(source: Source, shape: Hashable) -> Example:
+    """A grid of that shape, always the same."""
+    return source.example(random_generator("preview", 0, 0), shape)

@@ -1,14 +1,20 @@
 """What the commands share: flags, one-line errors and exit codes."""
 
 import argparse
+import math
 import os
 import signal
 import sys
+import threading
+import traceback
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
 from vcloze_jax.config import PRESETS, Recipe, UserError, flag
 from vcloze_jax.storage.places import cache_folder, file_and_scale
+
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,27 +81,92 @@ def read_recipe(args):
         given["guidance_range"] = tuple(given["guidance_range"])
     if given.get("from_scratch"):
         given.setdefault("rank", 0)
-    batch = given.get("batch", preset.recipe.batch)
-    given.setdefault("micro_batch", min(preset.recipe.micro_batch, max(batch, 1)))
+    batch = max(given.get("batch", preset.recipe.batch), 1)
+    for part in ("group", "micro_batch"):
+        if default := getattr(preset.recipe, part):
+            given.setdefault(part, math.gcd(batch, default))
     return replace(preset.recipe, **given)
 
 
 def run(main):
-    """Call main(argv) and exit: 0 done, 2 the user's mistake, 1 not finite, 130 Ctrl-C,
-    143 SIGTERM. A mistake is exactly one line on stderr.
+    """Run main(argv) and end the process with what `answer` says.
+
+    It ends at once, without the interpreter's tear-down: XLA's threads may still be at work, and
+    would crash in it.
     """
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    watch_signals()
     # Transformers says at import that torch is missing, which is as intended.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "programs"))
+    leave(answer(main))
+
+
+def answer(main):
+    """Call main(argv) -> exit code: 0 done, 2 the user's mistake, 1 not finite. A mistake is exactly
+    one line on stderr."""
     try:
-        code = main(sys.argv[1:])
+        return main(sys.argv[1:]) or 0
+    except SystemExit as error:  # of --help
+        return error.code or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 2
+        return 2
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 1
-    except KeyboardInterrupt:
-        code = 130
-    sys.exit(code)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def leave(code):
+    """End the process now."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+class Stop:
+    """While it is entered, a signal only asks for a halt: `code` is then the exit code. At any
+    other time, and the second time, it ends the process."""
+
+    entered = None
+
+    def __init__(self):
+        self.code = None
+
+    def __enter__(self):
+        Stop.entered = self
+        return self
+
+    def __exit__(self, *_):
+        Stop.entered = None
+
+    def ask(self, number):
+        """Note a signal, and say what will happen; False if that was asked before."""
+        if self.code is not None and number == signal.SIGINT:
+            return False
+        self.code = 128 + number
+        print("\nstopping: the running micro-batch is the last; saving", file=sys.stderr)
+        return True
+
+
+def watch_signals():
+    """SIGTERM, SIGHUP and Ctrl-C end the process with 128 + number, or ask the Stop that is entered.
+
+    A thread waits for them, since Python's own handlers wait for XLA: minutes, when it compiles.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)  # so that it is written to the pipe
+
+    def watch():
+        while True:
+            number = os.read(reader, 1)[0]
+            if not (Stop.entered and Stop.entered.ask(number)):
+                leave(128 + number)
+
+    threading.Thread(target=watch, daemon=True).start()

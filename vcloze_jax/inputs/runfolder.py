@@ -1,27 +1,35 @@
-"""A run's folder: what the run is, its metrics, and how it is asked to stop. Knows no JAX."""
+"""A run's folder: what the run is, who writes it, and its metrics. Knows no JAX."""
 
+import fcntl
 import json
-import signal
 from dataclasses import asdict, fields
 from pathlib import Path
 
 from vcloze_jax.config import PRESETS, Recipe, UserError
+from vcloze_jax.inputs.checks import parse_json
 from vcloze_jax.inputs.pictures import save_text
 
 FREE = tuple(f.name for f in fields(Recipe) if f.metadata["free"])
 OLDEST = {"preset", "data", "seed", "steps"}  # entries that every run has written
+ORIGINS = ("weights", "lora", "data", "dtype")  # known by their content, wherever it lies
 
 
 class RunFolder:
-    """What a run writes, and where."""
+    """What a run writes, and where.
+
+    `config` holds the recipe, and under "origins" digests of what it learns from, the compute dtype
+    and the versions that began it.
+    """
 
     def __init__(self, path):
         self.path = Path(path)
         self.config, self.metrics = self.path / "config.json", self.path / "metrics.jsonl"
         self.checkpoints, self.previews = self.path / "checkpoints", self.path / "previews"
+        self.held = None
 
     def compare(self, recipe):
-        """Raise UserError if this is not a run's folder, or of another run, naming what differs."""
+        """Raise UserError if this is not a run's folder, or of another run, naming what differs;
+        what `ORIGINS` names is compared by content, in `compare_origins`."""
         if not self.config.exists():
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise UserError(
@@ -30,7 +38,7 @@ class RunFolder:
             return
         old, new = read_identity(self.config), asdict(recipe)
         for key in new:
-            if key not in FREE and old[key] != new[key]:
+            if key not in (*FREE, *ORIGINS) and old[key] != new[key]:
                 raise UserError(
                     f"{self.config}: {key} is {old[key]!r}, this command says {new[key]!r}; "
                     "use the same flags or another --out"
@@ -40,28 +48,60 @@ class RunFolder:
                 f"{self.config}: steps is {old['steps']}, and can only grow; raise --steps"
             )
 
-    def create(self, recipe):
+    def compare_origins(self, recipe, origins, accepted):
+        """Raise UserError where the run was begun with something else than `origins`, {name: digest
+        or dtype}, by name, unless that name is among the `accepted`."""
+        if not self.config.exists():
+            return
+        old = read_identity(self.config)
+        for key in ORIGINS:
+            before = old["origins"].get(key, origins.get(key))
+            if before != origins.get(key) and key not in accepted:
+                was, now = (x.get(key, "its content") for x in (old, asdict(recipe)))
+                if was == now:
+                    was, now = f"{was} of digest {before}", f"of digest {origins.get(key)}"
+                if key == "dtype":
+                    was, now = before, origins[key]
+                raise UserError(
+                    f"{self.config}: {key} is {was!r}, this command says {now!r}; use the same, "
+                    f"another --out, or go on all the same with --accept {key}"
+                )
+
+    def create(self, recipe, origins):
         """Make the folder, or let the run's free settings follow this command. Raises UserError."""
         try:
             self.previews.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {self.path}: {error.strerror}; choose another folder") from None
-        save_text(self.config, json.dumps(asdict(recipe), indent=1) + "\n")
+        self.lock()
+        save_text(self.config, json.dumps(asdict(recipe) | {"origins": origins}, indent=1) + "\n")
+
+    def lock(self):
+        """Be the only process that writes this run, as long as it lives. Raises UserError."""
+        if self.path.is_dir() and self.held is None:
+            self.held = (self.path / ".lock").open("w")
+            try:
+                fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"--out {self.path}: another train.py writes this run; stop it first, or choose "
+                    "another folder"
+                ) from None
 
 
 def read_identity(file):
-    """What a run was begun with, {field of Recipe: value}; what an older version did not write has
-    the preset's default. Raises UserError."""
+    """What a run was begun with, {field of Recipe: value} and its "origins"; what an older version
+    did not write has the preset's default. Raises UserError."""
     try:
-        entries = json.loads(file.read_text())
+        entries = parse_json(file.read_bytes())
         if missing := OLDEST - entries.keys():
             raise ValueError(f"no {', '.join(sorted(missing))}")
-        known = asdict(PRESETS[entries["preset"]].recipe)
+        known = asdict(PRESETS[entries["preset"]].recipe) | {"origins": {}}
         if unknown := entries.keys() - known:
             raise ValueError(f"{', '.join(sorted(unknown))} is of a newer version")
         entries |= {key: tuple(x) for key, x in entries.items() if isinstance(x, list)}
         return known | entries | {"steps": int(entries["steps"])}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError) as error:
         raise UserError(f"{file}: not a run's settings ({error}); move the folder away") from None
 
 
@@ -76,21 +116,3 @@ class Log:
     def write(self, record):
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-
-
-class Stop:
-    """While it is entered, SIGTERM and Ctrl-C ask for a halt; `code` is then the exit code."""
-
-    def __init__(self):
-        self.code = None
-
-    def __enter__(self):
-        def ask(number, _):
-            self.code = 128 + number
-
-        self.before = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

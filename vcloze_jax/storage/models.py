@@ -95,6 +95,18 @@ def check_for_training(folder, recipe):
     return replace(preset, recipe=recipe)
 
 
+def describe_origins(folder, recipe, data, dtype):
+    """What a run learns from, and with what: digests, the compute dtype, versions."""
+    return {
+        "weights": places.digest_files(folder),
+        "lora": recipe.lora and places.digest_files(recipe.lora),
+        "data": data,
+        "dtype": dtype,
+        "vcloze_jax": __version__,
+        "jax": jax.__version__,
+    }
+
+
 def load_for_training(preset, folder, mesh):
     """All models on the mesh, by name: graphdefs, trainable and frozen trees (pure dicts).
 

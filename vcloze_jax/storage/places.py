@@ -1,5 +1,6 @@
 """Where things are: the shipped model, the one that a user names, and the cache. Knows no JAX."""
 
+import hashlib
 import json
 import math
 import os
@@ -9,6 +10,8 @@ from vcloze_jax.config import FLUX_FILL, PRESETS, UserError
 
 MINI = Path(__file__).parents[1] / "mini"  # shipped weights: the base, lora.safetensors beside it
 LORA = MINI / "lora.safetensors"
+DIGESTED = ".safetensors", ".sft", ".json", ".model"
+LARGE, HEADER = 2**26, 2**20  # bytes
 
 
 def named_model(weights, lora):
@@ -51,3 +54,17 @@ def named_preset(folder):
     except (OSError, ValueError, KeyError, TypeError):
         names = ", ".join(PRESETS)
         raise UserError(f'{file}: must say {{"preset": NAME}} with a name of {names}') from None
+
+
+def digest_files(path):
+    """What a run knows weights or an adapter by, wherever they lie: the names, sizes and contents
+    of a file, or of a folder's tensors and configs; of a large file its header only."""
+    path, found = Path(path), hashlib.sha256()
+    files = sorted(f for f in path.rglob("*") if f.suffix in DIGESTED) if path.is_dir() else [path]
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            content = stream.read(size if size < LARGE else HEADER)
+        name = file.relative_to(path) if path.is_dir() else ""
+        found.update(f"{name} {size} ".encode() + content)
+    return found.hexdigest()[:16]

@@ -17,7 +17,6 @@ import jax
 import ml_dtypes  # noqa: F401 (NumPy learns bfloat16)
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from ports import engine
 from vcloze_jax import conditioning
@@ -95,7 +94,7 @@ class TextCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             tensors = dict(zip(("txt", "pooled"), embeddings, strict=True))
-            save_file(tensors, part, metadata={"sha256": digest(embeddings)})
+            engine.save_tensors(part, tensors, {"sha256": digest(embeddings)})
             os.replace(part, file)
             files = sorted(self.folder.iterdir(), key=lambda f: f.stat().st_mtime)
             for old in files[:-LIMIT]:
