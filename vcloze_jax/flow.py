@@ -12,8 +12,8 @@ import numpy as np
 
 
 def shift_time(t, tokens, c):
-    """Times t in (0, 1] moved towards noise, the more the more real image tokens a grid has, without
-    a clamp; 1 stays (black-forest-labs/flux:src/flux/sampling.py, time_shift).
+    """Times t in (0, 1] moved towards noise, the more the more real image tokens a grid has, and
+    without a clamp; 1 stays (black-forest-labs/flux:src/flux/sampling.py, time_shift).
 
     In sampling always; in training the paper says so ("dynamic time shifting") and the authors'
     train.py never does.

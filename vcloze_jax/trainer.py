@@ -20,6 +20,7 @@ from vcloze_jax.config import UserError, flag
 from vcloze_jax.grid import Spec
 from vcloze_jax.sharding import batch_sharding, compute_dtype, shardings
 
+ENCODERS = ("vae", "t5", "clip")
 PURPOSES = ("init", "draws", "validation")  # of a run's random numbers
 
 
@@ -84,11 +85,11 @@ def make_batch(examples, numbers, tokenizers, preset, mesh, masks_every_row=Fals
 
 
 def ask(frozen, batch, key, *, graphdefs, preset, dtype):
-    """Batch -> Question: encoded, and with times, noise and guidance drawn, each for its grid alone.
+    """Batch -> Question: encoded, and with times, noise and guidance, drawn for each grid alone.
 
     A program of its own: nothing of it is differentiated.
     """
-    recipe, models = preset.recipe, merge_models(graphdefs, frozen)
+    recipe, models = preset.recipe, merge_models(graphdefs, ENCODERS, frozen)
     keys = jax.vmap(partial(jax.random.fold_in, key))(batch.numbers)
     keys = jax.vmap(partial(jax.random.split, num=4))(keys)  # B 4
     for_vae, for_noise, for_time, for_guidance = (keys[:, i] for i in range(4))
@@ -111,7 +112,7 @@ def ask(frozen, batch, key, *, graphdefs, preset, dtype):
 def loss_fn(trainable, frozen, question, *, graphdefs, region, dtype):
     """Masked flow-matching loss of a micro-batch (paper, section 3) -> the mean over its grids,
     and each grid's own by region, float32 [B]."""
-    models, context = merge_models(graphdefs, trainable, frozen), question.context
+    models, context = merge_models(graphdefs, graphdefs, trainable, frozen), question.context
     if "t5" in trainable:
         ids = context.txt, context.pooled
         txt, pooled = conditioning.encode_text(models.t5, models.clip, *ids, dtype)
@@ -126,10 +127,13 @@ def loss_fn(trainable, frozen, question, *, graphdefs, region, dtype):
     return losses[region].mean(), losses
 
 
-def merge_models(graphdefs, *trees):
-    """Models of trees by model; None for one that no tree holds."""
-    parts = {name: [tree[name] for tree in trees if name in tree] for name in graphdefs}
-    return Models(**{n: nnx.merge(graphdefs[n], *p) if p else None for n, p in parts.items()})
+def merge_models(graphdefs, names, *trees):
+    """Some of the four networks, of trees by name; None for the others and for what no tree has."""
+    models = dict.fromkeys(graphdefs)
+    for name in names:
+        if parts := [tree[name] for tree in trees if name in tree]:
+            models[name] = nnx.merge(graphdefs[name], *parts)
+    return Models(**models)
 
 
 def learning_rate(recipe):
@@ -160,11 +164,11 @@ def make_step(tx, loss, places, ema=0.0, skip=0):
     """Two jitted functions: add a micro-batch's gradient; apply the mean of the sum so far.
 
     The frozen weights are an argument, never state. `places` is the State of shardings: all stays
-    where it is. A step whose loss or gradient is not finite changes nothing; after `skip` of them
+    where it is, losses everywhere. A step whose loss or gradient is not finite changes nothing; after `skip` of them
     nothing changes any more, until the loop reads it.
     """
 
-    @partial(jax.jit, donate_argnums=2, out_shardings=(None, places.trainable))
+    @partial(jax.jit, donate_argnums=2, out_shardings=(places.skipped, places.trainable))
     def accumulate(trainable, frozen, grads, question):
         gradient = jax.value_and_grad(loss, has_aux=True)
         (_, losses), new = gradient(trainable, frozen, question)
@@ -259,7 +263,7 @@ class Trainer:
 
     def models(self):
         """The four networks as they are now."""
-        return merge_models(self.graphdefs, self.learnt, self.frozen)
+        return merge_models(self.graphdefs, self.graphdefs, self.learnt, self.frozen)
 
     def program(self, name, shape, *args):
         """The program of some inputs' shape, compiled when it is first asked for."""
@@ -271,13 +275,15 @@ class Trainer:
     def compile(self, examples):
         """Compile all that steps over grids of these shapes need, so that nothing is compiled
         later; returns the bytes that the largest program takes beside its inputs."""
-        key, losses, largest = purpose_key(0, "validation"), [], 0
+        key, largest = purpose_key(0, "validation"), 0
         for example in examples:
             question = self.ask([example] * self.micro, range(self.micro), key)
             args = self.state.trainable, self.frozen, self.grads, question
             program = self.program("accumulate", question.x_t.shape, *args)
             largest = max(largest, program.memory_analysis().temp_size_in_bytes)
-        losses = [jnp.zeros(self.micro)] * (self.recipe.batch // self.micro)
+        everywhere = self.state.skipped.sharding
+        losses = [jax.device_put(np.zeros(self.micro, np.float32), everywhere)]
+        losses *= self.recipe.batch // self.micro
         self.program("update", (), self.state, self.grads, losses, np.float32(0))
         return largest
 
