@@ -40,8 +40,7 @@ def main(argv):
     check_outputs(args.out, specs)
 
     from vcloze_jax import plan
-    from vcloze_jax.painter import steps_bar
-    from vcloze_jax.pipeline import Pipeline
+    from vcloze_jax.pipeline import Pipeline, steps_bar
     from vcloze_jax.programs import spent
     from vcloze_jax.storage import weights  # JAX from here on
 

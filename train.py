@@ -8,11 +8,14 @@ The run lives in --out; the same command again resumes it, to the bit. RUN/lora.
 written at every save; sample.py --lora and diffusers load it.
 """
 
+from itertools import takewhile
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from vcloze_jax.data.sources import draw_fixed, draw_groups, draw_shape, open_source
+from vcloze_jax.grid import Spec
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.metrics import summarise
 from vcloze_jax.inputs.pictures import save_png
@@ -57,7 +60,10 @@ def main(argv):
         print(plan.training(preset, recipe, source.held_out(), mesh))
     if args.plan or args.check:
         return 0
-    return learn(run, origins, preset, folder, mesh, source)
+    try:
+        return learn(run, origins, preset, folder, mesh, source)
+    finally:
+        run.unlock()
 
 
 def learn(run, origins, preset, folder, mesh, source):
@@ -66,7 +72,7 @@ def learn(run, origins, preset, folder, mesh, source):
     from vcloze_jax.storage import checkpoint
     from vcloze_jax.storage.models import load_for_training, save_trained
     from vcloze_jax.storage.textreader import TextReader, Tokenizers
-    from vcloze_jax.trainer import Trainer, preview_sheet, train
+    from vcloze_jax.trainer import Trainer, train
 
     run.lock()
     recipe, tokenizers = preset.recipe, Tokenizers(folder, preset.t5, preset.clip)
@@ -79,14 +85,16 @@ def learn(run, origins, preset, folder, mesh, source):
         print(f"{run.path}: finished at step {trainer.step}; a larger --steps goes on")
         return 0
 
-    held_out, stop = source.held_out(), cli.Stop()
+    stop = cli.Stop()
     painter = Painter(preset, None, None, mesh)
     painter.read_texts = TextReader(tokenizers, lambda: painter.models.encoders(), painter.dtype)
-    examples = draw_fixed(held_out, "preview", PREVIEWS)
+    how = preset.num_inference_steps, preset.guidance_scale
+    examples = draw_fixed(source.held_out(), "preview", PREVIEWS)
+    asked = [Spec(e.grid, e.prompt, *how, seed) for seed, e in enumerate(examples)]
     bar = tqdm(total=recipe.steps, initial=trainer.step, unit="step", dynamic_ncols=True)
 
-    def write(measured):
-        record = summarise(measured, recipe.loss_region)
+    def write(sent, seconds):
+        record = summarise(sent, seconds, recipe.loss_region)
         log.write(record)
         shown = {key: f"{record[key]:.3g}" for key in ("loss", "grad_norm", "grids_per_second")}
         bar.set_postfix(shown, refresh=False)
@@ -94,9 +102,11 @@ def learn(run, origins, preset, folder, mesh, source):
 
     def preview():
         painter.models = trainer.models()
-        sheet = preview_sheet(painter, examples, stopped)
+        canvases = painter(asked, lambda steps, _: takewhile(lambda _: not stopped(), steps))
+        grids = [(canvas.spec.grid, canvas.pixels) for canvas in canvases]
+        sheets = [np.hstack([grid.compose(painted), grid.compose()]) for grid, painted in grids]
         if not stopped():
-            save_png(run.previews / f"{trainer.step:06d}.png", sheet)
+            save_png(run.previews / f"{trainer.step:06d}.png", np.concatenate(sheets))
 
     def save():
         save_trained(run, trainer, folder)  # first: a run whose last step is saved is complete

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from vcloze_jax.config import MINI
-from vcloze_jax.grid import build_grid
+from vcloze_jax.inputs.cells import build_grid
 from vcloze_jax.storage import places, weights
 
 PRESET = replace(

@@ -16,7 +16,7 @@ import train
 from vcloze_jax.config import MINI, PRESETS, Recipe, UserError
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.pictures import save_png
-from vcloze_jax.inputs.runfolder import FREE, RunFolder
+from vcloze_jax.inputs.runfolder import FREE, ORIGINS, RunFolder
 from vcloze_jax.storage import places
 
 ROOT = Path(__file__).parents[1]
@@ -38,16 +38,15 @@ def folder(tmp_path):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Run a command as cli.run does: exit code, stdout and stderr. JAX cannot be imported."""
+    """Answer a command as cli.run does: exit code, stdout and stderr. JAX cannot be imported."""
 
     def call(main, argv, jax=False):
         with monkeypatch.context() as patch:
             if not jax:
                 patch.setitem(sys.modules, "jax", None)
             patch.setattr(sys, "argv", ["command", *argv.split()])
-            with pytest.raises(SystemExit) as exit:
-                cli.run(main)
-        return exit.value.code or 0, *capsys.readouterr()
+            code = cli.answer(main)
+        return code, *capsys.readouterr()
 
     return call
 
@@ -179,8 +178,9 @@ OTHER = {f.name: OTHERS[type(f.default)] for f in fields(Recipe)} | {"preset": "
 def begun(tmp_path):
     """The folder of mini's run, as its first second leaves it, and its recipe."""
     run, recipe = RunFolder(tmp_path / "run"), cli.read_recipe(train.parse([]))
-    run.create(recipe)
-    return run, recipe
+    run.create(recipe, {})
+    yield run, recipe
+    run.unlock()
 
 
 def test_every_setting_is_a_flag():
@@ -189,10 +189,10 @@ def test_every_setting_is_a_flag():
     argv = ["--guidance-range", "1", "30", "--clip", "3", "--from-scratch", "--batch", "4"]
     recipe = cli.read_recipe(train.parse(argv))
     told = dict(guidance_range=(1.0, 30.0), clip=3.0, from_scratch=True, rank=0)
-    assert recipe == replace(MINI.recipe, **told, batch=4, micro_batch=4)
+    assert recipe == replace(MINI.recipe, **told, batch=4, micro_batch=4, group=4)
 
 
-@pytest.mark.parametrize("key", [f.name for f in fields(Recipe) if f.name not in FREE])
+@pytest.mark.parametrize("key", sorted({f.name for f in fields(Recipe)} - {*FREE, *ORIGINS}))
 def test_identity(begun, key):
     """Any setting but the free ones is the run's identity: another value is an error by name."""
     run, recipe = begun
@@ -239,8 +239,36 @@ def test_older_identity(begun):
 def test_identity_as_a_command(begun, call):
     """A run that is another one is refused before JAX is imported."""
     run, recipe = begun
-    told = f"lr is {recipe.lr}, this command says 0.5"
-    assert_refused(call(train.main, f"--out {run.path} --lr 0.5"), told)
+    told = f"clip is {recipe.clip}, this command says 0.5"
+    assert_refused(call(train.main, f"--out {run.path} --clip 0.5"), told)
+
+
+@pytest.mark.parametrize("key", ORIGINS)
+def test_origins(begun, key):
+    """What a run learns from is known by its content: another one is an error by name, which can be
+    accepted; a folder that moved, or what an older version did not write, is none."""
+    run, recipe = begun
+    origins = dict.fromkeys(ORIGINS, "1")
+    run.compare_origins(recipe, origins, [])
+    run.create(recipe, origins)
+    moved = recipe if key == "dtype" else replace(recipe, **{key: "elsewhere"})
+    run.compare_origins(moved, origins, [])
+    other = origins | {key: "2"}
+    with pytest.raises(UserError, match=rf"config.json: {key} is .*--accept {key}"):
+        run.compare_origins(recipe, other, [k for k in ORIGINS if k != key])
+    run.compare_origins(recipe, other, [key])
+
+
+def test_one_writer(begun):
+    """A second process that would write the same run is refused, as long as the first one lives."""
+    run, _ = begun
+    code = "import sys; from vcloze_jax.inputs.runfolder import RunFolder\n"
+    code += "RunFolder(sys.argv[1]).lock()"
+    command = [sys.executable, "-c", code, run.path]
+    refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert "another train.py writes this run" in refused.stderr
+    run.unlock()
+    assert subprocess.run(command, capture_output=True, cwd=ROOT).returncode == 0
 
 
 # --- what the commands share ---
@@ -281,11 +309,10 @@ def test_named_preset(tmp_path):
         (143, 143),
         (UserError("mine"), 2),
         (FloatingPointError("step 3: loss nan"), 1),
-        (KeyboardInterrupt(), 130),
     ],
 )
 def test_exit_codes(call, result, code):
-    """0 done, 2 the user's mistake, 1 not finite, 130 Ctrl-C, and what a command answers."""
+    """0 done, 2 the user's mistake, 1 not finite, and what a command answers."""
 
     def main(_):
         if isinstance(result, BaseException):

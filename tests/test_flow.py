@@ -10,6 +10,7 @@ from vcloze_jax import flow
 from vcloze_jax.config import FlowConfig
 
 C = FlowConfig()
+KEYS = jax.random.split(jax.random.key(0), 10_000)
 
 
 def normal(*shape, seed=0):
@@ -94,20 +95,20 @@ def losing():
 def test_loss_sees_masked_tokens_only(losing):
     """Tokens of weight 0 get no gradient, bit for bit, and do not change the loss; others do."""
     out, velocity, weight = losing
-    grad = np.asarray(jax.grad(flow.masked_loss)(out, velocity, weight))
+    grad = np.asarray(jax.grad(lambda x: flow.masked_loss(x, velocity, weight).sum())(out))
     assert (np.abs(grad).max(-1) > 0).tolist() == (weight > 0).tolist()
     other = np.where(weight[..., None] > 0, out, 1e6)
-    assert flow.masked_loss(other, velocity, weight) == flow.masked_loss(out, velocity, weight)
+    assert np.array_equal(*(flow.masked_loss(x, velocity, weight) for x in (other, out)))
 
 
 def test_loss_weighs_samples_equally(losing):
-    """The batch's loss is the mean of its samples' losses, whatever the sizes of their targets; a
-    sample's is the weighted mean of its tokens' squared errors (float32 sums)."""
+    """A sample's loss is the weighted mean of its tokens' squared errors (float32 sums), whatever
+    the size of its target."""
     out, velocity, weight = losing
     loss = flow.masked_loss(out, velocity, weight)
     error = np.square(np.float64(out) - velocity).mean(-1)
     each = [np.average(e, weights=w) for e, w in zip(error, weight, strict=True)]
-    np.testing.assert_allclose(loss, np.mean(each), rtol=1e-6)
+    np.testing.assert_allclose(loss, each, rtol=1e-6)
     larger = weight * np.float32([[8], [1], [2]])
     np.testing.assert_allclose(flow.masked_loss(out, velocity, larger), loss, rtol=1e-6)
 
@@ -115,7 +116,7 @@ def test_loss_weighs_samples_equally(losing):
 def test_full_weight_is_the_plain_mean(losing):
     """With all weights 1 (the authors' code, region `grid`) the loss is the mean squared error."""
     out, velocity, weight = losing
-    plain = np.square(np.float64(out) - velocity).mean()
+    plain = np.square(np.float64(out) - velocity).mean((1, 2))
     loss = flow.masked_loss(out, velocity, np.ones_like(weight))
     np.testing.assert_allclose(loss, plain, rtol=1e-6)
 
@@ -126,23 +127,36 @@ def test_loss_is_float32(losing):
     low = jnp.asarray(out, jnp.bfloat16)
     loss = flow.masked_loss(low, velocity, weight)
     assert loss.dtype == jnp.float32
-    assert loss == flow.masked_loss(low.astype(jnp.float32), velocity, weight)
+    assert np.array_equal(loss, flow.masked_loss(low.astype(jnp.float32), velocity, weight))
 
 
 @pytest.mark.parametrize("mean", [0.0, 1.0])
 def test_training_times(mean):
     """Times are sigmoids of a normal: float32 inside (0, 1), quartiles at the sigmoids of its mean
     and of 0.674 below and above (5 deviations of a quantile of 10,000 draws: 0.011)."""
-    t = np.asarray(flow.draw_time(jax.random.key(0), 10_000, mean))
+    t = np.asarray(flow.draw_time(KEYS, mean))
     assert t.dtype == np.float32 and 0 < t.min() and t.max() < 1
     expected = 1 / (1 + np.exp(np.array([0.6745, 0, -0.6745]) - mean))
     np.testing.assert_allclose(np.quantile(t, [0.25, 0.5, 0.75]), expected, atol=0.02)
 
 
+def test_shifted_times():
+    """A shift moves times towards noise, more for more tokens, keeps their order and 1, and is that
+    of sampling: the times of a schedule are the shifted even ones."""
+    t = np.linspace(0.01, 1, 100)
+    few, many = (flow.shift_time(t, tokens, C) for tokens in (256, 4096))
+    assert (t[:-1] < few[:-1]).all() and (few[:-1] < many[:-1]).all() and (np.diff(many) > 0).all()
+    assert np.float32(few[-1]) == np.float32(many[-1]) == 1
+    even = np.linspace(1, 1 / 30, 30)
+    assert np.array_equal(
+        flow.schedule(30, 4096, C)[:-1], np.float32(flow.shift_time(even, 4096, C))
+    )
+
+
 def test_training_guidance():
     """Guidance is log-uniform between its bounds, and exactly 1 between 1 and 1 (the authors').
     The median of 10,000 draws lies within 5 deviations, 2.5 % of the log range."""
-    g = np.asarray(flow.draw_guidance(jax.random.key(0), 10_000, (1.0, 50.0)))
+    g = np.asarray(flow.draw_guidance(KEYS, (1.0, 50.0)))
     assert g.min() >= 1 and g.max() <= 50.0001
     assert abs(np.median(np.log(g)) / np.log(50) - 0.5) < 0.025
-    np.testing.assert_array_equal(flow.draw_guidance(jax.random.key(0), 5, (1.0, 1.0)), 1)
+    np.testing.assert_array_equal(flow.draw_guidance(KEYS, (1.0, 1.0)), 1)

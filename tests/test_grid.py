@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from vcloze_jax.config import UserError
-from vcloze_jax.grid import GUTTER, MARK, Grid, build_grid, cover, row_size
+from vcloze_jax.grid import GUTTER, MARK, Grid
+from vcloze_jax.inputs.cells import build_grid, cover, row_size
 
 SHAPES = [(64, 64), (100, 70), (70, 100), (333, 41), (48, 200)]
 

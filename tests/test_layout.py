@@ -20,7 +20,7 @@ ENTRIES = ("train", "sample")
 STORY = tuple(
     f"vcloze_jax.{name}"
     for name in (
-        "config grid prompts flow conditioning sharding programs painter trainer "
+        "config grid prompts flow conditioning sharding programs painter step trainer "
         "model.ops model.layers model.mmdit model.vae model.text model.lora"
     ).split()
 )

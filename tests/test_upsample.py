@@ -16,7 +16,7 @@ from vcloze_jax.config import MINI, UserError
 from vcloze_jax.grid import Upsampling
 from vcloze_jax.inputs.spec import read_specs, upsampled_size
 from vcloze_jax.painter import Canvas, second_passes
-from vcloze_jax.pipeline import load_painter
+from vcloze_jax.pipeline import describe, load_painter
 
 SIZES = {"a": (48, 32), "big": (2000, 1000), "small": (40, 20)}
 
@@ -146,7 +146,7 @@ def test_second_pass(painter, read):
     (both,) = painter([spec])
     assert np.array_equal(both.pixels, first.pixels)
     assert [t.shape for t in both.targets] == [(32, 64, 3)] * 2  # 64 * 32 / 48 = 42, floored
-    assert [r["tokens"]["image"] for r in both.record(MINI)["upsampling"]] == [8, 8]
+    assert [r["tokens"]["image"] for r in describe(both, MINI)["upsampling"]] == [8, 8]
     again = second_passes(spec, first.targets)
     assert {second.prompt for second in again} == {"a fox"}
     for painted, target in zip(painter(again), both.targets, strict=True):

@@ -4,7 +4,7 @@ Defaults are those of FLUX.1-Fill-dev (black-forest-labs/flux:src/flux/util.py, 
 Dtypes are strings, so that this room imports nothing.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 
 class UserError(Exception):
@@ -188,22 +188,6 @@ class Recipe:
     preview_every: int = setting(
         500, "between previews", group="run", least=1, free=True, metavar="STEPS"
     )
-
-    def __post_init__(self):
-        for f in fields(self):
-            value, least = getattr(self, f.name), f.metadata.get("least")
-            if least is not None and value < least:
-                raise UserError(f"{flag(f.name)} {value}: must be at least {least}")
-        if self.rank < 0 or not 0 <= self.seed < 2**32 or not 0 < self.lr < 1:
-            raise UserError("--rank from 0, --seed in 0 … 2^32-1, --lr between 0 and 1")
-        for part in ("micro_batch", "group"):
-            size = getattr(self, part)
-            if size and self.batch % size:
-                raise UserError(f"--batch {self.batch}: not a multiple of {flag(part)} {size}")
-        if not 0 <= self.ema < 1 or not 0 <= self.caption_dropout <= 1:
-            raise UserError("--ema from 0, below 1; --caption-dropout from 0 to 1")
-        if self.from_scratch and (self.rank or self.lora):
-            raise UserError("--from-scratch trains every weight: leave --rank and --lora away")
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ from vcloze_jax.data.graphemoji import GraphEmojiGrids
 from vcloze_jax.grid import Spec
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.pictures import check_file, save_png, save_text
-from vcloze_jax.painter import steps_bar
-from vcloze_jax.pipeline import load_painter
+from vcloze_jax.pipeline import load_painter, steps_bar
 
 TASKS = {
     "trained": (

@@ -10,18 +10,15 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 
-import flax
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from vcloze_jax import __version__, conditioning, flow
+from vcloze_jax import conditioning, flow
 from vcloze_jax.grid import Spec, bucket
 from vcloze_jax.model.ops import unpack
-from vcloze_jax.programs import spent, timed
+from vcloze_jax.programs import timed
 from vcloze_jax.sharding import batch_sharding, compute_dtype
 
-PARTS = ("load", "text", "vae", "compile", "paint", "decode")  # of the seconds in a record
 BATCH_TOKENS = 2**13  # image tokens per device and call: enough to keep any accelerator busy
 
 
@@ -46,29 +43,6 @@ class Canvas:
         if self.second_passes:
             return [canvas.pixels for canvas in self.second_passes]
         return self.spec.grid.cut(self.pixels)
-
-    def record(self, preset):
-        """All that made the picture, as JSON."""
-        grid = self.spec.grid
-        record = {
-            "spec": self.spec.resolved,
-            "prompt": self.spec.prompt,
-            "sizes": [[width // grid.columns, height] for height, width in grid.shape],
-            "boxes": grid.boxes,
-            **self.costs(preset),
-            "compiles": spent["programs"],
-            "versions": versions(),
-        }
-        if self.second_passes:
-            record["upsampling"] = [canvas.costs(preset) for canvas in self.second_passes]
-        return record
-
-    def costs(self, preset):
-        """Tokens and seconds of one pass."""
-        tokens = self.spec.grid.tokens
-        sizes = dict(image=tokens, text=len(self.txt), bucket=bucket(tokens, preset.resolution))
-        seconds = {part: round(self.seconds[part], 4) for part in PARTS}
-        return {"tokens": sizes, "dropped_tokens": self.dropped, "seconds": seconds}
 
 
 class Painter:
@@ -240,17 +214,6 @@ def euler_step(flux, x, mod, context, t, t_next):
 def decode_row(vae, z, h, w):
     """Latent tokens [B, S, 64] of one row of h x w latent pixels -> pictures [B, 8h, 8w, 3]."""
     return vae.decode(unpack(z, h, w))
-
-
-def versions():
-    """What a picture's bytes depend on, beside the spec, the weights and the mesh."""
-    return {"vcloze_jax": __version__, "jax": jax.__version__, "flax": flax.__version__}
-
-
-def steps_bar(steps, label):
-    """The Euler steps of one batch as a progress bar, with the seconds that each takes."""
-    form = "{desc}: |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
-    return tqdm(steps, label, unit="step", dynamic_ncols=True, bar_format=form)
 
 
 def pad(x, size):

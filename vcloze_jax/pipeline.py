@@ -9,15 +9,23 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import flax
+import jax
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
+from vcloze_jax import __version__
+from vcloze_jax.grid import bucket
 from vcloze_jax.inputs.pictures import save_png, save_text
 from vcloze_jax.inputs.spec import output_names, read_spec
 from vcloze_jax.painter import Painter
+from vcloze_jax.programs import spent
 from vcloze_jax.sharding import make_mesh, parse_mesh
 from vcloze_jax.storage import adapters, places, weights
 from vcloze_jax.storage.models import LazyModels
+
+PARTS = ("load", "text", "vae", "compile", "paint", "decode")  # of the seconds in a record
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class Pipeline:
         for canvas in self.painter(specs, progress):
             sheet = canvas.spec.grid.compose(canvas.pixels)
             images = [Image.fromarray(target) for target in canvas.targets]
-            record = canvas.record(self.painter.preset)
+            record = describe(canvas, self.painter.preset)
             paintings.append(Painting(images, Image.fromarray(sheet), record))
         return paintings
 
@@ -91,3 +99,34 @@ def load_painter(folder, lora, mesh):
         adapters.check(file, preset.flux)
     models = LazyModels(folder, preset, loras, mesh)
     return Painter(preset, models, models.text_reader(), mesh)
+
+
+def describe(canvas, preset):
+    """All that made a picture, as JSON."""
+    spec, grid = canvas.spec, canvas.spec.grid
+    record = {
+        "spec": spec.resolved,
+        "prompt": spec.prompt,
+        "sizes": [[width // grid.columns, height] for height, width in grid.shape],
+        "boxes": grid.boxes,
+        **describe_pass(canvas, preset),
+        "compiles": spent["programs"],
+        "versions": {"vcloze_jax": __version__, "jax": jax.__version__, "flax": flax.__version__},
+    }
+    if canvas.second_passes:
+        record["upsampling"] = [describe_pass(again, preset) for again in canvas.second_passes]
+    return record
+
+
+def describe_pass(canvas, preset):
+    """Tokens and seconds of one pass."""
+    tokens = canvas.spec.grid.tokens
+    sizes = dict(image=tokens, text=len(canvas.txt), bucket=bucket(tokens, preset.resolution))
+    seconds = {part: round(canvas.seconds[part], 4) for part in PARTS}
+    return {"tokens": sizes, "dropped_tokens": canvas.dropped, "seconds": seconds}
+
+
+def steps_bar(steps, label):
+    """The Euler steps of one batch as a progress bar, with the seconds that each takes."""
+    form = "{desc}: |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
+    return tqdm(steps, label, unit="step", dynamic_ncols=True, bar_format=form)

@@ -9,7 +9,7 @@ import numpy as np
 from vcloze_jax import prompts
 from vcloze_jax.config import UserError
 from vcloze_jax.data.sources import Example
-from vcloze_jax.grid import build_grid
+from vcloze_jax.inputs.cells import build_grid
 from vcloze_jax.inputs.checks import (
     check_keys,
     check_text,

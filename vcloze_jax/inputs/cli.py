@@ -85,7 +85,26 @@ def read_recipe(args):
     for part in ("group", "micro_batch"):
         if default := getattr(preset.recipe, part):
             given.setdefault(part, math.gcd(batch, default))
-    return replace(preset.recipe, **given)
+    return check_recipe(replace(preset.recipe, **given))
+
+
+def check_recipe(recipe):
+    """The recipe; UserError where a value, or two together, cannot be."""
+    for f in fields(recipe):
+        value, least = getattr(recipe, f.name), f.metadata.get("least")
+        if least is not None and value < least:
+            raise UserError(f"{flag(f.name)} {value}: must be at least {least}")
+    if recipe.rank < 0 or not 0 <= recipe.seed < 2**32 or not 0 < recipe.lr < 1:
+        raise UserError("--rank from 0, --seed in 0 … 2^32-1, --lr between 0 and 1")
+    for part in ("micro_batch", "group"):
+        size = getattr(recipe, part)
+        if size and recipe.batch % size:
+            raise UserError(f"--batch {recipe.batch}: not a multiple of {flag(part)} {size}")
+    if not 0 <= recipe.ema < 1 or not 0 <= recipe.caption_dropout <= 1:
+        raise UserError("--ema from 0, below 1; --caption-dropout from 0 to 1")
+    if recipe.from_scratch and (recipe.rank or recipe.lora):
+        raise UserError("--from-scratch trains every weight: leave --rank and --lora away")
+    return recipe
 
 
 def run(main):
@@ -102,8 +121,8 @@ def run(main):
 
 
 def answer(main):
-    """Call main(argv) -> exit code: 0 done, 2 the user's mistake, 1 not finite. A mistake is exactly
-    one line on stderr."""
+    """Call main(argv) -> exit code: 0 done, 2 the user's mistake, 1 not finite. A mistake is one
+    line on stderr."""
     try:
         return main(sys.argv[1:]) or 0
     except SystemExit as error:  # of --help
@@ -153,15 +172,17 @@ class Stop:
 
 
 def watch_signals():
-    """SIGTERM, SIGHUP and Ctrl-C end the process with 128 + number, or ask the Stop that is entered.
+    """SIGTERM, SIGHUP, Ctrl-C end the process with 128 + number, or ask the Stop that is entered.
 
-    A thread waits for them, since Python's own handlers wait for XLA: minutes, when it compiles.
+    A thread waits for them, since a handler waits for what runs: minutes, when XLA compiles.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in SIGNALS:
-        signal.signal(number, lambda *_: None)  # so that it is written to the pipe
+
+    def handle(number, _):
+        if Stop.entered is None:
+            leave(128 + number)
 
     def watch():
         while True:
@@ -169,4 +190,6 @@ def watch_signals():
             if not (Stop.entered and Stop.entered.ask(number)):
                 leave(128 + number)
 
+    for number in SIGNALS:
+        signal.signal(number, handle)
     threading.Thread(target=watch, daemon=True).start()

@@ -11,24 +11,25 @@ import numpy as np
 BINS = 10  # of time, of one tenth each, from the picture to noise
 
 
-def summarise(measured, region):
-    """What the Trainer measured of a step -> its record, all numbers as JSON holds them."""
-    losses, norms = measured["losses"], dict(measured["norms"])
+def summarise(sent, seconds, region):
+    """What a step told that the Trainer sent and waited for -> its record, all numbers as JSON
+    holds them."""
+    losses = {r: np.concatenate([np.asarray(x[r]) for x in sent.losses]) for r in sent.losses[0]}
+    bins = (np.concatenate([np.asarray(t) for t in sent.times]) * BINS).astype(int)
+    norms = {group: float(norm) for group, norm in sent.norms.items()}
     loss = losses[region].astype(np.float64)
-    bins = np.minimum((measured["times"] * BINS).astype(int), BINS - 1)
-    examples = [rows - 1 for _, rows in measured["kinds"]]
     return {
-        "step": measured["step"],
+        "step": sent.step,
         "loss": float(loss.mean()),
         "grad_norm": norms.pop("all"),
-        "lr": measured["lr"],
-        "seconds": round(measured["seconds"], 4),
-        "grids_per_second": round(len(loss) / measured["seconds"], 3),
-        "skipped": measured["skipped"],
+        "lr": sent.lr,
+        "seconds": round(seconds, 4),
+        "grids_per_second": round(len(loss) / seconds, 3),
+        "skipped": int(sent.skipped),
         "loss_by_region": {name: float(each.mean()) for name, each in losses.items()},
-        "loss_by_time": mean_by(bins.tolist(), loss),
-        "loss_by_examples": mean_by(examples, loss),
-        "loss_by_kind": mean_by([kind for kind, _ in measured["kinds"]], loss),
+        "loss_by_time": mean_by(np.minimum(bins, BINS - 1).tolist(), loss),
+        "loss_by_examples": mean_by([rows - 1 for _, rows in sent.kinds], loss),
+        "loss_by_kind": mean_by([kind for kind, _ in sent.kinds], loss),
         "grad_norm_by_block": norms,
     }
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -77,16 +78,24 @@ class RunFolder:
         save_text(self.config, json.dumps(asdict(recipe) | {"origins": origins}, indent=1) + "\n")
 
     def lock(self):
-        """Be the only process that writes this run, as long as it lives. Raises UserError."""
+        """Be the only process that writes this run, until `unlock` or the process's end, however
+        that comes. Raises UserError."""
         if self.path.is_dir() and self.held is None:
-            self.held = (self.path / ".lock").open("w")
+            self.held = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
             try:
                 fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
+                self.unlock()
                 raise UserError(
-                    f"--out {self.path}: another train.py writes this run; stop it first, or choose "
-                    "another folder"
+                    f"--out {self.path}: another train.py writes this run; stop it first, or "
+                    "choose another folder"
                 ) from None
+
+    def unlock(self):
+        """Let others write this run."""
+        if self.held is not None:
+            os.close(self.held)
+            self.held = None
 
 
 def read_identity(file):

@@ -12,7 +12,8 @@ from PIL import Image
 
 from vcloze_jax import prompts
 from vcloze_jax.config import Preset, UserError
-from vcloze_jax.grid import PATCH, Cell, Grid, Spec, Upsampling, build_grid, floor, row_size
+from vcloze_jax.grid import PATCH, Grid, Spec, Upsampling
+from vcloze_jax.inputs.cells import Cell, build_grid, floor, row_size
 from vcloze_jax.inputs.checks import (
     check_integer,
     check_keys,

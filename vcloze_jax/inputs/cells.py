@@ -1,0 +1,126 @@
+"""Pictures of any size -> a Grid: the sizes of its rows, and one resize for every cell.
+
+Sizes follow VisualCloze (lzyhha/VisualCloze:visualcloze.py), resizing follows diffusers
+(huggingface/diffusers:src/diffusers/pipelines/visualcloze/visualcloze_utils.py).
+"""
+
+import numpy as np
+from PIL import Image
+
+from vcloze_jax.config import UserError
+from vcloze_jax.grid import PATCH, Grid, Row
+
+MAX_TOKENS = 2**16  # 64 cells of 512 x 512; beyond it only a mistake is plausible
+MAX_RESIZED = 2**26  # pixels before the crop, 256 MiB as Pillow holds them
+
+Cell = Image.Image | tuple[Image.Image, np.ndarray] | None
+
+
+def build_grid(images: list[list[Cell]], resolution: int) -> Grid:
+    """Bring pictures to the sizes of their rows and join them; sizes first, then one resize each.
+
+    A cell is an RGB picture, None (all of it is generated) or a pair of a picture and a bool mask
+    [h, w] of the same size (True is generated). Raises UserError naming the cell.
+    """
+    cells = [[c if isinstance(c, tuple) else (c, None) for c in row] for row in images]
+    _check_layout(cells)
+    sizes = _row_sizes(cells, resolution)
+    tokens = sum(len(cells[0]) * (w // PATCH) * (h // PATCH) for w, h in sizes)
+    if tokens > MAX_TOKENS:
+        raise UserError(
+            f"image: the grid has {tokens} tokens of at most {MAX_TOKENS}; "
+            "lower the resolution or use fewer cells"
+        )
+    rows = []
+    for r, (row, size) in enumerate(zip(cells, sizes, strict=True)):
+        pairs = [_fit(*cell, *size, f"image[{r}][{i}]") for i, cell in enumerate(row)]
+        pixels, masks = zip(*pairs, strict=True)
+        rows.append(Row(np.concatenate(pixels, axis=1), np.concatenate(masks, axis=1)))
+    return Grid(tuple(rows), len(cells[0]))
+
+
+def row_size(width: int, height: int, resolution: int) -> tuple[int, int]:
+    """Size (w, h) of a cell of area resolution² and the picture's aspect, floored to 16.
+
+    The order of roundings is the authors' and makes landscape and portrait differ.
+    """
+    aspect = width / height
+    h = int((resolution * resolution / aspect) ** 0.5)
+    return floor(int(h * aspect)), floor(h)
+
+
+def cover(
+    picture: Image.Image, width: int, height: int, resample=Image.Resampling.LANCZOS
+) -> Image.Image:
+    """Resize to cover width x height and crop the centre, in diffusers' integer arithmetic.
+
+    Raises UserError if the two shapes differ so much that the resized picture would be absurd.
+    """
+    wide = picture.width / picture.height >= width / height
+    w = picture.width * height // picture.height if wide else width
+    h = height if wide else picture.height * width // picture.width
+    if w * h > MAX_RESIZED:
+        raise UserError(
+            f"a picture of {picture.width}x{picture.height} cannot fill a cell of "
+            f"{width}x{height}; crop it to a similar shape"
+        )
+    left, top = w // 2 - width // 2, h // 2 - height // 2
+    return picture.resize((w, h), resample).crop((left, top, left + width, top + height))
+
+
+def _check_layout(cells: list[list[tuple]]) -> None:
+    if not cells or not cells[0]:
+        raise UserError("image: no cell; give rows of cells, the query last")
+    for r, row in enumerate(cells):
+        if len(row) != len(cells[0]):
+            raise UserError(
+                f"image[{r}]: {len(row)} cells, but row 0 has {len(cells[0])}; "
+                "all rows have the same number"
+            )
+        for i, (picture, mask) in enumerate(row):
+            if r < len(cells) - 1 and (picture is None or mask is not None):
+                raise UserError(f"image[{r}][{i}]: only the last row may hold targets")
+            if mask is not None and mask.shape != (picture.height, picture.width):
+                raise UserError(
+                    f"image[{r}][{i}]: the mask is {mask.shape[1]}x{mask.shape[0]}, its picture "
+                    f"{picture.width}x{picture.height}; make them equal"
+                )
+    if not any(picture is None or mask is not None for picture, mask in cells[-1]):
+        raise UserError(f"image[{len(cells) - 1}]: no target; make a cell of the last row null")
+
+
+def _row_sizes(cells: list[list[tuple]], resolution: int) -> list[tuple[int, int]]:
+    """Cell size (w, h) of every row."""
+    sizes = []
+    for row in cells:
+        first = next((picture.size for picture, _ in row if picture), (resolution, resolution))
+        sizes.append(row_size(*first, resolution))
+    if sum(picture is None or mask is not None for picture, mask in cells[-1]) > 1:
+        width = sizes[-1][0]  # several targets: one width for all rows
+        sizes = [(width, floor(h * width // w)) for w, h in sizes]
+    return sizes
+
+
+def _fit(
+    picture: Image.Image | None, mask: np.ndarray | None, width: int, height: int, where: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """One cell at its final size: uint8 [h, w, 3] and bool [h, w]."""
+    if picture is None:
+        return np.zeros((height, width, 3), np.uint8), np.ones((height, width), bool)
+    try:
+        pixels = np.asarray(cover(picture, width, height))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if mask is None:
+        return pixels, np.zeros((height, width), bool)
+    levels = Image.fromarray(np.uint8(255) * mask)
+    # Not as a picture of mode "1": its True is the byte 255, which XLA reads as -1.
+    mask = np.asarray(cover(levels, width, height, Image.Resampling.NEAREST)) >= 128
+    if not mask.any():
+        raise UserError(f"{where}: the mask is all black; paint white what is to be generated")
+    return pixels, mask
+
+
+def floor(side: int) -> int:
+    """A side in whole tokens: a multiple of 16, at least 16."""
+    return max(side // PATCH, 1) * PATCH

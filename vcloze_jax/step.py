@@ -1,0 +1,189 @@
+"""One training step: a micro-batch on the devices, its masked loss, the optimizer's update."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from vcloze_jax import conditioning, flow
+from vcloze_jax.conditioning import Context, Models
+from vcloze_jax.sharding import batch_sharding
+
+ENCODERS = ("vae", "t5", "clip")
+PURPOSES = ("init", "draws", "validation")  # of a run's random numbers
+
+
+class Batch(NamedTuple):
+    """A micro-batch on the devices; all grids of one shape."""
+
+    rows: tuple  # of (pixels uint8 [B, h, W, 3], mask bool [B, h, W] or None)
+    t5_ids: jax.Array  # int32 [B, T]
+    clip_ids: jax.Array  # int32 [B, 77]
+    numbers: jax.Array  # int32 [B], of each grid in the run: what is drawn for it depends on that
+    pe: tuple  # cos, sin float32 [1, T + S, 1, K/2]
+
+
+class Question(NamedTuple):
+    """A micro-batch as the MMDiT is asked: the noisy grids, what it reads, what it should say."""
+
+    x_t: jax.Array  # float32 [B, S, 64]
+    velocity: jax.Array  # float32 [B, S, 64]
+    share: jax.Array  # float32 [B, S], of a token's pixels that are masked
+    t: jax.Array  # float32 [B]
+    context: Context  # txt and pooled are token ids where the text encoders are learnt
+
+
+class State(NamedTuple):
+    """All that a step changes, and a checkpoint holds."""
+
+    trainable: dict  # float32 trees by model
+    moments: tuple  # the optimizer's
+    average: dict  # the trainable trees' exponential moving average; {} without --ema
+    skipped: jax.Array  # int32: steps that were not finite and changed nothing
+    failed: jax.Array  # bool: there was one more than may be skipped; nothing changes any more
+
+
+def purpose_key(seed, purpose):
+    """The key of a run's random numbers for one purpose, so that no two share a stream."""
+    return jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
+
+
+def make_batch(examples, numbers, tokenizers, preset, mesh, masks_every_row=False):
+    """Examples of one grid shape -> Batch. Rows that are never masked carry no mask at all."""
+    grids = [example.grid for example in examples]
+    rows = []
+    for r, row in enumerate(zip(*(grid.rows for grid in grids), strict=True)):
+        maskable = masks_every_row or r == len(grids[0].rows) - 1
+        mask = np.stack([x.mask for x in row]) if maskable else None
+        rows.append((np.stack([x.pixels for x in row]), mask))
+    t5_ids, clip_ids, _ = tokenizers([example.prompt for example in examples])
+    pe = conditioning.position_table(grids[:1], preset.flux, preset.t5.max_length, grids[0].tokens)
+    arrays = tuple(rows), t5_ids, clip_ids, np.asarray(numbers, np.int32)
+    return Batch(*jax.device_put(arrays, batch_sharding(mesh)), pe)
+
+
+def ask(frozen, batch, key, *, graphdefs, preset, dtype):
+    """Batch -> Question: encoded, and with times, noise and guidance, drawn for each grid alone.
+
+    A program of its own: nothing of it is differentiated.
+    """
+    recipe, models = preset.recipe, merge_models(graphdefs, ENCODERS, frozen)
+    keys = jax.vmap(partial(jax.random.fold_in, key))(batch.numbers)
+    keys = jax.vmap(partial(jax.random.split, num=4))(keys)  # B 4
+    for_vae, for_noise, for_time, for_guidance = (keys[:, i] for i in range(4))
+    x, condition, share = conditioning.encode_training(
+        models.vae, batch.rows, recipe.mask_fill, for_vae, dtype
+    )
+    x = x.astype(jnp.float32)
+    noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(for_noise)
+    t = flow.draw_time(for_time, recipe.time_mean)
+    if recipe.time_shift:
+        t = flow.shift_time(t, x.shape[1], preset.flow)
+    guidance = flow.draw_guidance(for_guidance, recipe.guidance_range)
+    text = batch.t5_ids, batch.clip_ids
+    if models.t5:
+        text = conditioning.encode_text(models.t5, models.clip, *text, dtype)
+    x_t, velocity = flow.interpolate(x, noise, t)
+    return Question(x_t, velocity, share, t, Context(condition, *text, guidance, batch.pe))
+
+
+def loss_fn(trainable, frozen, question, *, graphdefs, region, dtype):
+    """Masked flow-matching loss of a micro-batch (paper, section 3) -> the mean over its grids,
+    and each grid's own by region, float32 [B]."""
+    models, context = merge_models(graphdefs, graphdefs, trainable, frozen), question.context
+    if "t5" in trainable:
+        ids = context.txt, context.pooled
+        txt, pooled = conditioning.encode_text(models.t5, models.clip, *ids, dtype)
+        context = context._replace(txt=txt, pooled=pooled)
+    mod = conditioning.modulation(models.flux, question.t, context)
+    out = conditioning.velocity(models.flux, question.x_t, mod, context)
+    share = question.share
+    losses = {
+        "target": flow.masked_loss(out, question.velocity, share),
+        "grid": flow.masked_loss(out, question.velocity, jnp.ones_like(share)),
+    }
+    return losses[region].mean(), losses
+
+
+def merge_models(graphdefs, names, *trees):
+    """Some of the four networks, of trees by name; None for the others and for what no tree has."""
+    models = dict.fromkeys(graphdefs)
+    for name in names:
+        if parts := [tree[name] for tree in trees if name in tree]:
+            models[name] = nnx.merge(graphdefs[name], *parts)
+    return Models(**models)
+
+
+def learning_rate(recipe):
+    """The rate of update number n, counted from 0: a linear warm-up, then constant, or falling by
+    a cosine to a hundredth at step --decay-steps."""
+    if recipe.decay_steps:
+        span = recipe.warmup, recipe.decay_steps
+        return optax.warmup_cosine_decay_schedule(0.0, recipe.lr, *span, recipe.lr / 100)
+    return lambda n: recipe.lr * min((n + 1) / (recipe.warmup + 1), 1)
+
+
+def make_optimizer(clip, weight_decay=0.0):
+    """AdamW behind a clip of the global norm, of rate 1 (lzyhha/VisualCloze:train.py)."""
+    return optax.chain(
+        optax.clip_by_global_norm(clip),
+        optax.scale_by_adam(b1=0.9, b2=0.999),
+        optax.add_decayed_weights(weight_decay),
+    )
+
+
+def init_state(trainable, tx, ema):
+    """The State of a run that begins."""
+    average = jax.tree.map(jnp.copy, trainable) if ema else {}
+    return State(trainable, tx.init(trainable), average, jnp.int32(0), jnp.bool_(False))
+
+
+def make_step(tx, loss, places, ema=0.0, skip=0):
+    """Two jitted functions: add a micro-batch's gradient; apply the mean of the sum so far.
+
+    The frozen weights are an argument, never state. `places` is the State of shardings: all stays
+    where it is, losses everywhere. A step whose loss or gradient is not finite changes nothing;
+    after `skip` of them nothing changes any more, until the loop reads it.
+    """
+
+    @partial(jax.jit, donate_argnums=2, out_shardings=(places.skipped, places.trainable))
+    def accumulate(trainable, frozen, grads, question):
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        (_, losses), new = gradient(trainable, frozen, question)
+        return losses, jax.tree.map(jnp.add, grads, new)
+
+    @partial(jax.jit, donate_argnums=(0, 1), out_shardings=(places, places.trainable, None))
+    def update(state, grads, losses, rate):
+        mean = jax.tree.map(lambda g: g / len(losses), grads)
+        norms = group_norms(mean)
+        finite = jnp.isfinite(norms["all"]) & jnp.isfinite(jnp.concatenate(losses)).all()
+        updates, moments = tx.update(mean, state.moments, state.trainable)
+        trainable = jax.tree.map(lambda w, u: w - rate * u, state.trainable, updates)
+        average = jax.tree.map(
+            lambda a, w: ema * a + (1 - ema) * w, state.average, trainable if ema else {}
+        )
+        may_skip = state.skipped < skip
+        skipped = state.skipped + (~finite & may_skip & ~state.failed)
+        failed = state.failed | (~finite & ~may_skip)
+        new = State(trainable, moments, average, skipped, failed)
+        kept = state._replace(skipped=skipped, failed=failed)
+        state = jax.tree.map(partial(jnp.where, finite & ~failed), new, kept)
+        return state, jax.tree.map(jnp.zeros_like, grads), norms
+
+    return accumulate, update
+
+
+def group_norms(grads):
+    """Norm of a gradient, of all and by kind of block."""
+    squares = {"all": 0.0}
+    for path, leaf in jax.tree.leaves_with_path(grads):
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        group = next((g for g in ("double/img", "double/txt", "single") if g in path), "rest")
+        square = jnp.square(leaf).sum()
+        squares["all"] += square
+        squares[group] = squares.get(group, 0.0) + square
+    return {group: jnp.sqrt(square) for group, square in squares.items()}
