@@ -26,6 +26,9 @@ TABLE = (
 )
 
 
+AT_WORK = {"columns": (None, "tensor"), "rows": ("tensor", None), None: (None, None)}
+
+
 def parse_mesh(text):
     """'8' or 'data=2,fsdp=2,tensor=2' -> {axis: size}; needs no JAX device. Raises UserError."""
     sizes = dict.fromkeys(AXES, 1)
@@ -110,16 +113,15 @@ def batch_sharding(mesh):
     return NamedSharding(mesh, BATCH)
 
 
-def by_batch(x):
-    """x, its first axis split over the batch axes of the mesh in use (`jax.set_mesh`), if one is.
-
-    Said of what a layer gives, it makes XLA gather the layer's weights. Left to itself it splits
-    heads and channels over the same devices, and moves activations from one split to another.
-    """
+def placed(x, *axes):
+    """x split over these axes of the mesh in use (`jax.set_mesh`), if one is."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    rest = [P.UNCONSTRAINED] * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, P(*BATCH, *rest))
+    return jax.lax.with_sharding_constraint(x, P(*axes))
+
+
+def by_batch(x, last=None):
+    return placed(x, *BATCH, *[None] * (x.ndim - 2), last)
 
 
 def put(tree, mesh, root=""):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vcloze_jax.model.ops import attention, modulate, rope, timestep_embedding
-from vcloze_jax.sharding import by_batch
+from vcloze_jax.sharding import AT_WORK, by_batch, placed
 
 
 def uniform(key, shape, bound):
@@ -25,7 +25,8 @@ class Dense(nnx.Module):
     belongs to folding (lora.py), never to the layer.
     """
 
-    def __init__(self, in_features, out_features, *, rank=0, use_bias=True, std=None, rngs):
+    def __init__(self, in_features, out_features, *, split=None, rank=0, use_bias=True, std=None, rngs):
+        self.split = split
         bound = in_features**-0.5 if std is None else std * 3**0.5
         self.kernel = nnx.Param(uniform(rngs.params(), (in_features, out_features), bound))
         self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
@@ -37,13 +38,15 @@ class Dense(nnx.Module):
             self.lora_bias = nnx.LoRAParam(jnp.zeros(out_features))
 
     def __call__(self, x):
-        y = x @ self.kernel.astype(x.dtype)
+        into, out = AT_WORK[self.split]
+        y = x @ placed(self.kernel.astype(x.dtype), into, out)
         if self.bias is not None:
             y = y + self.bias.astype(x.dtype)
         if self.rank:
-            branch = (x @ self.lora_a.astype(x.dtype)) @ self.lora_b.astype(x.dtype)
-            y = y + (branch + self.lora_bias.astype(x.dtype))
-        return by_batch(y)
+            a = placed(self.lora_a.astype(x.dtype), into, None)
+            b = placed(self.lora_b.astype(x.dtype), None, out)
+            y = y + ((x @ a) @ b + self.lora_bias.astype(x.dtype))
+        return by_batch(y, out)
 
 
 class RMSNorm(nnx.Module):
@@ -78,13 +81,13 @@ class Stream(nnx.Module):
     def __init__(self, c, *, rngs):
         dense = dict(rank=c.rank, rngs=rngs)
         self.heads = c.heads
-        self.mod = Dense(c.width, 6 * c.width, std=0.0, **dense)
-        self.qkv = Dense(c.width, 3 * c.width, **dense)
+        self.mod = Dense(c.width, 6 * c.width, split="columns", std=0.0, **dense)
+        self.qkv = Dense(c.width, 3 * c.width, split="columns", **dense)
         self.q_norm = RMSNorm(c.head_dim)
         self.k_norm = RMSNorm(c.head_dim)
-        self.proj = Dense(c.width, c.width, **dense)
-        self.mlp_in = Dense(c.width, c.mlp_ratio * c.width, **dense)
-        self.mlp_out = Dense(c.mlp_ratio * c.width, c.width, **dense)
+        self.proj = Dense(c.width, c.width, split="rows", **dense)
+        self.mlp_in = Dense(c.width, c.mlp_ratio * c.width, split="columns", **dense)
+        self.mlp_out = Dense(c.mlp_ratio * c.width, c.width, split="rows", **dense)
 
     def before(self, x, shift, scale):
         """x [B, N, D] -> q, k, v, each [B, N, H, K]."""
@@ -128,9 +131,9 @@ class SingleBlock(nnx.Module):
         mlp = c.mlp_ratio * c.width
         dense = dict(rank=c.rank, rngs=rngs)
         self.heads = c.heads
-        self.mod = Dense(c.width, 3 * c.width, std=0.0, **dense)
-        self.linear1 = Dense(c.width, 3 * c.width + mlp, **dense)
-        self.linear2 = Dense(c.width + mlp, c.width, **dense)
+        self.mod = Dense(c.width, 3 * c.width, split="columns", std=0.0, **dense)
+        self.linear1 = Dense(c.width, 3 * c.width + mlp, split="columns", **dense)
+        self.linear2 = Dense(c.width + mlp, c.width, split="rows", **dense)
         self.q_norm = RMSNorm(c.head_dim)
         self.k_norm = RMSNorm(c.head_dim)
 
@@ -150,7 +153,7 @@ class LastLayer(nnx.Module):
     """Modulated norm and the projection to the velocity."""
 
     def __init__(self, c, *, rngs):
-        self.mod = Dense(c.width, 2 * c.width, std=0.0, rank=c.rank, rngs=rngs)
+        self.mod = Dense(c.width, 2 * c.width, split="columns", std=0.0, rank=c.rank, rngs=rngs)
         self.linear = Dense(c.width, c.out_channels, std=0.0, rank=c.rank, rngs=rngs)
 
     def __call__(self, x, mod):

@@ -46,14 +46,14 @@ class T5Block(nnx.Module):
         self.heads = c.heads
         self.norm1 = RMSNorm(c.width)
         # Scores are not divided by sqrt(K): at birth the queries are, instead.
-        self.q = Dense(c.width, inner, std=(c.width * c.head_dim) ** -0.5, **dense)
-        self.k = Dense(c.width, inner, **dense)
-        self.v = Dense(c.width, inner, **dense)
-        self.o = Dense(inner, c.width, **dense)
+        self.q = Dense(c.width, inner, split="columns", std=(c.width * c.head_dim) ** -0.5, **dense)
+        self.k = Dense(c.width, inner, split="columns", **dense)
+        self.v = Dense(c.width, inner, split="columns", **dense)
+        self.o = Dense(inner, c.width, split="rows", **dense)
         self.norm2 = RMSNorm(c.width)
-        self.wi_0 = Dense(c.width, c.mlp, **dense)
-        self.wi_1 = Dense(c.width, c.mlp, **dense)
-        self.wo = Dense(c.mlp, c.width, **dense)
+        self.wi_0 = Dense(c.width, c.mlp, split="columns", **dense)
+        self.wi_1 = Dense(c.width, c.mlp, split="columns", **dense)
+        self.wo = Dense(c.mlp, c.width, split="rows", **dense)
 
     def __call__(self, x, bias):
         """x [B, T, D], bias [1, H, T, T] -> [B, T, D]."""
@@ -101,13 +101,13 @@ class CLIPBlock(nnx.Module):
     def __init__(self, c, *, rngs):
         self.heads = c.heads
         self.norm1 = LayerNorm(c.width)
-        self.q = Dense(c.width, c.width, rngs=rngs)
-        self.k = Dense(c.width, c.width, rngs=rngs)
-        self.v = Dense(c.width, c.width, rngs=rngs)
-        self.o = Dense(c.width, c.width, rngs=rngs)
+        self.q = Dense(c.width, c.width, split="columns", rngs=rngs)
+        self.k = Dense(c.width, c.width, split="columns", rngs=rngs)
+        self.v = Dense(c.width, c.width, split="columns", rngs=rngs)
+        self.o = Dense(c.width, c.width, split="rows", rngs=rngs)
         self.norm2 = LayerNorm(c.width)
-        self.fc1 = Dense(c.width, c.mlp, rngs=rngs)
-        self.fc2 = Dense(c.mlp, c.width, rngs=rngs)
+        self.fc1 = Dense(c.width, c.mlp, split="columns", rngs=rngs)
+        self.fc2 = Dense(c.mlp, c.width, split="rows", rngs=rngs)
 
     def __call__(self, x):
         """x [B, T, D] -> [B, T, D]."""
