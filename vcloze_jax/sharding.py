@@ -2,6 +2,7 @@
 
 import os
 import re
+from typing import NamedTuple
 
 import jax
 from jax.sharding import AxisType, NamedSharding
@@ -11,6 +12,29 @@ from vcloze_jax.config import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
+
+
+class Split(NamedTuple):
+    """How the tensor axis splits a layer: the two axes of its weight [in, out], and its output."""
+
+    into: str | None = None
+    out: str | None = None
+    gives: str | None = None
+
+    @property
+    def stored(self):
+        """The weight at rest: what tensor leaves whole is split over fsdp."""
+        return P("tensor", "fsdp") if self.into else P("fsdp", self.out)
+
+    def at_work(self, ins, outs):
+        """While its layer computes: gathered over fsdp; of several axes the last is split."""
+        return *[None] * (ins - 1), self.into, *[None] * (outs - 1), self.out
+
+
+WHOLE = Split()
+COLUMNS = Split(out="tensor", gives="tensor")
+ROWS = Split(into="tensor")
+JOINED = Split(out="tensor")
 
 # Path of one layer's leaf -> its spec; the first match wins, the layer axis is never split.
 # The same paths name the adapter, and inside the optimizer state its moments.
@@ -24,9 +48,6 @@ TABLE = (
     (r"/embed$", P("fsdp", None)),
     (r"", P()),
 )
-
-
-AT_WORK = {"columns": (None, "tensor"), "rows": ("tensor", None), None: (None, None)}
 
 
 def parse_mesh(text):

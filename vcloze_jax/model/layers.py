@@ -5,12 +5,15 @@ Source: black-forest-labs/flux:src/flux/modules/layers.py. Weights may be of any
 computes in the dtype of its input, with norms, angles and softmax in float32.
 """
 
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from vcloze_jax.model.ops import attention, modulate, rope, timestep_embedding
-from vcloze_jax.sharding import AT_WORK, by_batch, placed
+from vcloze_jax.sharding import COLUMNS, JOINED, ROWS, WHOLE, by_batch, placed
 
 
 def uniform(key, shape, bound):
@@ -20,33 +23,72 @@ def uniform(key, shape, bound):
 class Dense(nnx.Module):
     """y = x W + b + (x A) B + b_B, with the LoRA branch (A, B, b_B) only where rank > 0.
 
+    Weights are stored flat, [in, out]. A layer of several parts, q, k and v say, has a shape for
+    its features, (3, D): x [..., *in] gives [..., *out]. `split` says where weights and output
+    are on a mesh while the layer computes: left to itself, XLA reorders devices, once wrongly.
+
     No alpha: the branch has scale 1, its rank is clipped to min(in, out), A starts uniform in
     +-1/sqrt(in), B and its bias at zero (lzyhha/VisualCloze:models/modules/lora.py). A scale
     belongs to folding (lora.py), never to the layer.
     """
 
-    def __init__(self, in_features, out_features, *, split=None, rank=0, use_bias=True, std=None, rngs):
-        self.split = split
-        bound = in_features**-0.5 if std is None else std * 3**0.5
-        self.kernel = nnx.Param(uniform(rngs.params(), (in_features, out_features), bound))
-        self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
-        self.rank = min(rank, in_features, out_features)
+    def __init__(self, into, out, *, split=WHOLE, rank=0, use_bias=True, std=None, rngs):
+        self.into, self.out, self.split = shape_of(into), shape_of(out), split
+        inputs, outputs = math.prod(self.into), math.prod(self.out)
+        bound = inputs**-0.5 if std is None else std * 3**0.5
+        self.kernel = nnx.Param(uniform(rngs.params(), (inputs, outputs), bound))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if use_bias else None
+        self.rank = min(rank, inputs, outputs)
         if self.rank:
-            a = uniform(rngs.params(), (in_features, self.rank), in_features**-0.5)
-            self.lora_a = nnx.LoRAParam(a)
-            self.lora_b = nnx.LoRAParam(jnp.zeros((self.rank, out_features)))
-            self.lora_bias = nnx.LoRAParam(jnp.zeros(out_features))
+            self.lora_a = nnx.LoRAParam(uniform(rngs.params(), (inputs, self.rank), inputs**-0.5))
+            self.lora_b = nnx.LoRAParam(jnp.zeros((self.rank, outputs)))
+            self.lora_bias = nnx.LoRAParam(jnp.zeros(outputs))
 
     def __call__(self, x):
-        into, out = AT_WORK[self.split]
-        y = x @ placed(self.kernel.astype(x.dtype), into, out)
+        y = jnp.tensordot(x, self.kernel_at_work(x.dtype), len(self.into))
         if self.bias is not None:
-            y = y + self.bias.astype(x.dtype)
+            y = y + self.bias.reshape(self.out).astype(x.dtype)
         if self.rank:
-            a = placed(self.lora_a.astype(x.dtype), into, None)
-            b = placed(self.lora_b.astype(x.dtype), None, out)
-            y = y + ((x @ a) @ b + self.lora_bias.astype(x.dtype))
-        return by_batch(y, out)
+            a, b = self.lora_a.reshape(*self.into, -1), self.lora_b.reshape(-1, *self.out)
+            y = y + lora_branch(x, a, b, self.lora_bias.reshape(self.out))
+        return by_batch(y, self.split.gives)
+
+    def kernel_at_work(self, dtype):
+        """W [*in, *out], gathered over fsdp and split over tensor."""
+        shape = *self.into, *self.out
+        kernel = self.kernel.astype(dtype)
+        if len(shape) > 2:  # where a stored weight is cut is not where its parts are
+            kernel = placed(kernel, None, None)
+        return placed(kernel.reshape(shape), *self.split.at_work(len(self.into), len(self.out)))
+
+
+@jax.custom_vjp
+def lora_branch(x, a, b, bias):
+    """(x A) B + b_B for x [..., *in], A [*in, R], B [R, *out], b_B [*out], in the dtype of x.
+
+    A and B are gathered in that dtype, but their gradients are float32 from the dot on, and so
+    are the sums over tokens and devices.
+    """
+    return lora_forward(x, a, b, bias)[0]
+
+
+def lora_forward(x, a, b, bias):
+    a, b = (placed(w.astype(x.dtype), *[None] * w.ndim) for w in (a, b))
+    h = jnp.tensordot(x, a, a.ndim - 1)  # ... R
+    return jnp.tensordot(h, b, 1) + bias.astype(x.dtype), (x, h, a, b)
+
+
+def lora_backward(saved, dy):
+    x, h, a, b = saved
+    dh = jnp.tensordot(dy, jnp.moveaxis(b, 0, -1), b.ndim - 1)  # ... R
+    dx = jnp.tensordot(dh, jnp.moveaxis(a, -1, 0), 1)
+    tokens = tuple(range(h.ndim - 1))
+    summed = partial(jnp.tensordot, axes=(tokens, tokens), preferred_element_type=jnp.float32)
+    da, db = (placed(g, *[None] * g.ndim) for g in (summed(x, dh), summed(h, dy)))
+    return dx, da, db, dy.sum(tokens, jnp.float32)
+
+
+lora_branch.defvjp(lora_forward, lora_backward)
 
 
 class RMSNorm(nnx.Module):
@@ -81,18 +123,17 @@ class Stream(nnx.Module):
     def __init__(self, c, *, rngs):
         dense = dict(rank=c.rank, rngs=rngs)
         self.heads = c.heads
-        self.mod = Dense(c.width, 6 * c.width, split="columns", std=0.0, **dense)
-        self.qkv = Dense(c.width, 3 * c.width, split="columns", **dense)
+        self.mod = Dense(c.width, 6 * c.width, split=JOINED, std=0.0, **dense)
+        self.qkv = Dense(c.width, (3, c.width), split=COLUMNS, **dense)
         self.q_norm = RMSNorm(c.head_dim)
         self.k_norm = RMSNorm(c.head_dim)
-        self.proj = Dense(c.width, c.width, split="rows", **dense)
-        self.mlp_in = Dense(c.width, c.mlp_ratio * c.width, split="columns", **dense)
-        self.mlp_out = Dense(c.mlp_ratio * c.width, c.width, split="rows", **dense)
+        self.proj = Dense(c.width, c.width, split=ROWS, **dense)
+        self.mlp_in = Dense(c.width, c.mlp_ratio * c.width, split=COLUMNS, **dense)
+        self.mlp_out = Dense(c.mlp_ratio * c.width, c.width, split=ROWS, **dense)
 
     def before(self, x, shift, scale):
         """x [B, N, D] -> q, k, v, each [B, N, H, K]."""
-        qkv = self.qkv(modulate(x, shift, scale))  # B N 3D
-        q, k, v = split_heads(qkv, self.heads)
+        q, k, v = split_heads(self.qkv(modulate(x, shift, scale)), self.heads)
         return self.q_norm(q), self.k_norm(k), v
 
     def after(self, x, attn, gate1, shift2, scale2, gate2):
@@ -128,37 +169,40 @@ class SingleBlock(nnx.Module):
     """Attention and MLP in parallel over the joined sequence."""
 
     def __init__(self, c, *, rngs):
-        mlp = c.mlp_ratio * c.width
         dense = dict(rank=c.rank, rngs=rngs)
         self.heads = c.heads
-        self.mod = Dense(c.width, 3 * c.width, split="columns", std=0.0, **dense)
-        self.linear1 = Dense(c.width, 3 * c.width + mlp, split="columns", **dense)
-        self.linear2 = Dense(c.width + mlp, c.width, split="rows", **dense)
+        self.mod = Dense(c.width, 3 * c.width, split=JOINED, std=0.0, **dense)
+        self.linear1 = Dense(c.width, (3 + c.mlp_ratio, c.width), split=COLUMNS, **dense)
+        self.linear2 = Dense((1 + c.mlp_ratio, c.width), c.width, split=ROWS, **dense)
         self.q_norm = RMSNorm(c.head_dim)
         self.k_norm = RMSNorm(c.head_dim)
 
     def __call__(self, x, mod, pe, lengths=None):
         """x [B, L, D], mod [B, 3D] -> [B, L, D]."""
         shift, scale, gate = chunks(mod, 3)
-        h = self.linear1(modulate(x, shift, scale))  # B L 3D+4D
-        qkv, mlp = jnp.split(h, [3 * x.shape[-1]], -1)
+        h = self.linear1(modulate(x, shift, scale))  # B L 3+4 D
+        qkv, mlp = jnp.split(h, [3], 2)
         q, k, v = split_heads(qkv, self.heads)
         q, k = rope(self.q_norm(q), pe), rope(self.k_norm(k), pe)
         attn = attention(q, k, v, lengths)  # B L D
-        out = self.linear2(jnp.concatenate([attn, jax.nn.gelu(mlp, approximate=True)], -1))
-        return x + gate * out
+        h = jnp.concatenate([attn[:, :, None], jax.nn.gelu(mlp, approximate=True)], 2)
+        return x + gate * self.linear2(h)
 
 
 class LastLayer(nnx.Module):
     """Modulated norm and the projection to the velocity."""
 
     def __init__(self, c, *, rngs):
-        self.mod = Dense(c.width, 2 * c.width, split="columns", std=0.0, rank=c.rank, rngs=rngs)
+        self.mod = Dense(c.width, 2 * c.width, split=JOINED, std=0.0, rank=c.rank, rngs=rngs)
         self.linear = Dense(c.width, c.out_channels, std=0.0, rank=c.rank, rngs=rngs)
 
     def __call__(self, x, mod):
         """x [B, N, D], mod [B, 2D] -> [B, N, out_channels]."""
         return self.linear(modulate(x, *chunks(mod, 2)))
+
+
+def shape_of(features):
+    return (features,) if isinstance(features, int) else features
 
 
 def chunks(mod, n):
@@ -167,9 +211,8 @@ def chunks(mod, n):
 
 
 def split_heads(qkv, heads):
-    """[B, L, 3D] -> q, k, v [B, L, H, K]; the rows of the fused weight are [q | k | v]."""
-    B, L, _ = qkv.shape
-    return jnp.moveaxis(qkv.reshape(B, L, 3, heads, -1), 2, 0)
+    """[B, L, 3, D] -> q, k, v [B, L, H, K]."""
+    return jnp.moveaxis(qkv.reshape(*qkv.shape[:3], heads, -1), 2, 0)
 
 
 def stack(make, layers, rngs):

@@ -16,6 +16,7 @@ from flax import nnx
 from vcloze_jax.config import CLIPConfig, T5Config, UserError
 from vcloze_jax.model.layers import Dense, RMSNorm, stack
 from vcloze_jax.model.ops import layer_norm
+from vcloze_jax.sharding import COLUMNS, ROWS
 
 
 class T5Encoder(nnx.Module):
@@ -46,14 +47,14 @@ class T5Block(nnx.Module):
         self.heads = c.heads
         self.norm1 = RMSNorm(c.width)
         # Scores are not divided by sqrt(K): at birth the queries are, instead.
-        self.q = Dense(c.width, inner, split="columns", std=(c.width * c.head_dim) ** -0.5, **dense)
-        self.k = Dense(c.width, inner, split="columns", **dense)
-        self.v = Dense(c.width, inner, split="columns", **dense)
-        self.o = Dense(inner, c.width, split="rows", **dense)
+        self.q = Dense(c.width, inner, split=COLUMNS, std=(c.width * c.head_dim) ** -0.5, **dense)
+        self.k = Dense(c.width, inner, split=COLUMNS, **dense)
+        self.v = Dense(c.width, inner, split=COLUMNS, **dense)
+        self.o = Dense(inner, c.width, split=ROWS, **dense)
         self.norm2 = RMSNorm(c.width)
-        self.wi_0 = Dense(c.width, c.mlp, split="columns", **dense)
-        self.wi_1 = Dense(c.width, c.mlp, split="columns", **dense)
-        self.wo = Dense(c.mlp, c.width, split="rows", **dense)
+        self.wi_0 = Dense(c.width, c.mlp, split=COLUMNS, **dense)
+        self.wi_1 = Dense(c.width, c.mlp, split=COLUMNS, **dense)
+        self.wo = Dense(c.mlp, c.width, split=ROWS, **dense)
 
     def __call__(self, x, bias):
         """x [B, T, D], bias [1, H, T, T] -> [B, T, D]."""
@@ -101,13 +102,13 @@ class CLIPBlock(nnx.Module):
     def __init__(self, c, *, rngs):
         self.heads = c.heads
         self.norm1 = LayerNorm(c.width)
-        self.q = Dense(c.width, c.width, split="columns", rngs=rngs)
-        self.k = Dense(c.width, c.width, split="columns", rngs=rngs)
-        self.v = Dense(c.width, c.width, split="columns", rngs=rngs)
-        self.o = Dense(c.width, c.width, split="rows", rngs=rngs)
+        self.q = Dense(c.width, c.width, split=COLUMNS, rngs=rngs)
+        self.k = Dense(c.width, c.width, split=COLUMNS, rngs=rngs)
+        self.v = Dense(c.width, c.width, split=COLUMNS, rngs=rngs)
+        self.o = Dense(c.width, c.width, split=ROWS, rngs=rngs)
         self.norm2 = LayerNorm(c.width)
-        self.fc1 = Dense(c.width, c.mlp, split="columns", rngs=rngs)
-        self.fc2 = Dense(c.mlp, c.width, split="rows", rngs=rngs)
+        self.fc1 = Dense(c.width, c.mlp, split=COLUMNS, rngs=rngs)
+        self.fc2 = Dense(c.mlp, c.width, split=ROWS, rngs=rngs)
 
     def __call__(self, x):
         """x [B, T, D] -> [B, T, D]."""
