@@ -13,7 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vcloze_jax.model.ops import attention, modulate, rope, timestep_embedding
-from vcloze_jax.sharding import COLUMNS, JOINED, ROWS, WHOLE, by_batch, placed
+from vcloze_jax.sharding import COLUMNS, JOINED, ROWS, WHOLE, by_batch, gathered, placed
+
+
+def as_shape(features):
+    return (features,) if isinstance(features, int) else features
 
 
 def uniform(key, shape, bound):
@@ -23,9 +27,9 @@ def uniform(key, shape, bound):
 class Dense(nnx.Module):
     """y = x W + b + (x A) B + b_B, with the LoRA branch (A, B, b_B) only where rank > 0.
 
-    Weights are stored flat, [in, out]. A layer of several parts, q, k and v say, has a shape for
-    its features, (3, D): x [..., *in] gives [..., *out]. `split` says where weights and output
-    are on a mesh while the layer computes: left to itself, XLA reorders devices, once wrongly.
+    Its input and output may have several axes: x [..., *into] -> [..., *out]; weights are stored
+    flat, [in, out]. Left to itself, XLA chooses where weights and activations are on a mesh,
+    reorders devices for it, and has gone wrong; so `split` says where they are at work.
 
     No alpha: the branch has scale 1, its rank is clipped to min(in, out), A starts uniform in
     +-1/sqrt(in), B and its bias at zero (lzyhha/VisualCloze:models/modules/lora.py). A scale
@@ -33,7 +37,7 @@ class Dense(nnx.Module):
     """
 
     def __init__(self, into, out, *, split=WHOLE, rank=0, use_bias=True, std=None, rngs):
-        self.into, self.out, self.split = shape_of(into), shape_of(out), split
+        self.into, self.out, self.split = as_shape(into), as_shape(out), split
         inputs, outputs = math.prod(self.into), math.prod(self.out)
         bound = inputs**-0.5 if std is None else std * 3**0.5
         self.kernel = nnx.Param(uniform(rngs.params(), (inputs, outputs), bound))
@@ -51,40 +55,42 @@ class Dense(nnx.Module):
         if self.rank:
             a, b = self.lora_a.reshape(*self.into, -1), self.lora_b.reshape(-1, *self.out)
             y = y + lora_branch(x, a, b, self.lora_bias.reshape(self.out))
-        return by_batch(y, self.split.gives)
+        return by_batch(y, self.split.output)
 
     def kernel_at_work(self, dtype):
-        """W [*in, *out], gathered over fsdp and split over tensor."""
-        shape = *self.into, *self.out
+        """W [*into, *out], gathered over fsdp; tensor splits the last axis of one side."""
         kernel = self.kernel.astype(dtype)
-        if len(shape) > 2:  # where a stored weight is cut is not where its parts are
+        if len(self.into + self.out) > 2:  # each part is split, where at rest the whole row is
             kernel = placed(kernel, None, None)
-        return placed(kernel.reshape(shape), *self.split.at_work(len(self.into), len(self.out)))
+        rows, columns = self.split.weight
+        places = *[None] * (len(self.into) - 1), rows, *[None] * (len(self.out) - 1), columns
+        return placed(kernel.reshape(*self.into, *self.out), *places)
 
 
 @jax.custom_vjp
 def lora_branch(x, a, b, bias):
-    """(x A) B + b_B for x [..., *in], A [*in, R], B [R, *out], b_B [*out], in the dtype of x.
+    """(x A) B + b_B: x [..., *into], A [*into, R], B [R, *out], b_B [*out] -> [..., *out].
 
-    A and B are gathered in that dtype, but their gradients are float32 from the dot on, and so
-    are the sums over tokens and devices.
+    In the dtype of x, also while A and B are gathered; but their gradients leave the dots, and
+    are summed over devices, in float32.
     """
     return lora_forward(x, a, b, bias)[0]
 
 
 def lora_forward(x, a, b, bias):
-    a, b = (placed(w.astype(x.dtype), *[None] * w.ndim) for w in (a, b))
+    a, b = gathered(a.astype(x.dtype)), gathered(b.astype(x.dtype))
     h = jnp.tensordot(x, a, a.ndim - 1)  # ... R
     return jnp.tensordot(h, b, 1) + bias.astype(x.dtype), (x, h, a, b)
 
 
 def lora_backward(saved, dy):
     x, h, a, b = saved
-    dh = jnp.tensordot(dy, jnp.moveaxis(b, 0, -1), b.ndim - 1)  # ... R
-    dx = jnp.tensordot(dh, jnp.moveaxis(a, -1, 0), 1)
+    out = tuple(range(1 - b.ndim, 0))
+    dh = jnp.tensordot(dy, b, (out, out))  # ... R
+    dx = jnp.tensordot(dh, a, ([-1], [-1]))
     tokens = tuple(range(h.ndim - 1))
-    summed = partial(jnp.tensordot, axes=(tokens, tokens), preferred_element_type=jnp.float32)
-    da, db = (placed(g, *[None] * g.ndim) for g in (summed(x, dh), summed(h, dy)))
+    of_weight = partial(jnp.tensordot, axes=(tokens, tokens), preferred_element_type=jnp.float32)
+    da, db = gathered(of_weight(x, dh)), gathered(of_weight(h, dy))
     return dx, da, db, dy.sum(tokens, jnp.float32)
 
 
@@ -199,10 +205,6 @@ class LastLayer(nnx.Module):
     def __call__(self, x, mod):
         """x [B, N, D], mod [B, 2D] -> [B, N, out_channels]."""
         return self.linear(modulate(x, *chunks(mod, 2)))
-
-
-def shape_of(features):
-    return (features,) if isinstance(features, int) else features
 
 
 def chunks(mod, n):
