@@ -115,6 +115,11 @@ def ready_xla(devices):
         os.environ.setdefault("PJRT_NPROC", str(16 * devices))
 
 
+def spec_of(path):
+    """The PartitionSpec of a leaf by its path, without a layer axis."""
+    return next(spec for pattern, spec in TABLE if re.search(pattern, path))
+
+
 def shardings(tree, mesh, root=""):
     """NamedSharding for every leaf of `tree`, by its path under `root`.
 
@@ -123,7 +128,7 @@ def shardings(tree, mesh, root=""):
 
     def of(path, leaf):
         name = root + jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = next(spec for pattern, spec in TABLE if re.search(pattern, name))
+        spec = spec_of(name)
         spec = P(*(None,) * (leaf.ndim - len(spec)), *spec)
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
