@@ -16,7 +16,7 @@ from vcloze_jax.model.ops import pack, rope_table
 
 encode_condition = jax.jit(conditioning.encode_condition, compiler_options=quick())
 train = jax.jit(encode_training, compiler_options=quick())
-KEY = jax.random.key(0)
+KEY = jax.random.split(jax.random.key(0), 1)  # of a batch of one
 
 
 def grid():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from folders import FLUX as PLAIN
+from jax.extend.core import jaxprs_in_params
 from lorafiles import velocity
 
 from ports.tables import lay_out, mmdit
@@ -119,6 +120,50 @@ def test_a_whole_norm_takes_the_place_of_the_base(model):
         half = folded(tree, adapter, 0.5)["double"]["img"]["q_norm"]["scale"]
         before = np.float32(tree["double"]["img"]["q_norm"]["scale"])
         np.testing.assert_array_equal(half, ((before + new) / 2).astype(dtype))
+
+
+def eqns(jaxpr):
+    """All equations of a jaxpr, those of loops and of recomputed blocks too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from eqns(inner)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_gradients_are_float32_from_the_dot_on(remat):
+    """Where layers compute in bfloat16, the gradients of A, B and b_B are sums in float32: of
+    two bfloat16 factors if the layer computes in it, and never rounded on their way."""
+    rank, batch = 5, 17  # no other axis is as long: what has the rank but no batch is an A or B
+    config = replace(PLAIN, rank=rank, remat=remat)
+    graphdef, adapter, base = weights.abstract(Flux, config)
+    base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), base)
+    inputs = [
+        jax.ShapeDtypeStruct((batch, *shape), jnp.bfloat16)
+        for shape in ((11, config.in_channels), (13, config.text_width), (config.vec_width,), ())
+    ]
+    pe = np.ones((2, 1, 24, 1, config.head_dim // 2), np.float32)
+
+    def loss(adapter, base, img, txt, pooled, t):
+        model = nnx.merge(graphdef, adapter, base)
+        mod = model.modulation(t.astype(jnp.float32), t.astype(jnp.float32), pooled)
+        return model(img, txt, mod, pe).astype(jnp.float32).sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(adapter, base, *inputs)
+    dots = 0
+    for eqn in eqns(jaxpr.jaxpr):
+        shape, dtype = eqn.outvars[0].aval.shape, eqn.outvars[0].aval.dtype
+        name, before = eqn.primitive.name, [x.aval.dtype for x in eqn.invars if hasattr(x, "aval")]
+        if rank in shape and batch not in shape:
+            if name == "dot_general":
+                dots += before[0] == before[1] == jnp.bfloat16
+                assert dtype == jnp.float32, eqn
+            assert not (name == "convert_element_type" and before[0] == jnp.bfloat16), eqn
+        if name == "reduce_sum" and batch in eqn.invars[0].aval.shape and batch not in shape:
+            assert dtype == jnp.float32, eqn
+    kinds = {path.rpartition("/")[0] for path in weights.flat(adapter)}
+    embedders = sum("_in/" in path for path in kinds)  # in float32 throughout
+    assert dots == 2 * (len(kinds) - embedders)
 
 
 def test_split(model):

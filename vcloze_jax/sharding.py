@@ -2,8 +2,10 @@
 
 import os
 import re
+from typing import NamedTuple
 
 import jax
+import jaxlib
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -12,13 +14,35 @@ from vcloze_jax.config import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
+
+class Split(NamedTuple):
+    """How the tensor axis splits a layer: its weight's two axes, [in, out], and what it gives.
+
+    At rest one more axis of the weight is split, over fsdp; at work it is gathered.
+    """
+
+    weight: tuple = (None, None)
+    output: str | None = None
+
+    @property
+    def at_rest(self):
+        rows, columns = self.weight
+        return P(rows, "fsdp") if rows else P("fsdp", columns)
+
+
+# Columns, then rows: between the two no activation moves, and their sum is the only one.
+COLUMNS = Split((None, "tensor"), "tensor")
+ROWS = Split(("tensor", None))
+JOINED = Split((None, "tensor"))  # columns whose output is short, and cut where they are not
+WHOLE = Split()
+
 # Path of one layer's leaf -> its spec; the first match wins, the layer axis is never split.
 # The same paths name the adapter, and inside the optimizer state its moments.
 TABLE = (
     (r"^vae/", P()),  # 84 M parameters at most, and convolutions of 3 channels
-    (r"/(qkv|mlp_in|linear1|mod|q|k|v|wi_0|wi_1|fc1)/kernel$", P("fsdp", "tensor")),
-    (r"/(proj|mlp_out|linear2|o|wo|fc2)/kernel$", P("tensor", "fsdp")),
-    (r"/kernel$", P("fsdp", None)),
+    (r"/(qkv|mlp_in|linear1|mod|q|k|v|wi_0|wi_1|fc1)/kernel$", COLUMNS.at_rest),
+    (r"/(proj|mlp_out|linear2|o|wo|fc2)/kernel$", ROWS.at_rest),
+    (r"/kernel$", WHOLE.at_rest),
     (r"/lora_a$", P("fsdp", None)),
     (r"/lora_b$", P(None, "fsdp")),
     (r"/embed$", P("fsdp", None)),
@@ -75,13 +99,25 @@ def ready_xla(devices):
     They can miss its 40 s rendezvous. And a collective holds a thread until all devices have come
     to it, while XLA starts several at once in no fixed order: with its pool of one thread per
     device, some wait in one and some in another for ever. 16 each never waited, and cost no time.
+
+    On CPUs jaxlib 0.10.2 sums some gradients over tokens wrongly, if the batch is of one, in what
+    it fuses for its library YNNPACK; 0.11.2 does not. Without it steps are 3 % slower. A flag that
+    XLA_FLAGS already has stays as it is.
     """
-    flag = "--xla_cpu_collective_call_terminate_timeout_seconds=1200"
-    flags = os.environ.get("XLA_FLAGS", "")
-    if flag.partition("=")[0] not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+    flags = ["--xla_cpu_collective_call_terminate_timeout_seconds=1200"]
+    if (0, 10, 2) <= jaxlib.version.__version_info__ < (0, 11):
+        flags.append("--xla_cpu_experimental_ynn_fusion_type=")
+    given = os.environ.get("XLA_FLAGS", "").split()
+    names = {flag.partition("=")[0] for flag in given}
+    new = [flag for flag in flags if flag.partition("=")[0] not in names]
+    os.environ["XLA_FLAGS"] = " ".join(given + new)
     if devices > 1:
         os.environ.setdefault("PJRT_NPROC", str(16 * devices))
+
+
+def spec_of(path):
+    """The PartitionSpec of a leaf by its path, without a layer axis."""
+    return next(spec for pattern, spec in TABLE if re.search(pattern, path))
 
 
 def shardings(tree, mesh, root=""):
@@ -92,7 +128,7 @@ def shardings(tree, mesh, root=""):
 
     def of(path, leaf):
         name = root + jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = next(spec for pattern, spec in TABLE if re.search(pattern, name))
+        spec = spec_of(name)
         spec = P(*(None,) * (leaf.ndim - len(spec)), *spec)
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
@@ -110,16 +146,21 @@ def batch_sharding(mesh):
     return NamedSharding(mesh, BATCH)
 
 
-def by_batch(x):
-    """x, its first axis split over the batch axes of the mesh in use (`jax.set_mesh`), if one is.
-
-    Said of what a layer gives, it makes XLA gather the layer's weights. Left to itself it splits
-    heads and channels over the same devices, and moves activations from one split to another.
-    """
+def placed(x, *axes):
+    """x, its axes split over these of the mesh in use (`jax.set_mesh`), if there is one."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    rest = [P.UNCONSTRAINED] * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, P(*BATCH, *rest))
+    return jax.lax.with_sharding_constraint(x, P(*axes))
+
+
+def gathered(x):
+    """x, whole on every device of the mesh in use."""
+    return placed(x, *[None] * x.ndim)
+
+
+def by_batch(x, last):
+    """x [B, ...], B over the batch axes of the mesh in use, its last axis over `last` or whole."""
+    return placed(x, *BATCH, *[None] * (x.ndim - 2), last)
 
 
 def put(tree, mesh, root=""):

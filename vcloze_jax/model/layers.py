@@ -5,12 +5,19 @@ Source: black-forest-labs/flux:src/flux/modules/layers.py. Weights may be of any
 computes in the dtype of its input, with norms, angles and softmax in float32.
 """
 
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from vcloze_jax.model.ops import attention, modulate, rope, timestep_embedding
-from vcloze_jax.sharding import by_batch
+from vcloze_jax.sharding import COLUMNS, JOINED, ROWS, WHOLE, by_batch, gathered, placed
+
+
+def as_shape(features):
+    return (features,) if isinstance(features, int) else features
 
 
 def uniform(key, shape, bound):
@@ -20,30 +27,74 @@ def uniform(key, shape, bound):
 class Dense(nnx.Module):
     """y = x W + b + (x A) B + b_B, with the LoRA branch (A, B, b_B) only where rank > 0.
 
+    Its input and output may have several axes: x [..., *into] -> [..., *out]; weights are stored
+    flat, [in, out]. Left to itself, XLA chooses where weights and activations are on a mesh,
+    reorders devices for it, and has gone wrong; so `split` says where they are at work.
+
     No alpha: the branch has scale 1, its rank is clipped to min(in, out), A starts uniform in
     +-1/sqrt(in), B and its bias at zero (lzyhha/VisualCloze:models/modules/lora.py). A scale
     belongs to folding (lora.py), never to the layer.
     """
 
-    def __init__(self, in_features, out_features, *, rank=0, use_bias=True, std=None, rngs):
-        bound = in_features**-0.5 if std is None else std * 3**0.5
-        self.kernel = nnx.Param(uniform(rngs.params(), (in_features, out_features), bound))
-        self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
-        self.rank = min(rank, in_features, out_features)
+    def __init__(self, into, out, *, split=WHOLE, rank=0, use_bias=True, std=None, rngs):
+        self.into, self.out, self.split = as_shape(into), as_shape(out), split
+        inputs, outputs = math.prod(self.into), math.prod(self.out)
+        bound = inputs**-0.5 if std is None else std * 3**0.5
+        self.kernel = nnx.Param(uniform(rngs.params(), (inputs, outputs), bound))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if use_bias else None
+        self.rank = min(rank, inputs, outputs)
         if self.rank:
-            a = uniform(rngs.params(), (in_features, self.rank), in_features**-0.5)
-            self.lora_a = nnx.LoRAParam(a)
-            self.lora_b = nnx.LoRAParam(jnp.zeros((self.rank, out_features)))
-            self.lora_bias = nnx.LoRAParam(jnp.zeros(out_features))
+            self.lora_a = nnx.LoRAParam(uniform(rngs.params(), (inputs, self.rank), inputs**-0.5))
+            self.lora_b = nnx.LoRAParam(jnp.zeros((self.rank, outputs)))
+            self.lora_bias = nnx.LoRAParam(jnp.zeros(outputs))
 
     def __call__(self, x):
-        y = x @ self.kernel.astype(x.dtype)
+        y = jnp.tensordot(x, self.kernel_at_work(x.dtype), len(self.into))
         if self.bias is not None:
-            y = y + self.bias.astype(x.dtype)
+            y = y + self.bias.reshape(self.out).astype(x.dtype)
         if self.rank:
-            branch = (x @ self.lora_a.astype(x.dtype)) @ self.lora_b.astype(x.dtype)
-            y = y + (branch + self.lora_bias.astype(x.dtype))
-        return by_batch(y)
+            a, b = self.lora_a.reshape(*self.into, -1), self.lora_b.reshape(-1, *self.out)
+            y = y + lora_branch(x, a, b, self.lora_bias.reshape(self.out))
+        return by_batch(y, self.split.output)
+
+    def kernel_at_work(self, dtype):
+        """W [*into, *out], gathered over fsdp; tensor splits the last axis of one side."""
+        kernel = self.kernel.astype(dtype)
+        if len(self.into + self.out) > 2:  # each part is split, where at rest the whole row is
+            kernel = placed(kernel, None, None)
+        rows, columns = self.split.weight
+        places = *[None] * (len(self.into) - 1), rows, *[None] * (len(self.out) - 1), columns
+        return placed(kernel.reshape(*self.into, *self.out), *places)
+
+
+@jax.custom_vjp
+def lora_branch(x, a, b, bias):
+    """(x A) B + b_B: x [..., *into], A [*into, R], B [R, *out], b_B [*out] -> [..., *out].
+
+    In the dtype of x, also while A and B are gathered; but their gradients leave the dots, and
+    are summed over devices, in float32.
+    """
+    return lora_forward(x, a, b, bias)[0]
+
+
+def lora_forward(x, a, b, bias):
+    a, b = gathered(a.astype(x.dtype)), gathered(b.astype(x.dtype))
+    h = jnp.tensordot(x, a, a.ndim - 1)  # ... R
+    return jnp.tensordot(h, b, 1) + bias.astype(x.dtype), (x, h, a, b)
+
+
+def lora_backward(saved, dy):
+    x, h, a, b = saved
+    out = tuple(range(1 - b.ndim, 0))
+    dh = jnp.tensordot(dy, b, (out, out))  # ... R
+    dx = jnp.tensordot(dh, a, ([-1], [-1]))
+    tokens = tuple(range(h.ndim - 1))
+    of_weight = partial(jnp.tensordot, axes=(tokens, tokens), preferred_element_type=jnp.float32)
+    da, db = gathered(of_weight(x, dh)), gathered(of_weight(h, dy))
+    return dx, da, db, dy.sum(tokens, jnp.float32)
+
+
+lora_branch.defvjp(lora_forward, lora_backward)
 
 
 class RMSNorm(nnx.Module):
@@ -78,18 +129,17 @@ class Stream(nnx.Module):
     def __init__(self, c, *, rngs):
         dense = dict(rank=c.rank, rngs=rngs)
         self.heads = c.heads
-        self.mod = Dense(c.width, 6 * c.width, std=0.0, **dense)
-        self.qkv = Dense(c.width, 3 * c.width, **dense)
+        self.mod = Dense(c.width, 6 * c.width, split=JOINED, std=0.0, **dense)
+        self.qkv = Dense(c.width, (3, c.width), split=COLUMNS, **dense)
         self.q_norm = RMSNorm(c.head_dim)
         self.k_norm = RMSNorm(c.head_dim)
-        self.proj = Dense(c.width, c.width, **dense)
-        self.mlp_in = Dense(c.width, c.mlp_ratio * c.width, **dense)
-        self.mlp_out = Dense(c.mlp_ratio * c.width, c.width, **dense)
+        self.proj = Dense(c.width, c.width, split=ROWS, **dense)
+        self.mlp_in = Dense(c.width, c.mlp_ratio * c.width, split=COLUMNS, **dense)
+        self.mlp_out = Dense(c.mlp_ratio * c.width, c.width, split=ROWS, **dense)
 
     def before(self, x, shift, scale):
         """x [B, N, D] -> q, k, v, each [B, N, H, K]."""
-        qkv = self.qkv(modulate(x, shift, scale))  # B N 3D
-        q, k, v = split_heads(qkv, self.heads)
+        q, k, v = split_heads(self.qkv(modulate(x, shift, scale)), self.heads)
         return self.q_norm(q), self.k_norm(k), v
 
     def after(self, x, attn, gate1, shift2, scale2, gate2):
@@ -125,32 +175,31 @@ class SingleBlock(nnx.Module):
     """Attention and MLP in parallel over the joined sequence."""
 
     def __init__(self, c, *, rngs):
-        mlp = c.mlp_ratio * c.width
         dense = dict(rank=c.rank, rngs=rngs)
         self.heads = c.heads
-        self.mod = Dense(c.width, 3 * c.width, std=0.0, **dense)
-        self.linear1 = Dense(c.width, 3 * c.width + mlp, **dense)
-        self.linear2 = Dense(c.width + mlp, c.width, **dense)
+        self.mod = Dense(c.width, 3 * c.width, split=JOINED, std=0.0, **dense)
+        self.linear1 = Dense(c.width, (3 + c.mlp_ratio, c.width), split=COLUMNS, **dense)
+        self.linear2 = Dense((1 + c.mlp_ratio, c.width), c.width, split=ROWS, **dense)
         self.q_norm = RMSNorm(c.head_dim)
         self.k_norm = RMSNorm(c.head_dim)
 
     def __call__(self, x, mod, pe, lengths=None):
         """x [B, L, D], mod [B, 3D] -> [B, L, D]."""
         shift, scale, gate = chunks(mod, 3)
-        h = self.linear1(modulate(x, shift, scale))  # B L 3D+4D
-        qkv, mlp = jnp.split(h, [3 * x.shape[-1]], -1)
+        h = self.linear1(modulate(x, shift, scale))  # B L 3+4 D
+        qkv, mlp = jnp.split(h, [3], 2)
         q, k, v = split_heads(qkv, self.heads)
         q, k = rope(self.q_norm(q), pe), rope(self.k_norm(k), pe)
         attn = attention(q, k, v, lengths)  # B L D
-        out = self.linear2(jnp.concatenate([attn, jax.nn.gelu(mlp, approximate=True)], -1))
-        return x + gate * out
+        h = jnp.concatenate([attn[:, :, None], jax.nn.gelu(mlp, approximate=True)], 2)
+        return x + gate * self.linear2(h)
 
 
 class LastLayer(nnx.Module):
     """Modulated norm and the projection to the velocity."""
 
     def __init__(self, c, *, rngs):
-        self.mod = Dense(c.width, 2 * c.width, std=0.0, rank=c.rank, rngs=rngs)
+        self.mod = Dense(c.width, 2 * c.width, split=JOINED, std=0.0, rank=c.rank, rngs=rngs)
         self.linear = Dense(c.width, c.out_channels, std=0.0, rank=c.rank, rngs=rngs)
 
     def __call__(self, x, mod):
@@ -164,9 +213,8 @@ def chunks(mod, n):
 
 
 def split_heads(qkv, heads):
-    """[B, L, 3D] -> q, k, v [B, L, H, K]; the rows of the fused weight are [q | k | v]."""
-    B, L, _ = qkv.shape
-    return jnp.moveaxis(qkv.reshape(B, L, 3, heads, -1), 2, 0)
+    """[B, L, 3, D] -> q, k, v [B, L, H, K]."""
+    return jnp.moveaxis(qkv.reshape(*qkv.shape[:3], heads, -1), 2, 0)
 
 
 def stack(make, layers, rngs):

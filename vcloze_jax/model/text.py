@@ -15,6 +15,7 @@ from flax import nnx
 from vcloze_jax.config import CLIPConfig, T5Config
 from vcloze_jax.model.layers import Dense, RMSNorm, stack
 from vcloze_jax.model.ops import layer_norm
+from vcloze_jax.sharding import COLUMNS, ROWS, by_batch, gathered
 
 
 class T5Encoder(nnx.Module):
@@ -32,7 +33,8 @@ class T5Encoder(nnx.Module):
         c = self.config
         buckets = relative_buckets(ids.shape[1], c.buckets, c.max_distance)  # T T
         bias = jnp.moveaxis(self.relative_bias[buckets], -1, 0)[None]  # 1 H T T
-        x, _ = jax.lax.scan(lambda x, block: (block(x, bias), None), self.embed[ids], self.blocks)
+        x = by_batch(gathered(self.embed[...])[ids], None)  # B T D
+        x, _ = jax.lax.scan(lambda x, block: (block(x, bias), None), x, self.blocks)
         return self.norm(x)
 
 
@@ -45,14 +47,14 @@ class T5Block(nnx.Module):
         self.heads = c.heads
         self.norm1 = RMSNorm(c.width)
         # Scores are not divided by sqrt(K): at birth the queries are, instead.
-        self.q = Dense(c.width, inner, std=(c.width * c.head_dim) ** -0.5, **dense)
-        self.k = Dense(c.width, inner, **dense)
-        self.v = Dense(c.width, inner, **dense)
-        self.o = Dense(inner, c.width, **dense)
+        self.q = Dense(c.width, inner, split=COLUMNS, std=(c.width * c.head_dim) ** -0.5, **dense)
+        self.k = Dense(c.width, inner, split=COLUMNS, **dense)
+        self.v = Dense(c.width, inner, split=COLUMNS, **dense)
+        self.o = Dense(inner, c.width, split=ROWS, **dense)
         self.norm2 = RMSNorm(c.width)
-        self.wi_0 = Dense(c.width, c.mlp, **dense)
-        self.wi_1 = Dense(c.width, c.mlp, **dense)
-        self.wo = Dense(c.mlp, c.width, **dense)
+        self.wi_0 = Dense(c.width, c.mlp, split=COLUMNS, **dense)
+        self.wi_1 = Dense(c.width, c.mlp, split=COLUMNS, **dense)
+        self.wo = Dense(c.mlp, c.width, split=ROWS, **dense)
 
     def __call__(self, x, bias):
         """x [B, T, D], bias [1, H, T, T] -> [B, T, D]."""
@@ -88,10 +90,10 @@ class CLIPTextEncoder(nnx.Module):
 
     def __call__(self, ids):
         """Token ids int32 [B, T], T <= max_length -> [B, D], read at the first `eos` of a row."""
-        x = self.embed[ids] + self.positions[None]  # B T D
+        x = by_batch(gathered(self.embed[...])[ids], None) + self.positions[None]  # B T D
         x, _ = jax.lax.scan(lambda x, block: (block(x), None), x, self.blocks)
-        first = jnp.argmax(ids == self.config.eos, axis=1)  # B
-        return self.norm(x[jnp.arange(len(ids)), first])
+        first = jnp.argmax(ids == self.config.eos, axis=1)[:, None, None]  # B 1 1
+        return self.norm(jnp.take_along_axis(x, first, 1)[:, 0])
 
 
 class CLIPBlock(nnx.Module):
@@ -100,13 +102,13 @@ class CLIPBlock(nnx.Module):
     def __init__(self, c, *, rngs):
         self.heads = c.heads
         self.norm1 = LayerNorm(c.width)
-        self.q = Dense(c.width, c.width, rngs=rngs)
-        self.k = Dense(c.width, c.width, rngs=rngs)
-        self.v = Dense(c.width, c.width, rngs=rngs)
-        self.o = Dense(c.width, c.width, rngs=rngs)
+        self.q = Dense(c.width, c.width, split=COLUMNS, rngs=rngs)
+        self.k = Dense(c.width, c.width, split=COLUMNS, rngs=rngs)
+        self.v = Dense(c.width, c.width, split=COLUMNS, rngs=rngs)
+        self.o = Dense(c.width, c.width, split=ROWS, rngs=rngs)
         self.norm2 = LayerNorm(c.width)
-        self.fc1 = Dense(c.width, c.mlp, rngs=rngs)
-        self.fc2 = Dense(c.mlp, c.width, rngs=rngs)
+        self.fc1 = Dense(c.width, c.mlp, split=COLUMNS, rngs=rngs)
+        self.fc2 = Dense(c.mlp, c.width, split=ROWS, rngs=rngs)
 
     def __call__(self, x):
         """x [B, T, D] -> [B, T, D]."""
