@@ -11,7 +11,6 @@ written at every save; sample.py --lora and diffusers load it.
 from itertools import takewhile
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from vcloze_jax.data.sources import draw_fixed, draw_groups, draw_shape, open_source
@@ -20,6 +19,7 @@ from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.metrics import summarise
 from vcloze_jax.inputs.pictures import save_png
 from vcloze_jax.inputs.runfolder import ORIGINS, Log, RunFolder
+from vcloze_jax.inputs.sheet import compose_pairs
 from vcloze_jax.storage import places
 
 PREVIEWS = 4  # held-out grids
@@ -46,7 +46,8 @@ def main(argv):
     source = open_source(recipe.data, recipe.resolution, recipe.caption_dropout)
 
     from vcloze_jax import plan  # JAX from here on
-    from vcloze_jax.sharding import compute_dtype, make_mesh, parse_mesh
+    from vcloze_jax.devices import make_mesh, parse_mesh
+    from vcloze_jax.sharding import compute_dtype
     from vcloze_jax.storage.models import check_for_training, describe_origins
     from vcloze_jax.trainer import micro_size
 
@@ -103,10 +104,9 @@ def learn(run, origins, preset, folder, mesh, source):
     def preview():
         painter.models = trainer.models()
         canvases = painter(asked, lambda steps, _: takewhile(lambda _: not stopped(), steps))
-        grids = [(canvas.spec.grid, canvas.pixels) for canvas in canvases]
-        sheets = [np.hstack([grid.compose(painted), grid.compose()]) for grid, painted in grids]
         if not stopped():
-            save_png(run.previews / f"{trainer.step:06d}.png", np.concatenate(sheets))
+            sheet = compose_pairs([(canvas.spec.grid, canvas.pixels) for canvas in canvases])
+            save_png(run.previews / f"{trainer.step:06d}.png", sheet)
 
     def save():
         save_trained(run, trainer, folder)  # first: a run whose last step is saved is complete

@@ -56,7 +56,8 @@ def load(folder, width, devices, dtype):
     """In a process of its own: bytes loaded, and how the peak rose above what was there before."""
     import jax
 
-    from vcloze_jax.sharding import make_mesh, shardings
+    from vcloze_jax.devices import make_mesh
+    from vcloze_jax.sharding import shardings
     from vcloze_jax.storage import weights
 
     mesh = make_mesh(dict(data=1, fsdp=devices, tensor=1))

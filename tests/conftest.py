@@ -11,7 +11,7 @@ os.environ["XDG_CACHE_HOME"] = CACHE  # of text embeddings: the tests' own
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from vcloze_jax.sharding import ready_xla  # noqa: E402
+from vcloze_jax.devices import ready_xla  # noqa: E402
 
 ready_xla(8)  # now, so that test processes of any mesh share their compiled programs
 jax.config.update("jax_num_cpu_devices", 8)

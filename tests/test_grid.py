@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 
 from vcloze_jax.config import UserError
-from vcloze_jax.grid import GUTTER, MARK, Grid
+from vcloze_jax.grid import Grid
 from vcloze_jax.inputs.cells import build_grid, cover, row_size
+from vcloze_jax.inputs.sheet import GUTTER, MARK, cell_boxes, compose
 
 SHAPES = [(64, 64), (100, 70), (70, 100), (333, 41), (48, 200)]
 
@@ -229,8 +230,8 @@ def test_boxes_find_every_cell_in_the_sheet(seed):
     """Law: cropping the sheet by the boxes gives all cells back; cut gives the targets alike."""
     _, grid = random_grid(seed)
     painted = noise(grid.query.width, grid.query.height, seed)
-    sheet = grid.compose(painted)
-    for number, boxes in enumerate(grid.boxes):
+    sheet = compose(grid, painted)
+    for number, boxes in enumerate(cell_boxes(grid)):
         cells = [sheet[y : y + h, x : x + w] for x, y, w, h in boxes]
         if number < len(grid.rows) - 1:
             assert np.array_equal(np.concatenate(cells, axis=1), grid.rows[number].pixels)
@@ -245,15 +246,15 @@ def test_boxes_find_every_cell_in_the_sheet(seed):
 def test_gutters_are_white_but_for_marks(seed):
     """Law: outside the boxes the sheet is white, and every target has its four corners marked."""
     _, grid = random_grid(seed)
-    outside = np.ones(grid.compose().shape[:2], bool)
+    outside = np.ones(compose(grid).shape[:2], bool)
     near = np.zeros_like(outside)
-    for boxes in grid.boxes:
+    for boxes in cell_boxes(grid):
         for x, y, w, h in boxes:
             assert x >= GUTTER and y >= GUTTER
             outside[y : y + h, x : x + w] = False
-    for x, y, w, h in (grid.boxes[-1][i] for i in grid.targets):
+    for x, y, w, h in (cell_boxes(grid)[-1][i] for i in grid.targets):
         near[y - GUTTER : y + h + GUTTER, x - GUTTER : x + w + GUTTER] = True
-    sheet = grid.compose()
+    sheet = compose(grid)
     marked = outside & (sheet == MARK).all(-1)
     assert (sheet[outside & ~marked] == 255).all()
     assert not (marked & ~near).any()

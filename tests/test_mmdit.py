@@ -12,6 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 from tiny import FLUX, cast, flux, part, quick, relative, stored
 
+from vcloze_jax.conditioning import Context
 from vcloze_jax.config import FLUX_FILL
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.ops import rope_table
@@ -161,7 +162,8 @@ def test_modulations_of_all_steps_at_once():
     model, args = flux(), inputs()
     rest = args["guidance"], args["pooled"]
     times = np.float32([[1.0, 0.8, 0.3, 0.0], [1.0, 0.9, 0.5, 0.0]])
-    all_steps = jit(modulate_steps)(model, times, *rest)
+    context = Context(None, None, rest[1], rest[0], None)
+    all_steps = jit(modulate_steps)(model, times, context)
     assert all_steps.single.shape == (3, FLUX.single_blocks, 2, 3 * FLUX.width)
     modulation = jit(lambda model, *args: model.modulation(*args))
     for i in range(3):

@@ -14,9 +14,9 @@ import sample
 import train
 from vcloze_jax import plan
 from vcloze_jax.config import FLUX_FILL, MINI
+from vcloze_jax.devices import make_mesh, parse_mesh
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.vae import VAE
-from vcloze_jax.sharding import make_mesh, parse_mesh
 from vcloze_jax.storage import places, weights
 
 TERA = 1e12

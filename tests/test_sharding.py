@@ -25,20 +25,12 @@ from vcloze_jax.config import (
     UserError,
     VAEConfig,
 )
+from vcloze_jax.devices import make_mesh, parse_mesh, ready_xla
 from vcloze_jax.model.layers import Dense
 from vcloze_jax.model.lora import split
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.ops import rope_table
-from vcloze_jax.sharding import (
-    BATCH,
-    batch_sharding,
-    make_mesh,
-    parse_mesh,
-    put,
-    ready_xla,
-    shardings,
-    spec_of,
-)
+from vcloze_jax.sharding import BATCH, batch_sharding, put, shardings, spec_of
 from vcloze_jax.step import Batch, ask, init_state, loss_fn, make_optimizer, make_step
 from vcloze_jax.storage import weights
 
@@ -235,11 +227,13 @@ def test_the_table_says_where():
 @pytest.mark.parametrize("preset", (MINI, FLUX_FILL), ids=lambda preset: preset.name)
 def test_the_table_knows_what_a_layer_says(preset):
     """A weight at rest is split over tensor as its layer wants it at work."""
-    models = jax.eval_shape(lambda: Models(preset, rngs=nnx.Rngs(0)))
-    for path, layer in nnx.iter_modules(models):
-        path = "/".join(map(str, path)) + "/kernel"
-        if isinstance(layer, Dense) and not path.startswith("vae/"):
-            assert spec_of(path) == layer.split.at_rest, path
+    for name in ("flux", "t5", "clip"):
+        cls, config = weights.MODULES[name], getattr(preset, name)
+        model = jax.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))  # noqa: B023
+        for path, layer in nnx.iter_modules(model):
+            path = "/".join(map(str, (name, *path, "kernel")))
+            if isinstance(layer, Dense):
+                assert spec_of(path) == layer.split.at_rest, path
 
 
 def test_what_does_not_divide_is_named():

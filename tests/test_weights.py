@@ -18,8 +18,9 @@ from ports import __main__ as command
 from ports import engine
 from ports.tables.folder import PARTS
 from vcloze_jax.config import UserError
+from vcloze_jax.devices import make_mesh
 from vcloze_jax.pipeline import Pipeline
-from vcloze_jax.sharding import make_mesh, shardings
+from vcloze_jax.sharding import shardings
 from vcloze_jax.storage import weights
 
 

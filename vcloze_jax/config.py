@@ -30,12 +30,6 @@ class FluxConfig:
     rank: int = 0  # of the LoRA branch in every Dense; 0 means no branch
     remat: bool = True
 
-    def __post_init__(self):
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
-        if sum(self.axes_dim) != self.head_dim:
-            raise ValueError(f"axes_dim {self.axes_dim} must sum to the head dim {self.head_dim}")
-
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
@@ -51,15 +45,6 @@ class VAEConfig:
     groups: int = 32
     scale: float = 0.3611
     shift: float = 0.1159
-
-    def __post_init__(self):
-        if len(self.channels) != 4:
-            raise ValueError(f"channels {self.channels} must be 4: a latent is an eighth in size")
-        if any(width % self.groups for width in self.channels):
-            raise ValueError(
-                f"channels {self.channels} are not divisible by {self.groups} groups; "
-                f"the autoencoder's config.json says how many it has"
-            )
 
 
 @dataclass(frozen=True)
@@ -105,10 +90,15 @@ def flag(name):
     return f"--{name.replace('_', '-')}"
 
 
-def setting(default, help, *, group="recipe (defaults are the preset's)", free=False, **options):
-    """A field of Recipe: its default, what --help says, and whether it is `free` to change when a
-    run goes on. `least` is the least value; the rest are argparse's."""
-    return field(default=default, metadata=dict(help=help, group=group, free=free) | options)
+START, DATA, RUN = "start from", "data", "run (all of it may change when a run goes on)"
+TRAINING = "training (defaults are the preset's)"
+
+
+def setting(default, help, section=TRAINING, *, free=False, least=None, choices=None):
+    """A field of Recipe: its default, what --help says and where, and whether it is `free` to
+    change when a run goes on."""
+    options = dict(help=help, section=section, free=free, least=least, choices=choices)
+    return field(default=default, metadata=options)
 
 
 @dataclass(frozen=True)
@@ -119,75 +109,42 @@ class Recipe:
     authors' code's (lzyhha/VisualCloze:train.py); a preset brings its own.
     """
 
-    preset: str = setting("flux-fill", "sizes and defaults", group="start from")
-    weights: str = setting(
-        "mini", "folder in diffusers' layout (default: mini's)", group="start from", metavar="DIR"
-    )
-    lora: str | None = setting(None, "go on from this adapter", group="start from", metavar="FILE")
-    from_scratch: bool = setting(
-        False,
-        "random MMDiT and text encoders, all trained; the VAE is that of --weights",
-        group="start from",
-    )
+    preset: str = setting("flux-fill", "sizes and defaults", START)
+    weights: str = setting("mini", "folder in diffusers' layout (default: mini's)", START)
+    lora: str | None = setting(None, "an adapter to go on from", START)
+    from_scratch: bool = setting(False, "random MMDiT and text encoders, all trained", START)
     data: str = setting(
-        "graph200k",
-        "graphemoji, graphemoji:TASK, graphemoji-fill, or a JSON-lines file",
-        group="data",
+        "graph200k", "graphemoji[:TASK], graphemoji-fill or a JSON-lines file", DATA
     )
     resolution: int = setting(
-        384, "a cell's area is its square; for JSON-lines data", group="data", least=16
+        384, "a cell's area is its square; of JSON-lines data", DATA, least=16
     )
+    caption_dropout: float = setting(0.1, "share of grids without any text", DATA)
     rank: int = setting(256, "of the adapter; 0 trains the MMDiT itself")
     lr: float = setting(1e-4, "learning rate", free=True)
     warmup: int = setting(0, "steps over which the rate rises to --lr", least=0)
-    decay_steps: int = setting(
-        0, "the rate falls by a cosine to a hundredth at this step; 0: it is constant", least=0
-    )
+    decay_steps: int = setting(0, "at which a cosine ends at lr / 100; 0: constant", least=0)
     weight_decay: float = setting(0.0, "of AdamW", least=0)
     clip: float = setting(2.0, "largest norm of a step's gradient")
     ema: float = setting(0.0, "decay of the average that is written; 0: what is learnt last")
     batch: int = setting(64, "grids per step", least=1)
     group: int = setting(8, "grids that are drawn with one shape; divides --batch", least=1)
-    micro_batch: int = setting(
-        0,
-        "grids at a time, at most (default: one a device that splits the batch)",
-        least=0,
-        free=True,
-    )
     steps: int = setting(20_000, "optimizer steps in all", least=1, free=True)
-    loss_region: str = setting(
-        "target",
-        "the masked pixels, or all rows as in the authors' code",
-        choices=("target", "grid"),
-    )
+    loss_region: str = setting("target", "masked pixels, or all rows", choices=("target", "grid"))
     time_mean: float = setting(0.0, "of the logit of a training time; above 0 is noisier")
     time_shift: bool = setting(False, "shift training times by a grid's tokens (the paper's)")
-    guidance_range: tuple[float, float] = setting(
-        (1.0, 1.0), "training draws the guidance between these", metavar=("LOW", "HIGH")
-    )
+    guidance_range: tuple[float, float] = setting((1.0, 1.0), "what training draws guidance from")
     # The authors multiply by 1 - mask, hence 0, but sample with -1, a black cell.
     mask_fill: float = setting(0.0, "of masked pixels in the condition picture, in [-1, 1]")
-    caption_dropout: float = setting(0.1, "share of grids without any text")
     seed: int = setting(0, "of all that is drawn")
-    skip_nonfinite: int = setting(
-        0, "steps that may be skipped because they are not finite", least=0, free=True
-    )
     mesh: str = setting(
-        "",
-        "8, or data=2,fsdp=2,tensor=2 (default: all accelerators, or one CPU device); virtual "
-        "CPU devices are made where there is no accelerator",
-        group="run",
-        free=True,
+        "", "8, or data=2,fsdp=2,tensor=2 (default: all accelerators)", RUN, free=True
     )
-    save_every: int = setting(
-        500, "between checkpoints", group="run", least=1, free=True, metavar="STEPS"
-    )
-    save_minutes: float = setting(
-        0.0, "save when so many minutes have passed, too", group="run", least=0, free=True
-    )
-    preview_every: int = setting(
-        500, "between previews", group="run", least=1, free=True, metavar="STEPS"
-    )
+    micro_batch: int = setting(0, "grids at a time, at most", RUN, least=0, free=True)
+    save_every: int = setting(500, "steps between checkpoints", RUN, least=1, free=True)
+    save_minutes: float = setting(0.0, "minutes after which to save, too", RUN, least=0, free=True)
+    preview_every: int = setting(500, "steps between previews", RUN, least=1, free=True)
+    skip_nonfinite: int = setting(0, "steps that may be skipped for it", RUN, least=0, free=True)
 
 
 @dataclass(frozen=True)

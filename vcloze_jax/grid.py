@@ -12,8 +12,6 @@ import numpy as np
 from PIL import Image
 
 PATCH = 16  # pixels of a token's side: 8 by the VAE, 2 by packing
-GUTTER = 8  # white pixels around every cell of the composed sheet
-MARK = (226, 88, 34)  # colour of the corners that mark a painted cell
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,17 +67,7 @@ class Grid:
     @property
     def targets(self) -> list[int]:
         """Columns of the query's cells that have a masked pixel."""
-        return [i for i, mask in enumerate(self._split(self.query.mask)) if mask.any()]
-
-    @property
-    def boxes(self) -> list[list[list[int]]]:
-        """[x, y, w, h] of every cell of every row in the sheet of `compose`, in pixels."""
-        boxes, y = [], GUTTER
-        for h, width in self.shape:
-            w = width // self.columns
-            boxes.append([[GUTTER + i * (w + GUTTER), y, w, h] for i in range(self.columns)])
-            y += h + GUTTER
-        return boxes
+        return [i for i, mask in enumerate(self.split(self.query.mask)) if mask.any()]
 
     def ids(self) -> np.ndarray:
         """Positions of the tokens, float32 [S, 3]: row number, then y, x in that row."""
@@ -95,38 +83,12 @@ class Grid:
 
     def cut(self, painted: np.ndarray) -> list[np.ndarray]:
         """Cut the targets out of a painted query row, in column order: uint8 [h, w, 3] each."""
-        cells = self._split(self.keep(painted))
+        cells = self.split(self.keep(painted))
         return [cells[i] for i in self.targets]
 
-    def compose(self, painted: np.ndarray | None = None) -> np.ndarray:
-        """Lay all cells on a white sheet, rows left-aligned: uint8 [height, width, 3].
-
-        `painted` is the query row as decoded; without it the sheet shows the inputs. Gutters of
-        8 pixels surround every cell, and only they carry the corners that mark the targets.
-        """
-        query = self.query.pixels if painted is None else self.keep(painted)
-        boxes = self.boxes
-        width = max(x + w for x, _, w, _ in (row[-1] for row in boxes)) + GUTTER
-        height = boxes[-1][0][1] + boxes[-1][0][3] + GUTTER
-        sheet = np.full((height, width, 3), 255, np.uint8)
-        for row, pixels in zip(boxes, [*(r.pixels for r in self.rows[:-1]), query], strict=True):
-            for (x, y, w, h), cell in zip(row, self._split(pixels), strict=True):
-                sheet[y : y + h, x : x + w] = cell
-        for i in self.targets:
-            _mark(sheet, boxes[-1][i])
-        return sheet
-
-    def _split(self, row: np.ndarray) -> list[np.ndarray]:
+    def split(self, row: np.ndarray) -> list[np.ndarray]:
+        """The cells of a row of pixels or masks."""
         return np.split(row, self.columns, axis=1)
-
-
-def _mark(sheet: np.ndarray, box: list[int]) -> None:
-    """Draw the four corners of a frame that lies 2 pixels outside `box` and is 2 pixels thick."""
-    x, y, w, h = box[0] - 4, box[1] - 4, box[2] + 8, box[3] + 8
-    frame = np.ones((h, w), bool)
-    frame[2:-2, 2:-2] = False
-    frame[10:-10] = frame[:, 10:-10] = False
-    sheet[y : y + h, x : x + w][frame] = MARK
 
 
 @dataclass(frozen=True, eq=False)

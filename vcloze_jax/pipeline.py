@@ -16,12 +16,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from vcloze_jax import __version__
+from vcloze_jax.devices import make_mesh, parse_mesh
 from vcloze_jax.grid import bucket
 from vcloze_jax.inputs.pictures import save_png, save_text
+from vcloze_jax.inputs.sheet import cell_boxes, compose
 from vcloze_jax.inputs.spec import output_names, read_spec
 from vcloze_jax.painter import Painter
 from vcloze_jax.programs import spent
-from vcloze_jax.sharding import make_mesh, parse_mesh
 from vcloze_jax.storage import adapters, places, weights
 from vcloze_jax.storage.models import LazyModels
 
@@ -83,7 +84,7 @@ class Pipeline:
         """Paint specs (grid.Spec) as batches -> list of Painting, in order."""
         paintings = []
         for canvas in self.painter(specs, progress):
-            sheet = canvas.spec.grid.compose(canvas.pixels)
+            sheet = compose(canvas.spec.grid, canvas.pixels)
             images = [Image.fromarray(target) for target in canvas.targets]
             record = describe(canvas, self.painter.preset)
             paintings.append(Painting(images, Image.fromarray(sheet), record))
@@ -108,7 +109,7 @@ def describe(canvas, preset):
         "spec": spec.resolved,
         "prompt": spec.prompt,
         "sizes": [[width // grid.columns, height] for height, width in grid.shape],
-        "boxes": grid.boxes,
+        "boxes": cell_boxes(grid),
         **describe_pass(canvas, preset),
         "compiles": spent["programs"],
         "versions": {"vcloze_jax": __version__, "jax": jax.__version__, "flax": flax.__version__},

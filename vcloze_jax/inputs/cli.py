@@ -51,9 +51,7 @@ def add_recipe_flags(parser):
     """A flag for every field of Recipe; one that is not given stays None: the preset's holds."""
     groups = {}
     for f in fields(Recipe):
-        options = dict(f.metadata)
-        title, free = options.pop("group"), options.pop("free")
-        options.pop("least", None)
+        options = {key: f.metadata[key] for key in ("help", "choices") if f.metadata[key]}
         if isinstance(f.default, bool):
             options["action"] = "store_true"
         elif isinstance(f.default, tuple):
@@ -62,10 +60,10 @@ def add_recipe_flags(parser):
             options["type"] = type(f.default)
         if f.name == "preset":
             options["choices"] = PRESETS
-        options["help"] += "; may change when a run goes on" if free else ""
-        group = groups.setdefault(title, None) or parser.add_argument_group(title)
-        groups[title] = group
-        group.add_argument(flag(f.name), default=None, **options)
+        section = f.metadata["section"]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        groups[section].add_argument(flag(f.name), default=None, **options)
 
 
 def read_recipe(args):
@@ -91,7 +89,7 @@ def read_recipe(args):
 def check_recipe(recipe):
     """The recipe; UserError where a value, or two together, cannot be."""
     for f in fields(recipe):
-        value, least = getattr(recipe, f.name), f.metadata.get("least")
+        value, least = getattr(recipe, f.name), f.metadata["least"]
         if least is not None and value < least:
             raise UserError(f"{flag(f.name)} {value}: must be at least {least}")
     if recipe.rank < 0 or not 0 <= recipe.seed < 2**32 or not 0 < recipe.lr < 1:

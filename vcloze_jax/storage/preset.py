@@ -13,7 +13,7 @@ from pathlib import Path
 from ports.diagnose import PortError
 from ports.locate import SIZES, describe_file, locate
 from ports.tables.folder import PARTS, SHIFT
-from vcloze_jax.config import PRESETS, Preset, UserError
+from vcloze_jax.config import PRESETS, FluxConfig, Preset, UserError, VAEConfig
 from vcloze_jax.storage.places import named_preset
 
 
@@ -68,10 +68,25 @@ def read_config(folder: Path, field: str, default):
         ours.setdefault("axes_dim", axes(head_dim, default))
     if field == "clip" and ours.get("eos") == 2:  # transformers: then it pools at the highest id
         ours["eos"] = ours.get("vocab", default.vocab) - 1
-    try:
-        return replace(default, **ours)
-    except ValueError as error:
-        raise UserError(f"{file}: {error}") from error
+    config = replace(default, **ours)
+    for fault in find_faults(config):
+        raise UserError(f"{file}: {fault}")
+    return config
+
+
+def find_faults(c):
+    """What of a model's sizes cannot be, in words."""
+    if isinstance(c, FluxConfig) and c.width % c.heads:
+        yield f"width {c.width} is not divisible by {c.heads} heads"
+    elif isinstance(c, FluxConfig) and sum(c.axes_dim) != c.head_dim:
+        yield f"axes_dim {c.axes_dim} must sum to the head dim {c.head_dim}"
+    if isinstance(c, VAEConfig) and len(c.channels) != 4:
+        yield f"channels {c.channels} must be 4: a latent is an eighth in size"
+    elif isinstance(c, VAEConfig) and any(width % c.groups for width in c.channels):
+        yield (
+            f"channels {c.channels} are not divisible by {c.groups} groups; "
+            "the autoencoder's config.json says how many it has"
+        )
 
 
 def axes(head_dim, default):

@@ -1,0 +1,51 @@
+"""A grid laid out for people: all its cells on a white sheet, those that are painted marked."""
+
+import numpy as np
+
+from vcloze_jax.grid import Grid
+
+GUTTER = 8  # white pixels around every cell
+MARK = (226, 88, 34)  # colour of the corners that mark a painted cell
+
+
+def cell_boxes(grid: Grid) -> list[list[list[int]]]:
+    """[x, y, w, h] of every cell of every row in the sheet of `compose`, in pixels."""
+    boxes, y = [], GUTTER
+    for h, width in grid.shape:
+        w = width // grid.columns
+        boxes.append([[GUTTER + i * (w + GUTTER), y, w, h] for i in range(grid.columns)])
+        y += h + GUTTER
+    return boxes
+
+
+def compose(grid: Grid, painted: np.ndarray | None = None) -> np.ndarray:
+    """Lay all cells on a white sheet, rows left-aligned: uint8 [height, width, 3].
+
+    `painted` is the query row as decoded; without it the sheet shows the inputs. Gutters of
+    8 pixels surround every cell, and only they carry the corners that mark the targets.
+    """
+    query = grid.query.pixels if painted is None else grid.keep(painted)
+    boxes = cell_boxes(grid)
+    width = max(x + w for x, _, w, _ in (row[-1] for row in boxes)) + GUTTER
+    height = boxes[-1][0][1] + boxes[-1][0][3] + GUTTER
+    sheet = np.full((height, width, 3), 255, np.uint8)
+    for row, pixels in zip(boxes, [*(r.pixels for r in grid.rows[:-1]), query], strict=True):
+        for (x, y, w, h), cell in zip(row, grid.split(pixels), strict=True):
+            sheet[y : y + h, x : x + w] = cell
+    for i in grid.targets:
+        _mark(sheet, boxes[-1][i])
+    return sheet
+
+
+def compose_pairs(painted: list[tuple[Grid, np.ndarray]]) -> np.ndarray:
+    """Grids with what was painted of each: painted left, its truth right, one below the other."""
+    return np.concatenate([np.hstack([compose(g, query), compose(g)]) for g, query in painted])
+
+
+def _mark(sheet: np.ndarray, box: list[int]) -> None:
+    """Draw the four corners of a frame that lies 2 pixels outside `box` and is 2 pixels thick."""
+    x, y, w, h = box[0] - 4, box[1] - 4, box[2] + 8, box[3] + 8
+    frame = np.ones((h, w), bool)
+    frame[2:-2, 2:-2] = False
+    frame[10:-10] = frame[:, 10:-10] = False
+    sheet[y : y + h, x : x + w][frame] = MARK
