@@ -8,21 +8,12 @@ The run lives in --out; the same command again resumes it, to the bit. RUN/lora.
 written at every save; sample.py --lora and diffusers load it.
 """
 
-from itertools import takewhile
 from pathlib import Path
 
-from tqdm import tqdm
-
-from vcloze_jax.data.sources import draw_fixed, draw_groups, draw_shape, open_source
-from vcloze_jax.grid import Spec
+from vcloze_jax.data.sources import draw_groups, open_source
 from vcloze_jax.inputs import cli
-from vcloze_jax.inputs.metrics import summarise
-from vcloze_jax.inputs.pictures import save_png
-from vcloze_jax.inputs.runfolder import ORIGINS, Log, RunFolder
-from vcloze_jax.inputs.sheet import compose_pairs
+from vcloze_jax.inputs.runfolder import ORIGINS, RunFolder
 from vcloze_jax.storage import places
-
-PREVIEWS = 4  # held-out grids
 
 
 def parse(argv):
@@ -69,10 +60,10 @@ def main(argv):
 
 def learn(run, origins, preset, folder, mesh, source):
     """Load the models, take up the run where it stands, and train to its last step or a signal."""
-    from vcloze_jax.painter import Painter
+    from vcloze_jax.runwriter import RunWriter
     from vcloze_jax.storage import checkpoint
-    from vcloze_jax.storage.models import load_for_training, save_trained
-    from vcloze_jax.storage.textreader import TextReader, Tokenizers
+    from vcloze_jax.storage.models import load_for_training
+    from vcloze_jax.storage.textreader import Tokenizers
     from vcloze_jax.trainer import Trainer, train
 
     run.lock()
@@ -81,59 +72,22 @@ def learn(run, origins, preset, folder, mesh, source):
     trainer = Trainer(parts, preset, tokenizers, mesh, source.masks_every_row)
     run.create(recipe, origins)  # after all that the user may have to correct
     trainer.step, trainer.state = checkpoint.resume(run.checkpoints, trainer.state)
-    log = Log(run.metrics, trainer.step)
     if trainer.step == recipe.steps:
         print(f"{run.path}: finished at step {trainer.step}; a larger --steps goes on")
         return 0
 
-    stop = cli.Stop()
-    painter = Painter(preset, None, None, mesh)
-    painter.read_texts = TextReader(tokenizers, lambda: painter.models.encoders(), painter.dtype)
-    how = preset.num_inference_steps, preset.guidance_scale
-    examples = draw_fixed(source.held_out(), "preview", PREVIEWS)
-    asked = [Spec(e.grid, e.prompt, *how, seed) for seed, e in enumerate(examples)]
-    bar = tqdm(total=recipe.steps, initial=trainer.step, unit="step", dynamic_ncols=True)
-
-    def write(sent, seconds):
-        record = summarise(sent, seconds, recipe.loss_region)
-        log.write(record)
-        shown = {key: f"{record[key]:.3g}" for key in ("loss", "grad_norm", "grids_per_second")}
-        bar.set_postfix(shown, refresh=False)
-        bar.update()
-
-    def preview():
-        painter.models = trainer.models()
-        canvases = painter(asked, lambda steps, _: takewhile(lambda _: not stopped(), steps))
-        if not stopped():
-            sheet = compose_pairs([(canvas.spec.grid, canvas.pixels) for canvas in canvases])
-            save_png(run.previews / f"{trainer.step:06d}.png", sheet)
-
-    def save():
-        save_trained(run, trainer, folder)  # first: a run whose last step is saved is complete
-        checkpoint.save(run.checkpoints, trainer.step, trainer.state)
-
-    def stopped():
-        return stop.code is not None
-
     per_step = recipe.batch // recipe.group
     span = trainer.step * per_step, recipe.steps * per_step
     groups = draw_groups(source, recipe.seed, recipe.group, *span)
-    with stop, bar:
-        shapes = tqdm(source.shapes(), "compiling", unit="shape", leave=False)
-        trainer.compile(draw_shape(source, shape) for shape in shapes)
-        if trainer.step == 0:
-            preview()
-        try:
-            train(trainer, groups, write, preview, save, stopped)
-        except FloatingPointError:
-            save()
-            raise
+    with RunWriter(run, trainer, source, folder) as writer:
+        writer.prepare()
+        train(trainer, groups, writer)
     if trainer.step == recipe.steps:
         written = "lora.safetensors" if recipe.rank else "weights"
         print(f"{run.path}: finished, {written} written")
         return 0
     print(f"{run.path}: stopped at step {trainer.step}, saved; the same command resumes")
-    return stop.code
+    return writer.stop.code
 
 
 if __name__ == "__main__":

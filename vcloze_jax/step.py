@@ -91,22 +91,35 @@ def ask(frozen, batch, key, *, graphdefs, preset, dtype):
     return Question(x_t, velocity, share, t, Context(condition, *text, guidance, batch.pe))
 
 
-def loss_fn(trainable, frozen, question, *, graphdefs, region, dtype):
-    """Masked flow-matching loss of a micro-batch (paper, section 3) -> the mean over its grids,
-    and each grid's own by region, float32 [B]."""
+def answer(trainable, frozen, question, *, graphdefs, dtype):
+    """What the MMDiT says to a question: velocity [B, S, 64]."""
     models, context = merge_models(graphdefs, graphdefs, trainable, frozen), question.context
     if "t5" in trainable:
         ids = context.txt, context.pooled
         txt, pooled = conditioning.encode_text(models.t5, models.clip, *ids, dtype)
         context = context._replace(txt=txt, pooled=pooled)
     mod = conditioning.modulation(models.flux, question.t, context)
-    out = conditioning.velocity(models.flux, question.x_t, mod, context)
-    share = question.share
+    return conditioning.velocity(models.flux, question.x_t, mod, context)
+
+
+def loss_fn(trainable, frozen, question, *, region, **statics):
+    """Masked flow-matching loss of a micro-batch (paper, section 3) -> the mean over its grids,
+    and each grid's own by region, float32 [B]."""
+    out, share = answer(trainable, frozen, question, **statics), question.share
     losses = {
         "target": flow.masked_loss(out, question.velocity, share),
         "grid": flow.masked_loss(out, question.velocity, jnp.ones_like(share)),
     }
     return losses[region].mean(), losses
+
+
+def validate(trainable, frozen, question, **options):
+    """Mean loss, and the part of the velocities that an adapter makes, as a share of their norm."""
+    loss, _ = loss_fn(trainable, frozen, question, **options)
+    del options["region"]
+    nothing = jax.tree.map(jnp.zeros_like, trainable)
+    out, bare = (answer(w, frozen, question, **options) for w in (trainable, nothing))
+    return jnp.stack([loss, jnp.linalg.norm(out - bare) / jnp.linalg.norm(out)])
 
 
 def merge_models(graphdefs, names, *trees):

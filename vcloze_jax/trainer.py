@@ -23,6 +23,7 @@ from vcloze_jax.step import (
     make_step,
     merge_models,
     purpose_key,
+    validate,
 )
 
 
@@ -61,6 +62,7 @@ class Trainer:
     def __init__(self, parts, preset, tokenizers, mesh, masks_every_row=False):
         self.graphdefs, trainable, self.frozen = parts
         self.preset, self.recipe, self.mesh = preset, preset.recipe, mesh
+        self.tokenizers = tokenizers
         self.make_batch = partial(
             make_batch,
             tokenizers=tokenizers,
@@ -79,7 +81,7 @@ class Trainer:
             "ask": jax.jit(partial(ask, preset=preset, **statics)),
             "accumulate": accumulate,
             "update": update,
-            "validate": jax.jit(lambda *args: loss(*args)[0]),
+            "validate": jax.jit(partial(validate, region=recipe.loss_region, **statics)),
         }
         self.programs, self.rate, self.micro = {}, learning_rate(recipe), micro_size(recipe, mesh)
         self.state = jax.jit(init, out_shardings=places)(trainable)
@@ -94,6 +96,11 @@ class Trainer:
     def models(self):
         """The four networks as they are now."""
         return merge_models(self.graphdefs, self.graphdefs, self.learnt, self.frozen)
+
+    def base_models(self):
+        """The four networks with an adapter that does nothing."""
+        nothing = jax.tree.map(jnp.zeros_like, self.learnt)
+        return merge_models(self.graphdefs, self.graphdefs, nothing, self.frozen)
 
     def program(self, name, shape, *args):
         """The program of some inputs' shape, compiled when it is first asked for."""
@@ -163,29 +170,39 @@ class Trainer:
         start, self.ended = max(sent.start, self.ended), time.perf_counter()
         return self.ended - start
 
+    def ask_fixed(self, groups):
+        """Groups of examples -> Questions with always the same times and noise."""
+        key, size = purpose_key(0, "validation"), self.micro
+        parts = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+        return [
+            self.ask(part, range(i * size, (i + 1) * size), key) for i, part in enumerate(parts)
+        ]
+
     def validate(self, questions):
-        """Mean loss over questions that are always the same."""
+        """Mean loss over some questions, and by how much what is learnt changes the velocities, as
+        a share of their size; of an adapter, which is nothing where it begins."""
         trees = self.learnt, self.frozen
         values = [self.program("validate", q.x_t.shape, *trees, q)(*trees, q) for q in questions]
-        return float(np.mean([np.asarray(value) for value in values]))
+        loss, effect = np.mean([np.asarray(value) for value in values], 0)
+        return float(loss), float(effect)
 
 
 def zeros_like(tree):
     return jax.tree.map(jnp.zeros_like, tree)
 
 
-def train(trainer, groups, write, preview, save, stopped):
+def train(trainer, groups, run):
     """The loop: send a step to the devices, write what is known of the one before it while they
     work; preview, save and stop where that is due.
 
-    `write(sent, seconds)`, `preview()` and `save()` are the run folder's; `stopped()` is asked
-    before every micro-batch. All steps that were sent are written and saved when it returns.
+    `run` does what has to do with files: write(sent, seconds), preview(), save(); its stopped() is
+    asked before every micro-batch. All steps that were sent are written and saved in the end.
     """
     recipe, sent, saved, saved_at = trainer.recipe, None, trainer.step, time.monotonic()
-    while trainer.step < recipe.steps and not stopped():
-        before, sent = sent, trainer.send(groups, stopped)
+    while trainer.step < recipe.steps and not run.stopped():
+        before, sent = sent, trainer.send(groups, run.stopped)
         if before:
-            write(before, trainer.wait(before))
+            run.write(before, trainer.wait(before))
         if sent is None:
             break
         last, minutes = sent.step == recipe.steps, (time.monotonic() - saved_at) / 60
@@ -193,14 +210,14 @@ def train(trainer, groups, write, preview, save, stopped):
         save_is_due = last or sent.step % recipe.save_every == 0
         save_is_due |= 0 < recipe.save_minutes < minutes
         if preview_is_due or save_is_due:
-            write(sent, trainer.wait(sent))
+            run.write(sent, trainer.wait(sent))
             sent = None
         if preview_is_due:
-            preview()
+            run.preview()
         if save_is_due:
-            save()
+            run.save()
             saved, saved_at = trainer.step, time.monotonic()
     if sent:
-        write(sent, trainer.wait(sent))
+        run.write(sent, trainer.wait(sent))
     if saved < trainer.step:
-        save()
+        run.save()

@@ -169,6 +169,16 @@ def draw_sample(rng, shape, names, size, dropout=0.1, tasks=TRAIN):
     return Sample([list(nodes)] * rows, subjects, draw_mask(rng, rows, columns, size), prompt)
 
 
+def ask_last(nodes, subjects, names):
+    """The grid of these cells whose last one is blank, with all text."""
+    mask = np.zeros((len(nodes), len(nodes[0]), 1, 1), bool)
+    mask[-1, -1] = True
+    layout = prompts.layout_prompt(len(nodes), len(nodes[0]))
+    task = prompts.task_prompt([NODE_PHRASES[node][0] for node in nodes[-1]])
+    content = prompts.content_sentence(names[np.ravel(subjects)[-1]])
+    return Sample(nodes, np.asarray(subjects), mask, prompts.join(layout, task, content))
+
+
 def draw_mask(rng, rows, columns, size):
     """What is blank in the query row: bool [R, L, size, size].
 

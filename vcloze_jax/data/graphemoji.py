@@ -23,7 +23,7 @@ from vcloze_jax.config import UserError
 from vcloze_jax.data import graph
 from vcloze_jax.data.conditions import CONDITIONS, derive, over_white
 from vcloze_jax.data.graph import NODES, PACKS, VIEWS
-from vcloze_jax.data.sources import Example
+from vcloze_jax.data.sources import Example, random_generator
 from vcloze_jax.grid import Grid
 
 FOLDER = Path(__file__).parent  # tfds adds graphemoji/CONFIG/VERSION
@@ -189,6 +189,18 @@ class GraphEmojiGrids:
     def shapes(self) -> list[tuple[int, int]]:
         """All rows and columns that are drawn."""
         return list(self.all_shapes)
+
+    def previews(self) -> list[Example]:
+        """Two questions, each with 0, 1 and 2 examples."""
+        examples = []
+        for number in range(2):
+            rng = random_generator("preview", 0, number)
+            columns = self.shape(rng)[1]
+            drawn = self.draw_sample(rng, (3, columns), self.names, SIZE)
+            for rows in (1, 2, 3):
+                nodes, subjects = drawn.nodes[-rows:], drawn.subjects[-rows:]
+                examples.append(self.picture(graph.ask_last(nodes, subjects, self.names)))
+        return examples
 
     def example(self, rng: np.random.Generator, shape: tuple[int, int]) -> Example:
         """Draw one example of that shape."""

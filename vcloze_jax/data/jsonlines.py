@@ -22,6 +22,7 @@ from vcloze_jax.inputs.pictures import check_file, quiet_decoders
 from vcloze_jax.inputs.spec import PROMPTS, open_cells, sentences
 
 KEYS = ("image", *PROMPTS, "task")
+PREVIEWS = 4
 
 
 class JSONLinesGrids:
@@ -63,6 +64,10 @@ class JSONLinesGrids:
     def held_out(self):
         """The same grids: a file holds none back."""
         return self
+
+    def previews(self):
+        """The first grids of the file."""
+        return [example for group in self.groups.values() for example in group][:PREVIEWS]
 
     def shape(self, rng):
         """The sizes of the rows, which the members of a group share."""

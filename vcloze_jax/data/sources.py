@@ -40,6 +40,10 @@ class Source(Protocol):
     def digest(self) -> str:
         """What a run knows the grids by, wherever they lie: another content, another digest."""
 
+    def previews(self) -> list[Example]:
+        """A few grids that are always the same; where the source knows of tasks, each question with
+        0, 1 and 2 examples, its last cell blank, and all text."""
+
     def held_out(self) -> "Source":
         """Grids never trained on, for previews; a source that has none gives itself."""
 
@@ -107,12 +111,12 @@ def draw_groups(
     return iter(groups.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
-def draw_fixed(source: Source, purpose: str, count: int) -> list[Example]:
-    """Some grids of a source, always the same, for a purpose that is not training."""
-    rngs = [random_generator(purpose, 0, i) for i in range(count)]
-    return [source.example(rng, source.shape(rng)) for rng in rngs]
-
-
 def draw_shape(source: Source, shape: Hashable) -> Example:
     """A grid of that shape, always the same."""
     return source.example(random_generator("preview", 0, 0), shape)
+
+
+def draw_validation(source: Source, size: int, count: int) -> list[list[Example]]:
+    """Groups that are always the same, of the first shapes of a source."""
+    rngs = [random_generator("validation", 0, i) for i in range(size)]
+    return [[source.example(rng, shape) for rng in rngs] for shape in source.shapes()[:count]]

@@ -1,12 +1,15 @@
-"""What a training step tells, as one line of metrics.jsonl. Knows no JAX.
+"""What a training step tells, as one line of metrics.jsonl and as curves. Knows no JAX.
 
 The loss of a single step is mostly the luck of its times: hence the same losses by time, by number
 of examples and by kind of task.
 """
 
+import json
 from collections import defaultdict
 
 import numpy as np
+
+from vcloze_jax.inputs.pictures import save_figure
 
 BINS = 10  # of time, of one tenth each, from the picture to noise
 
@@ -40,3 +43,36 @@ def mean_by(groups, values):
     for group, value in zip(groups, values, strict=True):
         found[group].append(value)
     return {str(group): float(np.mean(found[group])) for group in sorted(found)}
+
+
+def flatten_record(record):
+    """A record's numbers as {"loss_by_time/3": value}."""
+    flat = {}
+    for name, value in record.items():
+        nested = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{name}/{key}".rstrip("/"): float(x) for key, x in nested.items()}
+    return flat
+
+
+def draw_curves(metrics, validation, picture):
+    """Two logs -> a picture of the loss, as it was and smoothed, and of that on held-out grids."""
+    from matplotlib.figure import Figure  # slow to import
+
+    steps, losses = read_column(metrics, "loss")
+    window = max(1, len(losses) // 20)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="#bbbbbb", linewidth=0.7, label="loss of a step")
+    if losses:
+        smooth = np.convolve(losses, np.ones(window) / window, "valid")
+        axes.plot(steps[window - 1 :], smooth, color="#e25822", label=f"mean of {window}")
+    axes.plot(*read_column(validation, "loss"), "o-", color="#2255aa", label="held-out grids")
+    axes.set(xlabel="step", ylabel="loss")
+    axes.legend()
+    save_figure(picture, figure)
+
+
+def read_column(log, name):
+    """Steps and the values of one number in a log."""
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    return [r["step"] for r in records], [r[name] for r in records]

@@ -88,6 +88,13 @@ def save_png(path: str | Path, pixels: np.ndarray) -> None:
     _save(Path(path), encoded.getvalue())
 
 
+def save_figure(path: str | Path, figure) -> None:
+    """Write a figure of matplotlib as PNG, atomically. Raises UserError if the disk refuses."""
+    encoded = io.BytesIO()
+    figure.savefig(encoded, format="png", dpi=100)
+    _save(Path(path), encoded.getvalue())
+
+
 def save_text(path: str | Path, text: str) -> None:
     """Write text as UTF-8, atomically. Raises UserError if the disk refuses."""
     _save(Path(path), text.encode())

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class RunFolder:
     def __init__(self, path):
         self.path = Path(path)
         self.config, self.metrics = self.path / "config.json", self.path / "metrics.jsonl"
+        self.validation, self.curves = self.path / "validation.jsonl", self.path / "losses.png"
         self.checkpoints, self.previews = self.path / "checkpoints", self.path / "previews"
         self.held = None
 
@@ -115,12 +117,15 @@ def read_identity(file):
 
 
 class Log:
-    """metrics.jsonl: one object per step, each once. Lines past the restored step are cut."""
+    """A JSON-lines file with one object a step, each once: what lies past step `start` is cut, and
+    a torn line."""
 
     def __init__(self, path, start):
-        self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        save_text(path, "".join(line + "\n" for line in lines[:start]))
+        self.path, kept = path, []
+        for line in path.read_text().splitlines() if start and path.exists() else []:
+            with suppress(ValueError):
+                kept += [line] if json.loads(line)["step"] <= start else []
+        save_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, record):
         with self.path.open("a") as file:

@@ -1,10 +1,12 @@
 """A grid laid out for people: all its cells on a white sheet, those that are painted marked."""
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from vcloze_jax.grid import Grid
 
 GUTTER = 8  # white pixels around every cell
+LABEL = 14  # pixels of a line of text above a sheet
 MARK = (226, 88, 34)  # colour of the corners that mark a painted cell
 
 
@@ -37,9 +39,23 @@ def compose(grid: Grid, painted: np.ndarray | None = None) -> np.ndarray:
     return sheet
 
 
-def compose_pairs(painted: list[tuple[Grid, np.ndarray]]) -> np.ndarray:
-    """Grids with what was painted of each: painted left, its truth right, one below the other."""
-    return np.concatenate([np.hstack([compose(g, query), compose(g)]) for g, query in painted])
+def compose_columns(title: str, grid: Grid, columns: dict[str, np.ndarray | None]) -> np.ndarray:
+    """One grid several times side by side, labelled: {label: its query row as painted, or None for
+    the truth}. uint8 [height, width, 3]."""
+    above, sheets = ((LABEL, 0), (0, 0), (0, 0)), [compose(grid, q) for q in columns.values()]
+    sheet = Image.fromarray(np.hstack([np.pad(s, above, constant_values=255) for s in sheets]))
+    draw, width = ImageDraw.Draw(sheet), sheet.width // len(columns)
+    for i, label in enumerate(columns):
+        draw.text((i * width + GUTTER, 2), label if i else f"{title}: {label}", fill=(0, 0, 0))
+    return np.asarray(sheet)
+
+
+def stack_sheets(sheets: list[np.ndarray]) -> np.ndarray:
+    """Sheets one below the other, left-aligned on white."""
+    width = max(sheet.shape[1] for sheet in sheets)
+    beside = [((0, 0), (0, width - sheet.shape[1]), (0, 0)) for sheet in sheets]
+    pairs = zip(sheets, beside, strict=True)
+    return np.concatenate([np.pad(sheet, pad, constant_values=255) for sheet, pad in pairs])
 
 
 def _mark(sheet: np.ndarray, box: list[int]) -> None:

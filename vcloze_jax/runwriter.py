@@ -1,0 +1,131 @@
+"""What a training run tells while it lasts: metrics, previews, curves, adapters and checkpoints."""
+
+from itertools import takewhile
+
+import jax
+from tqdm import tqdm
+
+from vcloze_jax import plan
+from vcloze_jax.data.sources import draw_shape, draw_validation
+from vcloze_jax.grid import Spec
+from vcloze_jax.inputs.cli import Stop
+from vcloze_jax.inputs.metrics import draw_curves, flatten_record, summarise
+from vcloze_jax.inputs.pictures import save_png
+from vcloze_jax.inputs.runfolder import Log
+from vcloze_jax.inputs.sheet import compose_columns, stack_sheets
+from vcloze_jax.painter import Painter
+from vcloze_jax.programs import spent
+from vcloze_jax.sharding import compute_dtype
+from vcloze_jax.storage import checkpoint
+from vcloze_jax.storage.models import save_trained
+from vcloze_jax.storage.textreader import TextReader
+
+VALIDATION = 3  # groups of held-out grids
+SILENT, PATIENCE = 1e-3, 200  # share of the velocities, and steps before that is called silent
+
+
+class RunWriter:
+    """Writes a run into its folder: the `run` of the training loop.
+
+    While it is entered, a signal asks for a halt. `folder` is that of the weights.
+    """
+
+    def __init__(self, run, trainer, source, folder):
+        self.run, self.trainer, self.source, self.folder = run, trainer, source, folder
+        self.log, self.stop = Log(run.metrics, trainer.step), Stop()
+        self.validation = Log(run.validation, trainer.step)
+        self.painter = make_painter(trainer)
+        preset, self.bases = trainer.preset, None
+        how = preset.num_inference_steps, preset.guidance_scale
+        examples = enumerate(source.held_out().previews())
+        self.specs = [Spec(e.grid, e.prompt, *how, seed) for seed, e in examples]
+        total = trainer.recipe.steps
+        self.bar = tqdm(total=total, initial=trainer.step, unit="step", dynamic_ncols=True)
+
+    def __enter__(self):
+        self.stop.__enter__()
+        return self
+
+    def __exit__(self, kind, *_):
+        self.bar.close()
+        self.stop.__exit__()
+        if kind is FloatingPointError and self.trainer.step:
+            self.save()
+
+    def stopped(self):
+        return self.stop.code is not None
+
+    def prepare(self):
+        """Compile what the run needs, and show it as it begins."""
+        shapes = tqdm(self.source.shapes(), "compiling", unit="shape", leave=False)
+        largest = self.trainer.compile(draw_shape(self.source, shape) for shape in shapes)
+        group = self.trainer.recipe.group
+        groups = draw_validation(self.source.held_out(), group, VALIDATION)
+        self.questions = self.trainer.ask_fixed(groups)
+        if self.trainer.step == 0:
+            self.preview()
+        print(
+            f"{spent['programs']} programs in {spent['seconds']:.0f} s; a micro-batch takes "
+            f"{plan.si(largest, 'B')} beside weights and state"
+        )
+
+    def write(self, sent, seconds):
+        """The metrics of a step, into the log, the bar, and to whoever listens to JAX."""
+        record = summarise(sent, seconds, self.trainer.recipe.loss_region)
+        self.log.write(record)
+        tell_listeners("train", record)
+        shown = {key: f"{record[key]:.3g}" for key in ("loss", "grad_norm", "grids_per_second")}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    def preview(self):
+        """Paint what is learnt, beside the base and the truth; measure it on held-out grids."""
+        columns = {}
+        if self.trainer.recipe.rank:
+            self.bases = self.bases or self.paint(self.trainer.base_models())
+            columns["base"] = self.bases
+        columns["adapter" if columns else "model"] = self.paint(self.trainer.models())
+        if self.stopped():
+            return
+        sheets = []
+        for i, spec in enumerate(self.specs):
+            painted = {label: rows[i] for label, rows in columns.items()} | {"truth": None}
+            title = f"{len(spec.grid.rows) - 1} examples"
+            sheets.append(compose_columns(title, spec.grid, painted))
+        step = self.trainer.step
+        save_png(self.run.previews / f"{step:06d}.png", stack_sheets(sheets))
+        loss, effect = self.trainer.validate(self.questions)
+        record = {"step": step, "loss": loss, "adapter_effect": effect}
+        self.validation.write(record)
+        tell_listeners("validation", record)
+        draw_curves(self.run.metrics, self.run.validation, self.run.curves)
+        if self.trainer.recipe.rank and step >= PATIENCE and effect < SILENT:
+            self.bar.write(
+                f"warning: after {step} steps the adapter changes velocities by {effect:.1e} of "
+                "their size; is --lr too low?"
+            )
+
+    def paint(self, models):
+        """The query rows of the previews as these models paint them, as far as the run goes on."""
+        self.painter.models = models
+        go_on = lambda steps, _: takewhile(lambda _: not self.stopped(), steps)  # noqa: E731
+        return [canvas.pixels for canvas in self.painter(self.specs, go_on)]
+
+    def save(self):
+        """The adapter, then the checkpoint: a run whose last step is saved is complete."""
+        save_trained(self.run, self.trainer, self.folder)
+        checkpoint.save(self.run.checkpoints, self.trainer.step, self.trainer.state)
+
+
+def tell_listeners(what, record):
+    """A record's numbers to whoever listens to JAX: jax.monitoring.register_scalar_listener."""
+    for name, value in flatten_record(record).items():
+        jax.monitoring.record_scalar(f"/vcloze_jax/{what}/{name}", value, step=record["step"])
+
+
+def make_painter(trainer):
+    """A Painter of the models that it is given, which reads their prompts with them."""
+    painter = Painter(trainer.preset, None, None, trainer.mesh)
+    encoders = lambda: painter.models.encoders()  # noqa: E731
+    painter.read_texts = TextReader(trainer.tokenizers, encoders, compute_dtype(trainer.mesh))
+    return painter
