@@ -16,9 +16,9 @@ BATCH = P(("data", "fsdp"))
 
 
 class Split(NamedTuple):
-    """How the tensor axis splits a layer: its weight's two axes, [in, out], and what it gives.
+    """How the tensor axis splits a layer: its weight [in, out], and the last axis of its output.
 
-    At rest one more axis of the weight is split, over fsdp; at work it is gathered.
+    That is while it computes. At rest fsdp splits an axis of the weight, too.
     """
 
     weight: tuple = (None, None)
@@ -30,10 +30,10 @@ class Split(NamedTuple):
         return P(rows, "fsdp") if rows else P("fsdp", columns)
 
 
-# Columns, then rows: between the two no activation moves, and their sum is the only one.
+# Columns, then rows: what is between them stays where it is, and one sum over tensor ends them.
 COLUMNS = Split((None, "tensor"), "tensor")
 ROWS = Split(("tensor", None))
-JOINED = Split((None, "tensor"))  # columns whose output is short, and cut where they are not
+JOINED = Split((None, "tensor"))  # as columns, but the output, short and soon cut up, is whole
 WHOLE = Split()
 
 # Path of one layer's leaf -> its spec; the first match wins, the layer axis is never split.
@@ -100,9 +100,9 @@ def ready_xla(devices):
     to it, while XLA starts several at once in no fixed order: with its pool of one thread per
     device, some wait in one and some in another for ever. 16 each never waited, and cost no time.
 
-    On CPUs jaxlib 0.10.2 sums some gradients over tokens wrongly, if the batch is of one, in what
-    it fuses for its library YNNPACK; 0.11.2 does not. Without it steps are 3 % slower. A flag that
-    XLA_FLAGS already has stays as it is.
+    On CPUs jaxlib 0.10.2 sums some gradients over tokens wrongly, where a device has one sample,
+    in what it fuses for its library YNNPACK; 0.11.2 does not. Without it a step takes a tenth to a
+    fifth more. A flag that XLA_FLAGS already has stays as it is.
     """
     flags = ["--xla_cpu_collective_call_terminate_timeout_seconds=1200"]
     if (0, 10, 2) <= jaxlib.version.__version_info__ < (0, 11):
@@ -116,7 +116,7 @@ def ready_xla(devices):
 
 
 def spec_of(path):
-    """The PartitionSpec of a leaf by its path, without a layer axis."""
+    """The table's PartitionSpec for a leaf's path, without a layer axis."""
     return next(spec for pattern, spec in TABLE if re.search(pattern, path))
 
 
