@@ -112,15 +112,16 @@ def posterior_tokens(vae, posteriors):
 
 
 def encode_each(vae, pictures):
-    """Posterior (mean, std) of every picture [B, h, W, 3]; those of equal shape share one pass."""
+    """Posterior (mean, std) of every picture [B, h, W, 3]; those of equal shape share one pass, in
+    which all of a sample's stay where the sample is."""
     groups = {}
     for i, x in enumerate(pictures):
         groups.setdefault(x.shape, []).append(i)
     posteriors = {}
-    for members in groups.values():
-        moments = vae.moments(jnp.concatenate([pictures[i] for i in members]))
-        parts = zip(*(jnp.split(m, len(members)) for m in moments), strict=True)
-        posteriors.update(zip(members, parts, strict=True))
+    for (B, *shape), members in groups.items():
+        joined = jnp.stack([pictures[i] for i in members], 1).reshape(-1, *shape)
+        mean, std = (m.reshape(B, len(members), *m.shape[1:]) for m in vae.moments(joined))
+        posteriors.update({i: (mean[:, k], std[:, k]) for k, i in enumerate(members)})
     return [posteriors[i] for i in range(len(pictures))]
 
 

@@ -59,9 +59,9 @@ def ready_xla(devices):
     to it, while XLA starts several at once in no fixed order: with its pool of one thread per
     device, some wait in one and some in another for ever. 16 each never waited, and cost no time.
 
-    On CPUs jaxlib 0.10.2 sums some gradients over tokens wrongly, if the batch is of one, in what
-    it fuses for its library YNNPACK; 0.11.2 does not. Without it steps are 3 % slower. A flag that
-    XLA_FLAGS already has stays as it is.
+    On CPUs jaxlib 0.10.2 sums some gradients over tokens wrongly, where a device has one sample,
+    in what it fuses for its library YNNPACK; 0.11.2 does not. Without it a step takes a tenth to a
+    fifth more. A flag that XLA_FLAGS already has stays as it is.
     """
     flags = ["--xla_cpu_collective_call_terminate_timeout_seconds=1200"]
     if (0, 10, 2) <= jaxlib.version.__version_info__ < (0, 11):

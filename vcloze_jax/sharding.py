@@ -14,9 +14,9 @@ BATCH = P(("data", "fsdp"))
 
 
 class Split(NamedTuple):
-    """How the tensor axis splits a layer: its weight's two axes, [in, out], and what it gives.
+    """How the tensor axis splits a layer: its weight [in, out], and the last axis of its output.
 
-    At rest one more axis of the weight is split, over fsdp; at work it is gathered.
+    That is while it computes. At rest fsdp splits an axis of the weight, too.
     """
 
     weight: tuple = (None, None)
@@ -28,10 +28,10 @@ class Split(NamedTuple):
         return P(rows, "fsdp") if rows else P("fsdp", columns)
 
 
-# Columns, then rows: between the two no activation moves, and their sum is the only one.
+# Columns, then rows: what is between them stays where it is, and one sum over tensor ends them.
 COLUMNS = Split((None, "tensor"), "tensor")
 ROWS = Split(("tensor", None))
-JOINED = Split((None, "tensor"))  # columns whose output is short, and cut where they are not
+JOINED = Split((None, "tensor"))  # as columns, but the output, short and soon cut up, is whole
 WHOLE = Split()
 
 # Path of one layer's leaf -> its spec; the first match wins, the layer axis is never split.
@@ -49,7 +49,7 @@ TABLE = (
 
 
 def spec_of(path):
-    """The PartitionSpec of a leaf by its path, without a layer axis."""
+    """The table's PartitionSpec for a leaf's path, without a layer axis."""
     return next(spec for pattern, spec in TABLE if re.search(pattern, path))
 
 

@@ -27,9 +27,10 @@ def uniform(key, shape, bound):
 class Dense(nnx.Module):
     """y = x W + b + (x A) B + b_B, with the LoRA branch (A, B, b_B) only where rank > 0.
 
-    Its input and output may have several axes: x [..., *into] -> [..., *out]; weights are stored
-    flat, [in, out]. Left to itself, XLA chooses where weights and activations are on a mesh,
-    reorders devices for it, and has gone wrong; so `split` says where they are at work.
+    Features may have several axes, as q, k and v do: x [..., *into] -> [..., *out]; weights are
+    stored flat, [in, out]. `split` says where weights and output are on a mesh while the layer
+    computes: left to itself, XLA reorders devices, and does it wrongly once in a while
+    (benchmarks/wrong_matmul.py).
 
     No alpha: the branch has scale 1, its rank is clipped to min(in, out), A starts uniform in
     +-1/sqrt(in), B and its bias at zero (lzyhha/VisualCloze:models/modules/lora.py). A scale
@@ -58,10 +59,10 @@ class Dense(nnx.Module):
         return by_batch(y, self.split.output)
 
     def kernel_at_work(self, dtype):
-        """W [*into, *out], gathered over fsdp; tensor splits the last axis of one side."""
+        """W [*into, *out], gathered over fsdp, its last input or output axis split over tensor."""
         kernel = self.kernel.astype(dtype)
-        if len(self.into + self.out) > 2:  # each part is split, where at rest the whole row is
-            kernel = placed(kernel, None, None)
+        if len(self.into + self.out) > 2:  # at rest it is not split part by part
+            kernel = gathered(kernel)
         rows, columns = self.split.weight
         places = *[None] * (len(self.into) - 1), rows, *[None] * (len(self.out) - 1), columns
         return placed(kernel.reshape(*self.into, *self.out), *places)
@@ -71,8 +72,8 @@ class Dense(nnx.Module):
 def lora_branch(x, a, b, bias):
     """(x A) B + b_B: x [..., *into], A [*into, R], B [R, *out], b_B [*out] -> [..., *out].
 
-    In the dtype of x, also while A and B are gathered; but their gradients leave the dots, and
-    are summed over devices, in float32.
+    A and B are cast to the dtype of x, then gathered. Their gradients are float32, whatever that
+    dtype, from the sums over tokens on; autodiff would cast rounded ones.
     """
     return lora_forward(x, a, b, bias)[0]
 
@@ -186,7 +187,7 @@ class SingleBlock(nnx.Module):
     def __call__(self, x, mod, pe, lengths=None):
         """x [B, L, D], mod [B, 3D] -> [B, L, D]."""
         shift, scale, gate = chunks(mod, 3)
-        h = self.linear1(modulate(x, shift, scale))  # B L 3+4 D
+        h = self.linear1(modulate(x, shift, scale))  # B L 7 D
         qkv, mlp = jnp.split(h, [3], 2)
         q, k, v = split_heads(qkv, self.heads)
         q, k = rope(self.q_norm(q), pe), rope(self.k_norm(k), pe)
