@@ -23,6 +23,8 @@ from safetensors.numpy import load_file
 import sample
 import train
 from vcloze_jax.config import PRESETS, UserError
+from vcloze_jax.inputs.runfolder import Log
+from vcloze_jax.programs import spent
 from vcloze_jax.step import init_state, learning_rate, make_optimizer, make_step
 from vcloze_jax.storage import adapters, checkpoint, weights
 
@@ -66,6 +68,8 @@ def assert_same_run(out, unbroken):
     """Metrics but seconds, the previews and the adapter are equal to the last bit."""
     timeless = [[line | TIMELESS for line in metrics(folder)] for folder in (out, unbroken)]
     assert timeless[0] == timeless[1]
+    logs = [(folder / "validation.jsonl").read_text() for folder in (out, unbroken)]
+    assert logs[0] == logs[1]
     for file in previews(unbroken):
         assert (out / "previews" / file.name).read_bytes() == file.read_bytes(), file.name
     adapters = [(folder / "lora.safetensors").read_bytes() for folder in (out, unbroken)]
@@ -100,14 +104,39 @@ def test_metrics(unbroken):
 
 def test_previews(unbroken):
     """Previews of step 0, the first, every third step and the last show the same grids, ever other
-    paintings of them, and beside each its truth."""
+    paintings of them, between what the base paints and the truth."""
     files = previews(unbroken)
     assert [file.name for file in files] == ["000000.png", "000001.png", "000003.png", "000006.png"]
     first, *_, last = (np.asarray(Image.open(file)) for file in files)
     assert first.shape == last.shape and (first != last).any()
-    painted, truth = np.split(first, 2, axis=1)
-    assert (painted != truth).any()
-    assert np.array_equal(truth, np.split(last, 2, axis=1)[1])
+    one = slice(14, len(first) // 3)  # of three grids the first, without its labels
+    base, adapter, truth = (part[one] for part in np.split(first, 3, axis=1))
+    assert np.abs(base.astype(int) - adapter).max() <= 1 and (adapter != truth).any()
+    again, later, same = (part[one] for part in np.split(last, 3, axis=1))
+    assert np.array_equal(base, again) and np.array_equal(truth, same) and (later != again).any()
+
+
+def test_validation(unbroken):
+    """Wherever it paints, the run measures itself on the same held-out grids; the adapter begins as
+    nothing and does not stay so."""
+    lines = [json.loads(line) for line in (unbroken / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 3, 6]
+    assert lines[0]["adapter_effect"] < 1e-5 < lines[-1]["adapter_effect"]  # of rounding, of steps
+    assert lines[0]["loss"] != lines[-1]["loss"]
+    assert (unbroken / "losses.png").is_file()
+
+
+def test_nothing_is_compiled_later(home, tmp_path, monkeypatch):
+    """All programs of a run are there when its first step has been painted."""
+    counts, write = [], Log.write
+
+    def count(log, record):
+        counts.append(spent["programs"])
+        write(log, record)
+
+    monkeypatch.setattr(Log, "write", count)
+    assert train.main(flags(home, tmp_path / "run", preview_every=1, save_every=2)) == 0
+    assert counts[3] == counts[-1]
 
 
 def test_adapter(unbroken, home, tmp_path):

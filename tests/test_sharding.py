@@ -331,20 +331,15 @@ def test_a_mesh_changes_no_number(text):
     equal_to_rounding(step(text), step("1"))
 
 
-def test_only_pictures_change_places():
-    """On every mesh the learning program's collectives gather weights and add sums, and nothing
-    else. What moves in the asking one is small: rows of pictures and their latents, which are
-    encoded as one batch."""
+def test_weights_are_gathered_and_sums_added():
+    """On every mesh that is all that the devices of a step exchange, also where it encodes
+    pictures: nothing changes its place."""
     for text in (MESHES[0], MESHES[2]):
         *_, asked, learned = step(text)
-        assert (
-            {"all-gather"}
-            < {k for k, _ in learned}
-            <= {"all-gather", "all-reduce", "reduce-scatter"}
-        )
-        for kind, line in asked:
-            if kind in ("all-to-all", "collective-permute"):
-                assert re.search(r'op_name="jit\(ask\)/(concatenate|split)"', line), line
+        for found in (asked, learned):
+            kinds = {kind for kind, _ in found}
+            assert kinds <= {"all-gather", "all-reduce", "reduce-scatter"}, found
+        assert "all-gather" in dict(learned)
 
 
 # --- the transformer on every mesh ---
