@@ -12,7 +12,7 @@ import lorafiles
 import numpy as np
 import pytest
 from folders import key_list
-from lorafiles import NAMINGS, PLAIN, edited, renamed, same_tensors, same_trees, tensors
+from lorafiles import NAMINGS, PLAIN, edited, folded, renamed, same_tensors, same_trees, tensors
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -75,7 +75,7 @@ def test_every_naming_folds_alike(tree, file):
     branch = tree["double"]["txt"]["qkv"]
     exact = exact + branch["lora_a"].astype(np.float64) @ branch["lora_b"]
     found = {"diffusers": file} | {to: renamed(file, to) for to in ("kohya", "visualcloze")}
-    wanted = {scale: lora.fold(base, tree, scale) for scale in (1, 0.5)}
+    wanted = {scale: folded(base, tree, scale) for scale in (1, 0.5)}
     np.testing.assert_array_equal(wanted[1]["double"]["txt"]["qkv"]["kernel"], exact)
     for scale in wanted:
         for one in found.values():
