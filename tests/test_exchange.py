@@ -20,7 +20,6 @@ from ports import __main__ as command
 from ports.adapters import check_adapter
 from ports.diagnose import PortError
 from vcloze_jax.config import FLUX_FILL
-from vcloze_jax.model import lora
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.storage import adapters, weights
 
@@ -79,7 +78,7 @@ def test_every_naming_folds_alike(tree, file):
     np.testing.assert_array_equal(wanted[1]["double"]["txt"]["qkv"]["kernel"], exact)
     for scale in wanted:
         for one in found.values():
-            same_trees(lora.fold(base, adapters.load(one, PLAIN), scale), wanted[scale])
+            same_trees(folded(base, adapters.load(one, PLAIN), scale), wanted[scale])
     for start, spell in SPELLINGS.values():
         same_trees(adapters.load(respelled(found[start], spell), PLAIN), tree)
     for one in found.values():
