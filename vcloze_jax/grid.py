@@ -17,7 +17,7 @@ PATCH = 16  # pixels of a token's side: 8 by the VAE, 2 by packing
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Cells side by side. `mask` is True where pixels are generated: there a blank cell of a spec is
+    """Cells side by side. `mask` is True where pixels are generated: there a spec's blank cell is
     black, and a grid to learn from holds the truth."""
 
     pixels: np.ndarray  # uint8 [h, C*w, 3]

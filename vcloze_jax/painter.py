@@ -199,7 +199,7 @@ def initial_noise(spec):
 
 
 def modulate_steps(flux, times, context):
-    """The modulations of all steps at once, times float32 [B, N + 1]; leaves get an axis N first."""
+    """The modulations of all steps, times float32 [B, N + 1]; leaves get an axis N in front."""
     return jax.vmap(lambda t: conditioning.modulation(flux, t, context))(times[:, :-1].T)
 
 
