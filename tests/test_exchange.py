@@ -240,7 +240,7 @@ def test_full_size_key_list():
     base = weights.shapes(weights.abstract(Flux, FLUX_FILL.flux)[2])
     kernels = {path: shape for path, shape in base.items() if path.endswith("/kernel")}
     for shapes in (base, None):
-        found = check_adapter(SimpleNamespace(header=header, metadata={}), shapes)
+        found = check_adapter(SimpleNamespace(path=Path("a"), header=header, metadata={}), shapes)
         assert {leaf.path: leaf.shape for leaf, _ in found.linear} == kernels
         used = [
             key
