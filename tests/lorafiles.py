@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from ports import export, torchfile
 from ports.tables import namings
+from vcloze_jax.model import lora
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.ops import rope_table
 from vcloze_jax.storage import adapters, weights
@@ -105,3 +106,10 @@ def velocity(model):
     t, guidance = jnp.float32([0.3, 0.9]), jnp.float32([1.0, 3.5])
     pe = rope_table(ids[None], model.config.axes_dim, model.config.theta)
     return model(jnp.asarray(img), jnp.asarray(txt), model.modulation(t, guidance, vec), pe)
+
+
+def folded(tree, adapter, scale=1.0):
+    """A tree with an adapter folded in; the one given stays as it is, and its arrays are shared."""
+    tree = jax.tree.map(lambda x: x, tree)
+    lora.fold(tree, adapter, scale)
+    return tree

@@ -12,7 +12,7 @@ import lorafiles
 import numpy as np
 import pytest
 from folders import key_list
-from lorafiles import NAMINGS, PLAIN, edited, renamed, same_tensors, same_trees, tensors
+from lorafiles import NAMINGS, PLAIN, edited, folded, renamed, same_tensors, same_trees, tensors
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -20,7 +20,6 @@ from ports import __main__ as command
 from ports.adapters import check_adapter
 from ports.diagnose import PortError
 from vcloze_jax.config import FLUX_FILL
-from vcloze_jax.model import lora
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.storage import adapters, weights
 
@@ -75,11 +74,11 @@ def test_every_naming_folds_alike(tree, file):
     branch = tree["double"]["txt"]["qkv"]
     exact = exact + branch["lora_a"].astype(np.float64) @ branch["lora_b"]
     found = {"diffusers": file} | {to: renamed(file, to) for to in ("kohya", "visualcloze")}
-    wanted = {scale: lora.fold(base, tree, scale) for scale in (1, 0.5)}
+    wanted = {scale: folded(base, tree, scale) for scale in (1, 0.5)}
     np.testing.assert_array_equal(wanted[1]["double"]["txt"]["qkv"]["kernel"], exact)
     for scale in wanted:
         for one in found.values():
-            same_trees(lora.fold(base, adapters.load(one, PLAIN), scale), wanted[scale])
+            same_trees(folded(base, adapters.load(one, PLAIN), scale), wanted[scale])
     for start, spell in SPELLINGS.values():
         same_trees(adapters.load(respelled(found[start], spell), PLAIN), tree)
     for one in found.values():

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from folders import FLUX as PLAIN
 from jax.extend.core import jaxprs_in_params
-from lorafiles import velocity
+from lorafiles import folded, velocity
 
 from ports.tables import lay_out, mmdit
 from vcloze_jax.config import FLUX_FILL
@@ -42,13 +42,6 @@ def equal(left, right):
     assert left.keys() == right.keys()
     for path in left:
         np.testing.assert_array_equal(left[path], right[path], err_msg=path)
-
-
-def folded(tree, adapter, scale=1.0):
-    """A tree with an adapter folded in; the one given stays as it is, and its arrays are shared."""
-    tree = jax.tree.map(lambda x: x, tree)
-    lora.fold(tree, adapter, scale)
-    return tree
 
 
 def test_zero_b_is_the_identity(model):
