@@ -78,4 +78,5 @@ PART = Part(
         "guidance_embeds": "guidance_embed",
     },
     fixed={"_class_name": "FluxTransformer2DModel", "patch_size": 1},
+    harmless="_.*",
 )

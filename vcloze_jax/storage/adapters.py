@@ -16,17 +16,19 @@ from vcloze_jax.storage.weights import abstract, shapes
 
 
 def open_for(config: FluxConfig, file: Path) -> Adapter:
-    """The adapter file, its keys and shapes checked against the base of this config."""
-    if file.is_dir():
-        raise UserError(f"{file}: a folder, not an adapter file")
+    """The adapter of a file or folder, its keys and shapes checked against this config's base."""
     _, _, base = abstract(Flux, replace(config, rank=0))
     return open_adapter(file, shapes(base))
 
 
 def check(file: Path, config: FluxConfig):
-    """Everything that can be wrong with an adapter for this model without reading a tensor."""
+    """Everything that can be wrong with an adapter for this model without reading a tensor. Says so
+    where it was made for another base."""
     with error_context(file):
-        open_for(config, file)
+        if open_for(config, file).narrow:
+            print(
+                f"lora: {file}: of FLUX.1-dev, which does not see condition and mask; loaded as is"
+            )
 
 
 def load(file: Path, config: FluxConfig) -> dict:
