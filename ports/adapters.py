@@ -101,15 +101,9 @@ def check_adapter(source, shapes=None) -> Adapter:
     linear = [(kernel, find_factors(source, naming, kernel)) for kernel in kernels]
     norms, config = find_norms(source, naming, shapes), read_lora_config(source)
     faults, used = [], set()
-    for factors in (one for _, found in linear for one in found):
+    for factors in (every := [one for _, found in linear for one in found]):
         faults += check_factors(source, factors)
-        if not faults:
-            rank = source.header[factors.keys[0]][0][0]
-            fault = config.find_rank_fault(factors.stem, naming.prefixes[0], rank)
-            faults += [fault] if fault else []
         used |= set(factors.keys)
-    if config.lora_bias and not any(key.endswith(".lora_B.bias") for key in used):
-        faults.append(f"lora_bias is True in {config.source}, but no key ends in lora_B.bias")
     for norm in norms:
         expected = {piece.key: piece.shape for piece in norm.pieces}
         there = next(key for key in expected if key in source.header)
@@ -118,6 +112,10 @@ def check_adapter(source, shapes=None) -> Adapter:
     for key, (shape, _) in source.header.items():
         if key not in used:
             faults.append(f"{key} {in_brackets(shape)} is unknown{describe_key(key)}")
+    if not faults:
+        ranks = {factors.stem: source.header[factors.keys[0]][0][0] for factors in every}
+        biased = any(factors.keys[2] in source.header for factors in every)
+        faults = config.find_faults(ranks, naming.prefixes[0], biased)
     if faults:
         raise PortError(f"read as an adapter in {naming.title} naming: {list_faults(faults)}")
     linear = [pair for pair in linear if pair[1]]

@@ -46,11 +46,17 @@ class LoraConfig(NamedTuple):
     use_rslora: bool = False
     lora_bias: bool = False
 
-    def find_rank_fault(self, stem: str, prefix: str, rank: int) -> str:
-        """What is wrong if a layer of this rank should have another, or ""."""
-        said = find_value(self.ranks, (stem, stem.removeprefix(prefix)), self.rank)
-        wrong = said not in (None, rank)
-        return f"{stem} is of rank {rank}, but {self.source} says {said}" if wrong else ""
+    def find_faults(self, ranks: dict[str, int], prefix: str, biased: bool) -> list[str]:
+        """What it says that tensors of these ranks, {stem: rank}, which have a bias on B or none,
+        are not."""
+        faults = []
+        for stem, rank in ranks.items():
+            said = find_value(self.ranks, (stem, stem.removeprefix(prefix)), self.rank)
+            if said not in (None, rank):
+                faults.append(f"{stem} is of rank {rank}, but {self.source} says {said}")
+        if self.lora_bias and not biased:
+            faults.append(f"lora_bias is True in {self.source}, but no key ends in lora_B.bias")
+        return faults
 
     def find_alpha(self, stem: str, prefix: str, rank: int, tensor=None) -> float:
         """The alpha of a layer whose scale is alpha / rank; `tensor` is what the file holds of it.

@@ -8,6 +8,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ports import export
 from ports.adapters import Adapter, open_adapter, read_arrays
+from ports.tables import mmdit
 from ports.tables.namings import NAMINGS
 from vcloze_jax.config import FluxConfig, UserError
 from vcloze_jax.model.mmdit import Flux
@@ -26,9 +27,8 @@ def check(file: Path, config: FluxConfig):
     where it was made for another base."""
     with error_context(file):
         if open_for(config, file).narrow:
-            print(
-                f"lora: {file}: of FLUX.1-dev, which does not see condition and mask; loaded as is"
-            )
+            others = f"with zeros for the other {config.in_channels - mmdit.LATENT}"
+            print(f"lora: {file}: made for FLUX.1-dev, of {mmdit.LATENT} input channels; {others}")
 
 
 def load(file: Path, config: FluxConfig) -> dict:
