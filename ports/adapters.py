@@ -100,8 +100,8 @@ def check_adapter(source, shapes=None) -> Adapter:
     kernels = [lay_out(naming.modules, path, shapes[path]) for path in kernels]
     linear = [(kernel, find_factors(source, naming, kernel)) for kernel in kernels]
     norms, config = find_norms(source, naming, shapes), read_lora_config(source)
-    faults, used = [], set()
-    for factors in (every := [one for _, found in linear for one in found]):
+    faults, used, every = [], set(), [one for _, found in linear for one in found]
+    for factors in every:
         faults += check_factors(source, factors)
         used |= set(factors.keys)
     for norm in norms:

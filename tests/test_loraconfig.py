@@ -28,7 +28,8 @@ PUBLISHED = {  # what PEFT 0.21 writes of an adapter of rank 11, entry for entry
     "peft_type": "LORA", "peft_version": "0.21.2", "qalora_group_size": 16, "r": 11,
     "rank_pattern": {CLIPPED: 10}, "revision": None, "target_modules": ["to_q"],
     "target_parameters": None, "task_type": None, "trainable_token_indices": None,
-    "use_bdlora": None, "use_dora": False, "use_qalora": False, "use_rslora": False, "velora_config": None,
+    "use_bdlora": None, "use_dora": False, "use_qalora": False, "use_rslora": False,
+    "velora_config": None,
 }  # fmt: skip
 
 
@@ -54,8 +55,8 @@ def folder_of(folder, tree, name="adapter_model.safetensors", **entries):
 
 
 def strength(path, tree):
-    """How many times the trained B A an adapter has, of to_q in block 0 and of all but it in a single
-    block."""
+    """How many times the trained B A an adapter has, of to_q in block 0 and of all but it in a
+    single block."""
     adapter = adapters.load(path, PLAIN)
     pairs = [(adapter["double"]["img"]["qkv"], tree["double"]["img"]["qkv"], slice(0, 16))]
     pairs += [(adapter["single"]["linear1"], tree["single"]["linear1"], slice(16, 112))]
