@@ -52,8 +52,8 @@ def main(argv):
         return
     for spec, painting in zip(specs, pipeline.paint(specs, steps_bar), strict=True):
         painting.save(args.out, spec.name)
-        if painting.dropped:
-            print(f"{spec.name}: the prompt is too long: {painting.dropped} tokens dropped")
+        for sentence in painting.unread:
+            print(f"{spec.name}: {sentence}")
     print(f"{len(specs)} grids painted, {spent['programs']} programs compiled: {args.out}/")
 
 

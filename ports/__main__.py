@@ -1,8 +1,9 @@
 """`python -m ports SRC --out DST`: weights of any kind that is known, as a folder of ours.
 
 SRC is a folder in diffusers' layout, or one with Black Forest Labs' single files beside the text
-encoders' folders. Ours is diffusers' layout in bfloat16, every key checked, at most 5 GB a file: it
-loads onto a mesh as it is, in diffusers too. `python -m ports lora --help` is for adapters.
+encoders' folders. Ours is diffusers' layout, every key checked, at most 5 GB a file: it loads onto
+a mesh as it is, in diffusers too. Every tensor keeps its type, unless --dtype names another.
+`python -m ports lora --help` is for adapters.
 """
 
 import argparse
@@ -53,17 +54,21 @@ def run_folder(argv) -> str:
     parser = argparse.ArgumentParser("python -m ports", description=__doc__)
     parser.add_argument("source", type=Path, metavar="SRC", help="a weights folder")
     parser.add_argument("--out", type=Path, metavar="DST", required=True, help="a new folder")
+    dtypes = engine.DTYPES.values()
+    parser.add_argument("--dtype", choices=dtypes, help="of all tensors (default: the source's)")
     args = parser.parse_args(argv)
-    write_folder(args.source, args.out)
-    return f"{args.out}: a complete weights folder"
+    rounded = write_folder(args.source, args.out, args.dtype)
+    loss = f", {rounded or 'no'} tensors were rounded to {args.dtype}" if args.dtype else ""
+    return f"{args.out}: a complete weights folder{loss}"
 
 
 COPIED = "", ".json", ".md", ".model", ".txt"  # what lies beside the tensors: tokenizers, licences
 
 
-def write_folder(source: Path, out: Path):
-    """Write `out` from the weights folder `source`; UserError if either is not as it must be. The
-    JSON files that the source has are kept, those that it lacks are written."""
+def write_folder(source: Path, out: Path, dtype: str | None = None) -> int:
+    """Write `out` from the weights folder `source`, in `dtype` or in the source's own types;
+    returns how many tensors were rounded. UserError if either folder is not as it must be. The JSON
+    files that the source has are kept, those that it lacks are written."""
     from vcloze_jax.storage import weights  # JAX from here on
 
     if out.exists():
@@ -72,7 +77,7 @@ def write_folder(source: Path, out: Path):
         raise UserError(f"{out}: is inside of {source}; name a folder beside it")
     preset = weights.check(source)
     print(f"weights: {weights.summary(source, preset)}")
-    part_of = out.with_name(out.name + ".part")
+    part_of, rounded = out.with_name(out.name + ".part"), 0
     shutil.rmtree(part_of, ignore_errors=True)
     try:
         shutil.copytree(source, part_of, ignore=list_left_out)
@@ -82,8 +87,10 @@ def write_folder(source: Path, out: Path):
         for field, (module, part) in weights.MODELS.items():
             file, _, _, leaves = weights.plan(module, getattr(preset, field), source)
             tensors = engine.convert_leaves(part.table, leaves, file)
-            engine.write_shards(part_of / part.folder, part.stem, tensors, "bfloat16", 5 * 10**9)
+            target = part_of / part.folder
+            rounded += engine.write_shards(target, part.stem, tensors, dtype, 5 * 10**9)
         part_of.rename(out)
+        return rounded
     except PortError as error:
         raise UserError(f"{file.path}: {error}") from error
     except (OSError, SafetensorError) as error:

@@ -4,13 +4,14 @@ A file becomes Branches, those of a layer of ours in a list, exactly as it holds
 adapter may have an A of its own for q, k and v, ranks that differ, or a part of the layers. From
 there it is written in another naming (export.py), or becomes one of ours: side by side in A, on the
 diagonal in B and padded with zeros.
-Sources: huggingface/diffusers:src/diffusers/loaders/{peft,lora_pipeline}.py;
-huggingface/peft:src/peft/utils/other.py (get_pattern_key).
+A LoRA of FLUX.1-dev reads the noisy latent only, which is the first of what Fill reads: there its A
+has zeros for the rest, as diffusers has it (lora_pipeline.py, _maybe_expand_lora_state_dict).
+Sources: huggingface/diffusers:src/diffusers/loaders/{peft,lora_pipeline}.py.
 """
 
-import json
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +19,10 @@ import numpy as np
 
 from ports import engine, torchfile
 from ports.diagnose import PortError, describe_header, describe_key, in_brackets, list_faults
-from ports.tables import Leaf, Piece, lay_out, split_name
+from ports.loraconfig import LoraConfig, find_adapter, read_lora_config
+from ports.tables import Leaf, Piece, lay_out, mmdit, split_name
 from ports.tables.namings import NAMINGS, Naming
 
-METADATA = "lora_adapter_metadata"  # diffusers' entry of the header: LoraConfig as JSON
-ALPHA = "lora_alpha", "alpha_pattern", "use_rslora", "use_dora"  # what of it concerns the scale
 PICKLE = rb"PK\x03\x04|\x80[\x00-\x05]"
 
 
@@ -65,18 +65,27 @@ class Adapter(NamedTuple):
     """An adapter file whose keys and shapes are as they must be; no tensor is read yet."""
 
     source: object
-    alpha_of: Callable  # key stem, rank, alpha tensor or None -> alpha
+    naming: Naming
+    config: LoraConfig
     linear: list[tuple[Leaf, list[Factors]]]  # a kernel each
     norms: list[Leaf]  # that the file replaces
 
+    @property
+    def narrow(self) -> bool:
+        """Whether it is of FLUX.1-dev, on a base that reads more than the noisy latent."""
+        pairs = ((kernel, factors) for kernel, found in self.linear for factors in found)
+        return any(factors.piece.shape[1] < kernel.shape[-2] for kernel, factors in pairs)
+
 
 def open_adapter(path: Path, shapes: dict[str, tuple[int, ...]] | None = None) -> Adapter:
-    """Open an adapter file, safetensors or a pickle of torch, for a base; reads headers only.
+    """Open an adapter file, safetensors or a pickle of torch, or the folder of one, for a base;
+    reads headers and configs only.
 
     `shapes`: our path -> shape of the base's leaves; None: of whatever base it was made for.
-    PortError if the file is no adapter, or if a key is unknown, lacks its other half or has another
-    shape.
+    PortError if the file is no adapter, if a key is unknown, lacks its other half or has another
+    shape, or if its config says what cannot be honoured.
     """
+    path = find_adapter(path)
     with open(path, "rb") as file:
         start = file.read(9)
     pickled = re.match(PICKLE, start) and start[8:] != b"{"  # with which a JSON header begins
@@ -90,9 +99,9 @@ def check_adapter(source, shapes=None) -> Adapter:
     kernels = [p for p in shapes if p.endswith("/kernel")]
     kernels = [lay_out(naming.modules, path, shapes[path]) for path in kernels]
     linear = [(kernel, find_factors(source, naming, kernel)) for kernel in kernels]
-    norms = find_norms(source, naming, shapes)
-    faults, used = [], set()
-    for factors in (one for _, found in linear for one in found):
+    norms, config = find_norms(source, naming, shapes), read_lora_config(source)
+    faults, used, every = [], set(), [one for _, found in linear for one in found]
+    for factors in every:
         faults += check_factors(source, factors)
         used |= set(factors.keys)
     for norm in norms:
@@ -103,10 +112,14 @@ def check_adapter(source, shapes=None) -> Adapter:
     for key, (shape, _) in source.header.items():
         if key not in used:
             faults.append(f"{key} {in_brackets(shape)} is unknown{describe_key(key)}")
+    if not faults:
+        ranks = {factors.stem: source.header[factors.keys[0]][0][0] for factors in every}
+        biased = any(factors.keys[2] in source.header for factors in every)
+        faults = config.find_faults(ranks, naming.prefixes[0], biased)
     if faults:
         raise PortError(f"read as an adapter in {naming.title} naming: {list_faults(faults)}")
     linear = [pair for pair in linear if pair[1]]
-    return Adapter(source, read_alphas(source, naming), linear, norms)
+    return Adapter(source, naming, config, linear, norms)
 
 
 def recognise_naming(source) -> Naming:
@@ -166,6 +179,10 @@ def find_factors(source, naming: Naming, kernel: Leaf) -> list[Factors]:
         stem = naming.spell(piece.key.removesuffix(".weight"))
         keys = [suffix and stem + suffix for suffix in naming.suffixes]
         if any(key in source.header for key in keys):
+            fan_out, fan_in = piece.shape
+            there, _ = source.header.get(keys[0], ((), None))
+            if kernel.path == "img_in/kernel" and there[1:] == (mmdit.LATENT,):
+                piece = piece._replace(shape=(fan_out, min(fan_in, mmdit.LATENT)))
             found.append(Factors(stem, piece, keys))
     return found
 
@@ -188,15 +205,16 @@ def check_factors(source, factors: Factors) -> list[str]:
             rank = shape[axis] or "rank"
     one, _ = source.header.get(key_alpha, ((), None))
     expected = {key_a: (rank, fan_in), key_b: (fan_out, rank)}
-    optional = {key_bias: (fan_out,), key_alpha: (1,) if one == (1,) else ()}
+    optional = {key_bias: (fan_out,), key_alpha: one if math.prod(one) == 1 else ()}
     expected |= {key: shape for key, shape in optional.items() if key in source.header}
-    return find_faults(source, expected, "its other half")
+    return find_faults(source, expected, "its other half", {key_alpha})
 
 
-def find_faults(source, expected: dict, there: str) -> list[str]:
-    """What is wrong with tensors, {key: shape}, all of which must be there because `there` is."""
+def find_faults(source, expected: dict, there: str, scalars=()) -> list[str]:
+    """What is wrong with tensors, {key: shape}, all of which must be there because `there` is;
+    those of `scalars` may be of any type of numbers."""
     faults = [
-        engine.find_fault(source, key, shape)
+        engine.find_fault(source, key, shape, engine.NUMBERS if key in scalars else engine.DTYPES)
         if key in source.header
         else f"{key} is missing, {there} is there"
         for key, shape in expected.items()
@@ -211,7 +229,7 @@ def read_branches(adapter: Adapter) -> Iterator[Tuned]:
         for stem, piece, keys in factors:
             tensors = [adapter.source.read(k) if k in adapter.source.header else None for k in keys]
             a, b, bias, alpha = tensors
-            alpha = adapter.alpha_of(stem, len(a), alpha)
+            alpha = adapter.config.find_alpha(stem, adapter.naming.prefixes[0], len(a), alpha)
             branch = Branch(stem, piece.place[-1], a, b, bias, alpha)
             branch = branch.swap_halves() if kernel.swapped else branch
             layers.setdefault(piece.layer, []).append(branch)
@@ -239,7 +257,8 @@ def read_arrays(adapter: Adapter) -> Iterator[tuple[str, np.ndarray]]:
         bias = np.zeros((*stack, fan_out), np.float32)
         for layer, branch in merged.items():
             at = () if layer is None else layer
-            a[at][:, : len(branch.a)], b[at][: len(branch.a)] = branch.a.T, branch.b.T
+            r, width = branch.a.shape  # below fan_in where the adapter is narrow
+            a[at][:width, :r], b[at][:r] = branch.a.T, branch.b.T
             bias[at] = 0 if branch.bias is None else branch.bias
         module = path.removesuffix("kernel")
         yield from ((f"{module}lora_a", a), (f"{module}lora_b", b), (f"{module}lora_bias", bias))
@@ -272,31 +291,3 @@ def merge_branches(branches: list[Branch], fan_out: int) -> Branch:
             bias[one.span] = one.bias
         start = 0 if shared else columns.stop
     return Branch(first.stem, slice(0, fan_out), a, b, bias, sum(one.alpha for one in blocks))
-
-
-def read_alphas(source, naming: Naming) -> Callable:
-    """-> function of (key stem, rank, alpha tensor or None): the alpha of that layer."""
-    prefix = naming.prefixes[0]
-    try:
-        config = json.loads(source.metadata.get(METADATA, "{}"))
-        config = {name: config.get(prefix + name) for name in ALPHA}
-        patterns = config["alpha_pattern"] or {}
-        patterns = {re.compile(rf"(.*\.)?({key})"): float(v) for key, v in patterns.items()}
-        default = config["lora_alpha"]
-        default = None if default is None else float(default)
-        if not np.isfinite([*patterns.values(), default or 0]).all():
-            raise ValueError("an alpha is not finite")
-    except (ValueError, TypeError, AttributeError, re.error) as error:
-        raise PortError(f"{METADATA} in its header is not a LoraConfig ({error})") from error
-    if config["use_dora"]:
-        raise PortError("is a DoRA, whose norms are not a sum of W and B A; fold it with PEFT")
-
-    def alpha_of(stem, rank, tensor):
-        if tensor is not None:
-            return float(tensor.reshape(()))
-        name = stem.removeprefix(prefix)
-        alpha = next((v for key, v in patterns.items() if key.fullmatch(name)), default)
-        alpha = rank if alpha is None else alpha
-        return alpha * rank**0.5 if config["use_rslora"] else alpha
-
-    return alpha_of

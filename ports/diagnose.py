@@ -44,11 +44,15 @@ KINDS = (
 # What the key of an adapter that is in no row says, by the first pattern that is found in it.
 STRANGE = (
     (r"lora_te|text_encoder|text_model", "for a text encoder; only the MMDiT can be adapted"),
-    (r"dora_scale|magnitude", "a DoRA, whose norms are no sum of W and B A; fold it with PEFT"),
+    (
+        r"dora_scale|magnitude|use_dora",
+        "a DoRA, whose norms are no sum of W and B A; fold it with PEFT",
+    ),
     (r"lokr_|hada_|oft_|lora_mid", "a LyCORIS kind that is no product of two matrices"),
     (r"\.diff_b$|\.diff$", "a difference of weights, which is no LoRA"),
     (r"lora_unet_(input|output|middle|down|up|mid)_", "for Stable Diffusion"),
     (r"\.processor\.", "XLabs' naming; convert it with diffusers"),
+    (r"init_lora_weights", "which changes the base too; let PEFT convert it when it saves"),
 )
 
 # What a wrong shape tells, by a pattern that is found in its key.
@@ -91,9 +95,39 @@ def misshapen(key: str, shape, expected) -> str:
 
 
 def list_faults(faults: list[str]) -> str:
-    """The first ten, joined, and how many more there are."""
-    more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-    return "; ".join(faults[:SHOWN]) + more
+    """The first ten, joined, and how many more there are. Of faults that differ in their keys only,
+    and whose words say more than that these are missing or unknown, the first stands for all."""
+    alike = {}
+    for fault in faults:
+        words = re.sub(r"^\S+ ?(\[[\d, ]*\] (?=is))?", "", fault)
+        own = words in ("", "is unknown") or words.startswith("is missing")
+        alike.setdefault(fault if own else words, []).append(fault)
+    listed = [
+        first + (f", and {len(others)} others likewise" if others else "")
+        for first, *others in alike.values()
+    ]
+    more = f"; and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
+    return "; ".join(listed[:SHOWN]) + more
+
+
+def refuse_entries(entries: dict, read, fixed: dict, harmless: str):
+    """PortError for an entry of a JSON file that says what we cannot honour.
+
+    An entry that is `fixed` must have that value, or one of a tuple (each item of a list must);
+    others must be `read`, or match the pattern of what is `harmless`, or say nothing: null, false.
+    """
+    for name, value in entries.items():
+        if name in fixed and value is not None:
+            allowed = fixed[name] if isinstance(fixed[name], tuple) else (fixed[name],)
+            if any(one not in allowed for one in (value if isinstance(value, list) else [value])):
+                only = " or ".join(map(repr, allowed))
+                hint = describe_key(name)
+                raise PortError(f"{name} is {value!r}, only {only} can be read{hint}")
+        elif name not in read and value and not re.fullmatch(harmless, name):
+            raise PortError(
+                f"{name} is {value!r}, an entry that is not known here and could change the "
+                "picture; remove it if it does not"
+            )
 
 
 def in_brackets(shape) -> str:

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (makes bfloat16 a dtype of NumPy)
@@ -22,15 +22,26 @@ from ports.diagnose import (
 from ports.tables import Leaf, Table, lay_out
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+NUMBERS = DTYPES | {  # what a scalar beside the matrices, an alpha, may be besides
+    "F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"
+}  # fmt: skip
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' and of transformers' folders
 BLOCK = 128  # outputs of a matrix copied at once: it stays in the cache while it is transposed
+
+# What tools that wrap a model leave in its keys: PEFT (before modules, around a base layer, and the
+# name of an adapter), torch.compile (whose dots kohya's naming makes "_"), DDP, FSDP.
+WRAPPERS = re.compile(
+    r"(?<![^.])(base_model\.model|base_layer|module|_fsdp_wrapped_module|"
+    r"_checkpoint_wrapped_module)\.|(?<![^._])_orig_mod[._]|"
+    r"(?<=\.lora_[AB])\.[^.]+(?=\.(weight|bias)$)"
+)
 
 
 class Source:
     """A safetensors file, or a folder of one or of shards: headers now, tensors when asked for.
 
-    `header` maps key -> (shape, dtype as safetensors writes it). Raises PortError if the file is
-    not whole, a key appears twice, or shards and their index disagree.
+    `header` maps key, without WRAPPERS -> (shape, dtype as safetensors writes it). Raises PortError
+    if the file is not whole, a key appears twice, or shards and their index disagree.
     """
 
     def __init__(self, path: Path):
@@ -40,13 +51,13 @@ class Source:
         for file in files:
             header, start = read_header(file)
             self.metadata |= header.pop("__metadata__", None) or {}
-            for key, entry in header.items():
+            for key, name in unwrap_keys(header).items():
+                entry = header[name]
                 if key in self.header:
                     raise PortError(f"{key} is in {self.home[key][0].name} and in {file.name}")
                 self.header[key] = tuple(entry["shape"]), entry["dtype"]
                 self.home[key] = file, start + entry["data_offsets"][0]
-        if listed is not None and listed != set(self.header):
-            odd = sorted(listed ^ set(self.header))
+        if listed is not None and (odd := sorted(set(unwrap_keys(listed)) ^ set(self.header))):
             raise PortError(f"the index and its shards disagree about {list_faults(odd)}")
 
     def map(self, key: str) -> np.ndarray:
@@ -54,12 +65,29 @@ class Source:
         long as it is referred to (safetensors would map the whole file, as long as it is open)."""
         (shape, dtype), (file, offset) = self.header[key], self.home[key]
         if 0 in shape:
-            return np.empty(shape, DTYPES[dtype])
-        return np.asarray(np.memmap(file, DTYPES[dtype], "r", offset, shape))
+            return np.empty(shape, NUMBERS[dtype])
+        return np.asarray(np.memmap(file, NUMBERS[dtype], "r", offset, shape))
 
     def read(self, key: str) -> np.ndarray:
         """One tensor; PortError if it holds NaN or infinity."""
         return check_finite(np.array(self.map(key)), key)
+
+
+def unwrap_keys(names: Collection[str]) -> dict[str, str]:
+    """{key without WRAPPERS: name in the file}; PortError where two names become one key, or where
+    nothing says whether an adapter is already in the layers that it wraps."""
+    if any("base_layer." in name for name in names) and any(".lora_A." in name for name in names):
+        raise PortError(
+            "holds base layers beside an adapter that may or may not be fused into them; save it "
+            "again after unload_lora_weights(), fused or not"
+        )
+    keys = {}
+    for name in names:
+        key = WRAPPERS.sub("", name)
+        if key in keys:
+            raise PortError(f"{keys[key]} and {name} are both {key}; leave one in the file")
+        keys[key] = name
+    return keys
 
 
 def check_finite(tensor, key: str):
@@ -129,23 +157,21 @@ def plan(table: Table, wanted: dict[str, tuple[int, ...]], source: Source) -> li
     return leaves
 
 
-def find_fault(source: Source, key: str, expected: tuple[int, ...]) -> str:
+def find_fault(source: Source, key: str, expected: tuple[int, ...], dtypes=DTYPES) -> str:
     """What is wrong with a tensor of a source of which another shape may be expected, or ""."""
     shape, dtype = source.header.get(key, (None, None))
     if shape is None:
         return f"{key} {in_brackets(expected)} is missing"
     if shape != expected:
         return misshapen(key, shape, expected)
-    return "" if dtype in DTYPES else f"{key} is of type {dtype}, not {' or '.join(DTYPES)}"
+    return "" if dtype in dtypes else f"{key} is of type {dtype}, not {' or '.join(dtypes)}"
 
 
 def fetch(leaf: Leaf, source: Source, dtype=None, cut: tuple[slice, ...] = ()) -> np.ndarray:
-    """Our array of a planned leaf in `dtype`, or in one that holds those of the source; with a
+    """Our array of a planned leaf in `dtype`, or in one that holds those of what is read; with a
     `cut`, a slice for each axis, that part of it, and no more is read. PortError if it holds NaN or
     infinity."""
-    dtype = dtype or np.result_type(*(DTYPES[source.header[p.key][1]] for p in leaf.pieces))
-    wanted = to_ranges(leaf.shape, cut or [slice(None)] * len(leaf.shape))
-    array = np.empty([len(span) for span in wanted], dtype)
+    wanted, touched = to_ranges(leaf.shape, cut or [slice(None)] * len(leaf.shape)), []
     for piece in leaf.pieces:
         place = to_ranges(leaf.shape, piece.place)
         both = [
@@ -153,8 +179,13 @@ def fetch(leaf: Leaf, source: Source, dtype=None, cut: tuple[slice, ...] = ()) -
             for a, b in zip(place, wanted, strict=True)
         ]
         if all(both):
-            tensor = leaf.to_ours(source.map(piece.key)).reshape([len(span) for span in place])
-            copy_blocks(tensor[shift(both, place)], array[shift(both, wanted)], piece.key)
+            touched.append((piece.key, place, both))
+    keys = [key for key, *_ in touched] or [piece.key for piece in leaf.pieces]
+    dtype = dtype or np.result_type(*(DTYPES[source.header[key][1]] for key in keys))
+    array = np.empty([len(span) for span in wanted], dtype)
+    for key, place, both in touched:
+        tensor = leaf.to_ours(source.map(key)).reshape([len(span) for span in place])
+        copy_blocks(tensor[shift(both, place)], array[shift(both, wanted)], key)
     return array
 
 
@@ -206,13 +237,14 @@ def save_tensors(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str,
         stream.write(json.dumps(header, **compact).encode().ljust(size))
 
 
-def write_shards(folder: Path, stem: str, tensors: Iterable, dtype: str, max_bytes: int = 10**10):
+def write_shards(folder: Path, stem: str, tensors: Iterable, dtype=None, max_bytes=10**10) -> int:
     """Write (key, array) pairs as STEM.safetensors, or as shards of at most `max_bytes` each (but
-    for a tensor that is larger alone) with the index that diffusers and transformers read."""
+    for a tensor that is larger alone) with the index that diffusers and transformers read; in
+    `dtype`, or each in its own. Returns how many were rounded; PortError if one overflows."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts, total = [], 0
-    for shard in group_tensors(tensors, dtype, max_bytes):
-        part = folder / f"{stem}.{len(parts)}.part"
+    parts, total, all_rounded = [], 0, 0
+    for shard, rounded in group_tensors(tensors, dtype, max_bytes):
+        part, all_rounded = folder / f"{stem}.{len(parts)}.part", all_rounded + rounded
         save_tensors(part, shard, {"format": "pt"})
         parts.append((part, list(shard)))
         total += sum(tensor.nbytes for tensor in shard.values())
@@ -220,7 +252,7 @@ def write_shards(folder: Path, stem: str, tensors: Iterable, dtype: str, max_byt
         old.unlink()
     if len(parts) == 1:
         os.replace(parts[0][0], folder / f"{stem}.safetensors")
-        return
+        return all_rounded
     where = {}
     for n, (part, keys) in enumerate(parts, 1):
         name = f"{stem}-{n:05}-of-{len(parts):05}.safetensors"
@@ -228,16 +260,23 @@ def write_shards(folder: Path, stem: str, tensors: Iterable, dtype: str, max_byt
         where |= dict.fromkeys(keys, name)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return all_rounded
 
 
-def group_tensors(tensors, dtype, max_bytes) -> Iterator[dict[str, np.ndarray]]:
-    """(key, array) pairs in `dtype` as dicts of at most `max_bytes`, at least one."""
-    shard, size = {}, 0
-    for key, tensor in tensors:
-        tensor = tensor.astype(dtype)
+def group_tensors(tensors, dtype, max_bytes) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    """(key, array) pairs in `dtype` as dicts of at most `max_bytes`, at least one, and how many in
+    each were rounded."""
+    shard, size, rounded = {}, 0, 0
+    for key, exact in tensors:
+        with np.errstate(over="ignore"):
+            tensor = exact.astype(dtype or exact.dtype)
         if shard and size + tensor.nbytes > max_bytes:
-            yield shard
-            shard, size = {}, 0
+            yield shard, rounded
+            shard, size, rounded = {}, 0, 0
+        if tensor.dtype != exact.dtype and not np.array_equal(tensor.astype(exact.dtype), exact):
+            if not np.isfinite(tensor).all():
+                raise PortError(f"{key} holds numbers too large for {dtype}; take another type")
+            rounded += 1
         shard[key] = tensor
         size += tensor.nbytes
-    yield shard
+    yield shard, rounded

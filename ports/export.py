@@ -24,7 +24,6 @@ import numpy as np
 
 from ports import torchfile
 from ports.adapters import (
-    METADATA,
     Branch,
     Tuned,
     merge_branches,
@@ -34,6 +33,7 @@ from ports.adapters import (
 )
 from ports.diagnose import PortError
 from ports.engine import export_arrays, save_tensors
+from ports.loraconfig import METADATA
 from ports.tables import lay_out
 from ports.tables.namings import NAMINGS, Naming
 

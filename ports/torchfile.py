@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ports.diagnose import PortError
-from ports.engine import DTYPES, check_finite
+from ports.engine import DTYPES, check_finite, unwrap_keys
 
 OPCODES = (  # of plain data, of calls of a name, and of what lies outside
     "PROTO FRAME STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINUNICODE "
@@ -133,6 +133,7 @@ class Source:
             entries, self.storages = read_zip(self.zipped, path.stat().st_size)
             if not isinstance(entries, dict):
                 raise PortError("is a file of torch.save, but no state dict")
+            entries = {key: entries[name] for key, name in unwrap_keys(entries).items()}
             self.tensors = {k: check_tensor(k, one, self.storages) for k, one in entries.items()}
         except BROKEN as error:
             raise PortError(f"is no whole file of torch.save ({error})") from error

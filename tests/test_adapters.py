@@ -100,7 +100,7 @@ def test_foreign_adapters_fold_exactly(tmp_path, alphas, prefix):
     tensors, deltas = foreign(np.random.default_rng(5), alphas, prefix)
     save_file(tensors, tmp_path / "theirs.safetensors")
     adapter = adapters.load(tmp_path / "theirs.safetensors", PLAIN)
-    folded = lora.fold(jax.tree.map(jnp.zeros_like, base), adapter)
+    folded = lorafiles.folded(jax.tree.map(jnp.zeros_like, base), adapter)
     expected = {path: np.zeros(x.shape) for path, x in weights.flat(base).items()}
     qkv = expected["double/img/qkv/kernel"][1]
     qkv[:, :16] = deltas["transformer_blocks.1.attn.to_q"][0]
@@ -116,7 +116,7 @@ def test_foreign_adapters_fold_exactly(tmp_path, alphas, prefix):
         adapters.fit(tmp_path / "theirs.safetensors", adapter, PLAIN)
 
 
-Q = "transformer.transformer_blocks.0.attn.to_q"
+Q, V = (f"transformer.transformer_blocks.0.attn.to_{part}" for part in "qv")
 
 
 def test_alpha_of_the_header(tree, file):
@@ -130,6 +130,40 @@ def test_alpha_of_the_header(tree, file):
             block, name = path.split("/")
             exact = np.float64(tree[block][name]["lora_b"]) * scale
             np.testing.assert_allclose(got[block][name]["lora_b"], exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "int64", "int32", "uint8"])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_scalars_of_any_type(tree, file, dtype, shape):
+    """An alpha is a number, whatever the type and however many axes of length 1 it is written in;
+    but true and false are none."""
+    for good in (True, False):
+        alpha = np.full(shape, 22, dtype) if good else np.full(shape, True)
+        edited(file, lambda d, alpha=alpha: d | {f"{Q}.alpha": alpha})
+        if good:
+            b = adapters.load(file, PLAIN)["double"]["img"]["qkv"]["lora_b"][0]
+            exact = np.float64(tree["double"]["img"]["qkv"]["lora_b"][0])
+            exact[:, :16] *= 2
+            np.testing.assert_array_equal(b.sum(0), exact.sum(0))
+        else:
+            with pytest.raises(UserError, match=f"{Q}.alpha is of type BOOL"):
+                adapters.check(file, PLAIN)
+
+
+def test_a_fault_is_told_once(file):
+    """What is wrong with all in the same way is said of the first, and how many there are."""
+    halves = {"F64": np.float64, "I32": np.int32}
+    for kind, dtype in halves.items():
+        edited(file, lambda d, dtype=dtype: {key: x.astype(dtype) for key, x in d.items()})
+        with pytest.raises(UserError) as error:
+            adapters.check(file, PLAIN)
+        assert str(error.value).count(f"is of type {kind}") == 1
+        assert str(error.value).endswith("BF16, and 149 others likewise")
+    edited(
+        file, lambda d: d | {f"{Q}.dora_scale": np.ones(16), f"{V}.dora_scale": np.ones((16, 1))}
+    )
+    with pytest.raises(UserError, match=r"a DoRA.*PEFT\), and 1 others likewise$"):
+        adapters.check(file, PLAIN)
 
 
 def without(key):
@@ -253,6 +287,33 @@ def test_spoiled_adapters_are_refused(tree, tmp_path, to, kind):
 
 
 @pytest.mark.parametrize("to", lorafiles.NAMINGS)
+def test_adapters_of_dev_see_the_noise_alone(tmp_path, to, capsys):
+    """An adapter of FLUX.1-dev, whose input layer has 64 channels, is loaded onto Fill's 384 with
+    zeros for the other 320, which come after them, and says so in one line; the rest of it, and on
+    dev itself all of it, is as it was, without a word. Of 128 channels it is refused."""
+    dev = replace(RANKED, in_channels=64)
+    tree = lorafiles.integers(weights.abstract(Flux, dev)[1], 3)
+    tree = jax.tree_util.tree_map_with_path(
+        lambda path, x: 0 * x if "lora_bias" in str(path[-1]) else x, tree
+    )
+    file = lorafiles.written(tmp_path, tree, bias=False)
+    file = file if to == "diffusers" else renamed(file, to)
+    adapters.check(file, replace(PLAIN, in_channels=64))
+    assert capsys.readouterr().out == ""
+    same_trees(adapters.load(file, replace(PLAIN, in_channels=64)), tree)
+    adapters.check(file, PLAIN)
+    line = f"lora: {file}: made for FLUX.1-dev, of 64 input channels; with zeros for the other 320"
+    assert capsys.readouterr().out == line + "\n"
+    got, a = adapters.load(file, PLAIN), tree["img_in"]["lora_a"]
+    np.testing.assert_array_equal(got["img_in"]["lora_a"], np.concatenate([a, np.zeros((320, 11))]))
+    got["img_in"]["lora_a"] = a
+    same_trees(got, tree)
+    tree["img_in"]["lora_a"] = np.concatenate([a, a])
+    with pytest.raises(UserError, match=re.escape("is [11, 128], expected [11, 384]")):
+        adapters.check(lorafiles.written(tmp_path, tree), PLAIN)
+
+
+@pytest.mark.parametrize("to", lorafiles.NAMINGS)
 def test_adapter_of_another_base(tree, tmp_path, to):
     """An adapter of FLUX.1-Fill (384 channels) on FLUX.1-dev (64) says just that, in each naming;
     so does one of a deeper and of a wider model."""
@@ -295,7 +356,7 @@ def test_diffusers_applies_our_adapter(tmp_path):
     diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
     pytest.importorskip("peft")
     plain, _, base = weights.abstract(Flux, PLAIN)
-    graphdef, adapter, _ = weights.abstract(Flux, RANKED)
+    _, adapter, _ = weights.abstract(Flux, RANKED)
     base, adapter = tiny.filled(base), tiny.filled(adapter, 1)
     preset = replace(FLUX_FILL, flux=PLAIN)
     weights.save_pipeline(tmp_path, preset, {"flux": nnx.merge(plain, base)}, "float32")
@@ -320,5 +381,7 @@ def test_diffusers_applies_our_adapter(tmp_path):
             txt_ids=torch.zeros(5, 3),
             return_dict=False,
         )[0].numpy()
-    here = lorafiles.velocity(lora.combine(graphdef, adapter, base))
+    tree = jax.tree.map(jnp.asarray, base)
+    lora.fold(tree, jax.tree.map(jnp.asarray, adapter))
+    here = lorafiles.velocity(nnx.merge(plain, tree))
     np.testing.assert_allclose(here, there, rtol=0, atol=1e-4)

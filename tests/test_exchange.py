@@ -51,12 +51,22 @@ def flat(key):
     return "lora_transformer_" + module.replace(".", "_") + down_up(suffix)
 
 
+def within_peft(key):
+    return "base_model.model." + key.removeprefix("transformer.")
+
+
 def down_up(key):
     return key.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
 
 
 SPELLINGS = {  # naming it starts from, what is done to its keys
-    "PEFT": ("diffusers", lambda key: "base_model.model." + key.removeprefix("transformer.")),
+    "PEFT": ("diffusers", lambda key: within_peft(key)),
+    "PEFT, unsaved": ("diffusers", lambda key: within_peft(key).replace(".lora_A.", ".lora_A.a.")),
+    "diffusers, wrapped": ("diffusers", lambda key: key.replace("r.", "r.base_model.model.", 1)),
+    "compiled": ("diffusers", lambda key: key.replace("transformer.", "transformer._orig_mod.")),
+    "DDP, compiled": ("diffusers", lambda key: "module._orig_mod." + key),
+    "kohya, compiled": ("kohya", lambda key: key.replace("unet_", "unet__orig_mod_", 1)),
+    "FSDP": ("diffusers", lambda key: key.replace(".attn", "._fsdp_wrapped_module.attn")),
     "diffusers, old": ("diffusers", down_up),
     "OneTrainer": ("diffusers", flat),
     "BFL": ("visualcloze", str),
@@ -239,7 +249,7 @@ def test_full_size_key_list():
     base = weights.shapes(weights.abstract(Flux, FLUX_FILL.flux)[2])
     kernels = {path: shape for path, shape in base.items() if path.endswith("/kernel")}
     for shapes in (base, None):
-        found = check_adapter(SimpleNamespace(header=header, metadata={}), shapes)
+        found = check_adapter(SimpleNamespace(path=Path("a"), header=header, metadata={}), shapes)
         assert {leaf.path: leaf.shape for leaf, _ in found.linear} == kernels
         used = [
             key

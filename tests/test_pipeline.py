@@ -1,6 +1,7 @@
 """Laws of the library: the same functions as sample.py, over pictures in memory."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,7 +88,26 @@ def test_dropped_tokens(pipeline):
     lost = painting.record["dropped_tokens"]
     assert lost["t5"] > 0 and lost["clip"] > lost["t5"]
     assert painting.dropped == f"{lost['t5']} T5, {lost['clip']} CLIP"
-    assert pipeline(GRID, layout_prompt="", **SMALL).dropped == ""
+    assert painting.unread == [f"the prompt is too long: {painting.dropped} tokens dropped"]
+    short = pipeline(GRID, layout_prompt="", **SMALL)
+    assert short.dropped == "" and short.unread == []
+
+
+def test_unknown_characters(folder, tmp_path, capsys):
+    """What no token stands for is in the record, of both passes, and one line on the terminal."""
+    rows = json.loads(json.dumps(GRID, default=str))
+    spec = {"image": rows, "task_prompt": "一只狐狸", "content_prompt": "狐狸", **SMALL}
+    spec["upsampling"] = {"strength": 0.5, "num_inference_steps": 2}
+    (tmp_path / "fox.json").write_text(json.dumps(spec))
+    argv = ["--grid", tmp_path / "fox.json", "--out", tmp_path / "out", "--weights", folder]
+    sample.main(list(map(str, argv)))
+    record = json.loads((tmp_path / "out/fox.json").read_text())
+    assert record["dropped_tokens"] == {"t5": 0, "clip": 0}
+    assert record["unknown_characters"] == {"t5": 6, "clip": 0}
+    assert record["upsampling"][0]["unknown_characters"] == {"t5": 2, "clip": 0}
+    lines = capsys.readouterr().out.splitlines()
+    assert "fox: the prompt has characters that no token stands for: 6 T5" in lines
+    assert "fox: the content_prompt has characters that no token stands for: 2 T5" in lines
 
 
 def test_text_encoders_go_first(folder, monkeypatch, tmp_path):
@@ -114,15 +134,44 @@ def test_text_encoders_go_first(folder, monkeypatch, tmp_path):
 
 
 def test_other_weights_are_other_texts(folder, tmp_path):
-    """The identity of what is remembered changes with the weights' files and with the mesh."""
+    """The identity of what is remembered changes with the content of the weights' files, whatever
+    their times, and with the mesh; a file that is copied is the same."""
     one = Pipeline.load(folder).painter.models.text_identity()
     assert one == Pipeline.load(folder).painter.models.text_identity()
     assert one != Pipeline.load(folder, mesh="2").painter.models.text_identity()
     file = folder / "text_encoder_2/model.safetensors"
-    content = file.read_bytes()
+    content, times = bytearray(file.read_bytes()), file.stat().st_mtime_ns
     file.unlink()
     file.write_bytes(content)
+    assert one == Pipeline.load(folder).painter.models.text_identity()
+    content[-3] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(times, times))
     assert one != Pipeline.load(folder).painter.models.text_identity()
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+def test_digests_of_large_files(tmp_path, monkeypatch):
+    """Of a large file the header and blocks up to the end are looked at, of a small one all; name
+    and place are not of a single file."""
+    monkeypatch.setattr(places, "LARGE", 2**20)
+    monkeypatch.setattr(places, "HEADER", 2**10)
+    monkeypatch.setattr(places, "BLOCK", 2**10)
+    content = bytearray(np.random.default_rng(0).bytes(2**21))
+    spots = {5: True, 2**15 + 2**14: False, 2**20: True, 2**20 + 2**14: False, -1: True}
+    for size in (2**19, 2**21):
+        (tmp_path / "a").write_bytes(content[:size])
+        one = places.digest_files(tmp_path / "a")
+        (tmp_path / "b").write_bytes(content[:size])
+        assert places.digest_files(tmp_path / "b") == one
+        for spot, seen in spots.items():
+            if abs(spot) < size:
+                other = content[:size]
+                other[spot] ^= 1
+                (tmp_path / "b").write_bytes(other)
+                changed = places.digest_files(tmp_path / "b") != one
+                assert changed == (seen or size < 2**20), (size, spot)
 
 
 def test_adapters_by_name():

@@ -4,12 +4,14 @@ import json
 from dataclasses import replace
 
 import folders
+import numpy as np
 import pytest
 from folders import FLUX, arrays, key_list, refusal
 
 from ports import engine
 from ports.locate import SIZES
 from ports.tables.folder import PARTS
+from vcloze_jax import flow
 from vcloze_jax.config import FLUX_FILL, PRESETS
 from vcloze_jax.storage import weights
 from vcloze_jax.storage.preset import axes, load_preset
@@ -87,6 +89,116 @@ def test_configs_as_published(saved, tmp_path):
     assert preset.flux.remat
 
 
+SCHEDULER = "scheduler/scheduler_config.json"
+THEIRS = {  # what diffusers 0.42 and transformers 5.24 write beside what we do, with their defaults
+    "scheduler": {
+        "_diffusers_version": "0.42.1", "invert_sigmas": False, "shift_terminal": None,
+        "stochastic_sampling": False, "time_shift_type": "exponential", "use_beta_sigmas": False,
+        "use_exponential_sigmas": False, "use_karras_sigmas": False,
+    },
+    "transformer": {"_diffusers_version": "0.32.0.dev0", "_name_or_path": "../checkpoints/flux"},
+    "vae": {
+        "_diffusers_version": "0.30.0", "_name_or_path": "x", "force_upcast": True,
+        "latents_mean": None, "latents_std": None, "sample_size": 1024,
+    },
+    "text_encoder": {
+        "attention_dropout": 0.0, "bos_token_id": 0, "dropout": 0.0, "initializer_factor": 1.0,
+        "initializer_range": 0.02, "pad_token_id": 1, "torch_dtype": "bfloat16",
+        "transformers_version": "4.43.3", "id2label": {"0": "LABEL_0"}, "return_dict": True,
+    },
+    "text_encoder_2": {
+        "classifier_dropout": 0.0, "decoder_start_token_id": 0, "dense_act_fn": "gelu_new",
+        "dropout_rate": 0.1, "initializer_factor": 1.0, "is_decoder": False,
+        "is_encoder_decoder": True, "is_gated_act": True, "num_decoder_layers": 24,
+        "output_past": True, "scale_decoder_outputs": True, "tie_word_embeddings": False,
+        "use_cache": True, "dtype": "bfloat16",
+    },
+}  # fmt: skip
+
+
+def alter(file, entries):
+    """Other entries in a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def test_what_others_write_is_read(saved, tmp_path):
+    """Entries that diffusers and transformers write and that change nothing here are no error."""
+    folder = folders.copy(saved, tmp_path)
+    before = load_preset(folder)
+    for part, entries in THEIRS.items():
+        name = "scheduler_config" if part == "scheduler" else "config"
+        alter(folder / part / f"{name}.json", entries)
+    assert load_preset(folder) == before
+
+
+@pytest.mark.parity
+def test_what_the_installed_write_is_read(saved, tmp_path):
+    """The configs of ours as the installed diffusers and transformers write them, in full."""
+    diffusers, hf = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    folder = folders.copy(saved, tmp_path)
+    before = load_preset(folder)
+    for part, cls in (
+        ("scheduler", diffusers.FlowMatchEulerDiscreteScheduler),
+        ("transformer", diffusers.FluxTransformer2DModel),
+        ("vae", diffusers.AutoencoderKL),
+    ):
+        cls.from_config(cls.load_config(folder / part)).save_config(folder / part)
+    for part, cls in (("text_encoder", hf.CLIPTextConfig), ("text_encoder_2", hf.T5Config)):
+        config = cls.from_pretrained(folder / part)
+        (folder / part / "config.json").write_text(config.to_json_string(use_diff=False))
+    assert load_preset(folder) == before
+
+
+@pytest.mark.parametrize("tokens", [16, 256, 4096, 9000])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_a_static_shift(saved, tmp_path, shift, tokens):
+    """Without dynamic shifting, times t become s t / (1 + (s - 1) t), whatever a grid's tokens
+    (diffusers' set_timesteps); a shift that is absent is 1."""
+    folder = folders.copy(saved, tmp_path)
+    entries = {"use_dynamic_shifting": False, "shift": shift}
+    alter(folder / SCHEDULER, entries)
+    t = np.linspace(1, 1 / 30, 30)
+    expected = np.append(shift * t / (1 + (shift - 1) * t), 0)
+    found = flow.schedule(30, tokens, load_preset(folder).flow)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    (folder / SCHEDULER).write_text(json.dumps({"use_dynamic_shifting": False}))
+    np.testing.assert_allclose(
+        flow.schedule(30, tokens, load_preset(folder).flow), np.append(t, 0), rtol=1e-6
+    )
+
+
+SCHEDULERS = {
+    "class": ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, "_class_name is 'FlowMatchHeun"),
+    "linear": ({"time_shift_type": "linear"}, "time_shift_type is 'linear', only 'exponential'"),
+    "Karras": ({"use_karras_sigmas": True}, "use_karras_sigmas is True, only False can be read"),
+    "beta": ({"use_beta_sigmas": True}, "use_beta_sigmas is True"),
+    "exponential": ({"use_exponential_sigmas": True}, "use_exponential_sigmas is True"),
+    "inverted": ({"invert_sigmas": True}, "invert_sigmas is True"),
+    "stochastic": ({"stochastic_sampling": True}, "stochastic_sampling is True"),
+    "terminal": ({"shift_terminal": 0.02}, "shift_terminal is 0.02, only None can be read"),
+    "steps": ({"num_train_timesteps": 500}, "num_train_timesteps is 500, only 1000 can be read"),
+    "tomorrow's": (
+        {"sigma_curve": "cosine"},
+        "sigma_curve is 'cosine', an entry that is not known",
+    ),
+    "text": ({"use_dynamic_shifting": "no"}, "use_dynamic_shifting cannot be 'no'"),
+    "shift": ({"use_dynamic_shifting": False, "shift": 0}, "shift is 0.0, must be above 0"),
+    "no slope": ({"max_image_seq_len": 256}, "max_image_seq_len are 256; they must differ"),
+    "infinite": ({"max_shift": float("inf")}, "max_shift cannot be inf"),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_wrong_schedulers(saved, tmp_path, kind):
+    """A scheduler's entry that would make other pictures and that we do not know how to obey is an
+    error with its name."""
+    entries, words = SCHEDULERS[kind]
+    folder = folders.copy(saved, tmp_path)
+    alter(folder / SCHEDULER, entries)
+    message = refusal(folder)
+    assert message.startswith(f"{folder / SCHEDULER}: ") and words in message, message
+
+
 CONFIGS = {
     "not JSON": ("transformer", None, "cannot be read as JSON"),
     "text": ("transformer", {"num_layers": "2"}, "num_layers cannot be '2'"),
@@ -102,6 +214,23 @@ CONFIGS = {
     "quant": ("vae", {"use_quant_conv": True}, "use_quant_conv"),
     "relu": ("text_encoder_2", {"feed_forward_proj": "relu"}, "gated-gelu"),
     "gelu": ("text_encoder", {"hidden_act": "gelu"}, "quick_gelu"),
+    "ungated": ("text_encoder_2", {"is_gated_act": False}, "is_gated_act is False, only True"),
+    "other gate": ("text_encoder_2", {"dense_act_fn": "relu"}, "dense_act_fn is 'relu'"),
+    "decoder": ("text_encoder_2", {"is_decoder": True}, "is_decoder is True"),
+    "epsilon": ("text_encoder", {"layer_norm_eps": 1e-6}, "layer_norm_eps is 1e-06, only 1e-05"),
+    "quantised": (
+        "text_encoder",
+        {"quantization_config": {"load_in_8bit": True}},
+        "quantization_config is {'load_in_8bit': True}",
+    ),
+    "quantised blocks": ("transformer", {"quantization_config": {"a": 1}}, "quantization_config"),
+    "blocks": (
+        "vae",
+        {"down_block_types": ["AttnDownEncoderBlock2D", *["DownEncoderBlock2D"] * 3]},
+        "down_block_types is ['Attn",
+    ),
+    "means": ("vae", {"latents_mean": [0.1]}, "latents_mean is [0.1], an entry that is not known"),
+    "tomorrow's": ("transformer", {"qk_norm": "layer"}, "qk_norm is 'layer', an entry that is not"),
     "deeper": ("text_encoder", {"num_hidden_layers": 3}, "encoder.layers.2"),
 }
 

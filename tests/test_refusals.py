@@ -105,6 +105,52 @@ def says(message, words):
     return re.search(pattern, message)
 
 
+def test_a_fault_is_told_once(saved, tmp_path):
+    """Of tensors that are all of one wrong type the first is named, and how many there are."""
+    folder = folders.copy(saved, tmp_path)
+    change(folder / FILE, lambda d: {key: x.astype(np.float64) for key, x in d.items()})
+    count = len(load_file(folder / FILE))
+    assert says(refusal(folder), f"is of type F64, not .*BF16, and {count - 1} others likewise")
+
+
+# What wrappers leave in the keys of a transformer.
+WRAPPED = {
+    "torch.compile": lambda key: f"_orig_mod.{key}",
+    "compiled block by block": lambda key: re.sub(r"(blocks\.\d+)", r"\1._orig_mod", key),
+    "DDP": lambda key: f"module.{key}",
+    "both": lambda key: f"module._orig_mod.{key}",
+    "FSDP": lambda key: re.sub(r"(blocks\.\d+)", r"\1._fsdp_wrapped_module", key),
+    "PEFT, fused": lambda key: re.sub(r"(to_[qkv])", r"\1.base_layer", f"base_model.model.{key}"),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_wrapped_keys(saved, tmp_path, kind):
+    """What wraps a model is no part of its keys, in one file and in shards with an index."""
+    wrap, folder = WRAPPED[kind], folders.copy(saved, tmp_path)
+    before = folders.leaves(weights.load(Flux, FLUX, folder))
+    tensors = {wrap(key): x for key, x in load_file(folder / FILE).items()}
+    assert len(set(tensors) - set(load_file(folder / FILE)))
+    for size in (10**9, 20_000):
+        stem = "diffusion_pytorch_model"
+        engine.write_shards(folder / "transformer", stem, tensors.items(), None, size)
+        after = folders.leaves(weights.load(Flux, FLUX, folder))
+        for path, array in before.items():
+            np.testing.assert_array_equal(after[path], array, err_msg=path)
+
+
+def test_wrapped_keys_that_clash(saved, tmp_path):
+    """Two keys that are one, and base layers beside an adapter that may be in them or not, are
+    errors."""
+    folder = folders.copy(saved, tmp_path)
+    good = load_file(folder / FILE)
+    save_file(good | {f"_orig_mod.{X}": good[X]}, folder / FILE)
+    assert says(refusal(folder), f"{X} are both {X}; leave one|and _orig_mod.{X} are both {X}")
+    halves = {f"x_embedder.lora_{half}.default.weight": good[X] for half in "AB"}
+    save_file(good | halves | {"x_embedder.base_layer.weight": good.pop(X)}, folder / FILE)
+    assert "may or may not be fused into them" in refusal(folder)
+
+
 @pytest.mark.parametrize("kind", TENSORS)
 def test_wrong_tensors(saved, tmp_path, kind):
     """A transformer that does not fit is one line that names up to ten keys, what they are and

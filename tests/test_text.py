@@ -169,15 +169,32 @@ def test_full_size_counts():
 def test_tokens_are_those_of_transformers(tokenizers):
     """Cutting and padding equal `truncation=True, padding="max_length"`, and the cut is counted."""
     prompts = ["", "A", "A", "a row " * 90]
-    t5_ids, clip_ids, dropped = tokenizers(prompts)
+    t5_ids, clip_ids, unread = tokenizers(prompts)
     for ours, one, n in ((t5_ids, tokenizers.t5, 96), (clip_ids, tokenizers.clip, 77)):
         kind = dict(truncation=True, padding="max_length", max_length=n)
         assert ours.dtype == np.int32 and ours.shape == (4, n)
         np.testing.assert_array_equal(ours, one(prompts, **kind)["input_ids"])
         np.testing.assert_array_equal(ours[1], ours[2])
         assert ours[3, -1] == one.eos_token_id
+    dropped = [of["dropped_tokens"] for of in unread]
     assert dropped[:3] == [{"t5": 0, "clip": 0}] * 3
     assert dropped[3] == {"t5": 180 + 1 - 96, "clip": 180 + 2 - 77}
+
+
+def test_unknown_characters(tokenizers):
+    """The characters that no token stands for are counted, of each encoder: none of English, all of
+    Chinese in T5's words, none in CLIP's bytes; blanks, and the end token that CLIP takes for the
+    unknown one, do not count, and also what lies behind the cut does."""
+    for prompt, count in {
+        "": 0,
+        "A red fox — “quoted” jabberwock, naïve": 0,
+        "一只狐狸": 4,
+        "a red 一只 fox 狐狸!": 4,
+        "fox 🦊": 1,
+        "a row " * 90 + "狐狸": 2,
+    }.items():
+        *_, (unread,) = tokenizers([prompt])
+        assert unread["unknown_characters"] == {"t5": count, "clip": 0}, prompt
 
 
 def test_mini_tokenizers_know_every_english_text(tokenizers):

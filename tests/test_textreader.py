@@ -13,7 +13,7 @@ IDS = {"a b": ([1, 2, 3], [4, 5]), "c": ([1, 2, 7], [4, 5])}
 
 def tokenizers(prompts):
     t5, clip = (np.int32([IDS[prompt][i] for prompt in prompts]) for i in (0, 1))
-    return t5, clip, [{"t5": 0, "clip": len(prompt)} for prompt in prompts]
+    return t5, clip, [{"dropped_tokens": {"t5": 0, "clip": len(prompt)}} for prompt in prompts]
 
 
 class Encoders:
@@ -55,7 +55,7 @@ def test_read_once():
     encoders = Encoders()
     texts = reader(encoders)(["a b", "c", "a b"])
     assert (encoders.loads, encoders.calls) == (1, 2) and list(texts) == ["a b", "c"]
-    assert texts["a b"].dropped == {"t5": 0, "clip": 3}
+    assert texts["a b"].unread == {"dropped_tokens": {"t5": 0, "clip": 3}}
     assert same({"c": texts["c"]}, reader(Encoders())(["c"]))
 
 

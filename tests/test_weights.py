@@ -150,8 +150,9 @@ def files(folder):
 
 
 def test_command(saved, bfl, tmp_path, capsys):
-    """`python -m ports` makes the same folder of ours, in bfloat16, of any layout, with all that
-    lay beside the tensors and the JSON files that lacked; doing it twice changes no byte."""
+    """`python -m ports` makes the same folder of ours, in the type of the source, of any layout,
+    with all that lay beside the tensors and the JSON files that lacked; doing it twice changes no
+    byte."""
     (loose := folders.copy(bfl, tmp_path / "loose")).joinpath("old.pth").write_bytes(b"x")
     kinds = {"first": saved, "second": tmp_path / "first", "third": loose}
     for name, source in kinds.items():
@@ -163,9 +164,45 @@ def test_command(saved, bfl, tmp_path, capsys):
         if file.suffix == ".safetensors":
             first, *others = ((tmp_path / name / file).read_bytes() for name in kinds)
             assert all(first == other for other in others), file
-            assert {x.dtype for x in load_file(tmp_path / "first" / file).values()} == {
-                np.dtype(ml_dtypes.bfloat16)
-            }
+    same(tensors(tmp_path / "third", PRESET), tensors(saved, PRESET))
+
+
+def test_command_keeps_types(saved, tmp_path, capsys):
+    """Every tensor keeps its own type and bits, also among those that we hold as one; --dtype
+    changes it and says how many were rounded, and an overflow is an error."""
+    source, kinds = folders.copy(saved, tmp_path / "source"), ("float32", "float16", "bfloat16")
+    for file in source.rglob("*.safetensors"):
+        mixed = {n: kinds[n % 3] for n in range(len(load_file(file)))}
+        change_types = lambda d, mixed=mixed: {  # noqa: E731
+            key: x.astype(mixed[n]) for n, (key, x) in enumerate(d.items())
+        }
+        folders.change(file, change_types)
+    count, rounded = 0, 0
+    assert command.main([str(source), "--out", str(tmp_path / "kept")]) == 0
+    assert capsys.readouterr().out.endswith("kept: a complete weights folder\n")
+    argv = [str(source), "--out", str(tmp_path / "changed"), "--dtype", "bfloat16"]
+    assert command.main(argv) == 0
+    for file in source.rglob("*.safetensors"):
+        before, name = load_file(file), file.relative_to(source)
+        kept, changed = (load_file(tmp_path / out / name) for out in ("kept", "changed"))
+        assert before.keys() == kept.keys() == changed.keys()
+        for key, x in before.items():
+            assert kept[key].dtype == x.dtype and kept[key].tobytes() == x.tobytes(), key
+            assert changed[key].dtype == ml_dtypes.bfloat16
+            rounded += bool((changed[key].astype(x.dtype) != x).any())
+            count += 1
+    assert 0 < rounded < count
+    line = f"folder, {rounded} tensors were rounded to bfloat16\n"
+    assert capsys.readouterr().out.endswith(line)
+    argv[2:] = [str(tmp_path / "again"), "--dtype", "float32"]
+    assert command.main(argv) == 0
+    assert capsys.readouterr().out.endswith("folder, no tensors were rounded to float32\n")
+    key = "encoder.conv_in.bias"
+    file = source / "vae/diffusion_pytorch_model.safetensors"
+    folders.change(file, lambda d: d | {key: np.full(4, 1e5, np.float32)})
+    argv[2:] = [str(tmp_path / "more"), "--dtype", "float16"]
+    assert command.main(argv) == 2
+    assert f"{key} holds numbers too large for float16" in capsys.readouterr().err
 
 
 def test_command_refuses(saved, tmp_path, capsys):

@@ -31,7 +31,7 @@ class Canvas:
     spec: Spec
     txt: np.ndarray  # [T, text_width]
     pooled: np.ndarray  # [vec_width]
-    dropped: dict  # tokens that the prompt lost, by encoder
+    unread: dict  # tokens and characters of the prompt, counted by encoder
     seconds: Counter  # by part
     times: np.ndarray = None  # float32 [N + 1], of the Euler steps
     condition: np.ndarray = None  # float32 [S, 320]
@@ -51,7 +51,7 @@ class Painter:
     """The models of a preset on a mesh, and the compiled parts of sampling.
 
     `models` has the attributes flux and vae, each asked for where its stage begins;
-    `read_texts(prompts)` -> {prompt: (txt, pooled, dropped, seconds)}.
+    `read_texts(prompts)` -> {prompt: (txt, pooled, unread, seconds)}.
     """
 
     def __init__(self, preset, models, read_texts, mesh):

@@ -40,8 +40,21 @@ class Painting:
     @property
     def dropped(self):
         """How many tokens of the prompt each text encoder did not read: "3 T5, 20 CLIP" or ""."""
-        lost = self.record["dropped_tokens"].items()
-        return ", ".join(f"{count} {encoder.upper()}" for encoder, count in lost if count)
+        return count_unread(self.record, "dropped_tokens")
+
+    @property
+    def unread(self):
+        """What the text encoders did not read of the prompts, a sentence for each reason."""
+        parts = {"prompt": self.record}
+        for second_pass in self.record.get("upsampling", ()):
+            parts["content_prompt"] = second_pass
+        found = []
+        for name, part in parts.items():
+            if dropped := count_unread(part, "dropped_tokens"):
+                found.append(f"the {name} is too long: {dropped} tokens dropped")
+            if unknown := count_unread(part, "unknown_characters"):
+                found.append(f"the {name} has characters that no token stands for: {unknown}")
+        return found
 
     def save(self, folder, name):
         """Write NAME.png, NAME_target0.png … and last the record, NAME.json; each atomically."""
@@ -91,6 +104,12 @@ class Pipeline:
         return paintings
 
 
+def count_unread(part, reason):
+    """What a record says of this reason: "3 T5, 20 CLIP" or ""."""
+    counts = part[reason].items()
+    return ", ".join(f"{count} {encoder.upper()}" for encoder, count in counts if count)
+
+
 def load_painter(folder, lora, mesh):
     """A Painter of what those three name; see Pipeline.load."""
     folder, loras = places.named_model(folder, lora)
@@ -120,11 +139,11 @@ def describe(canvas, preset):
 
 
 def describe_pass(canvas, preset):
-    """Tokens and seconds of one pass."""
+    """Tokens, what was not read of the prompt, and seconds of one pass."""
     tokens = canvas.spec.grid.tokens
     sizes = dict(image=tokens, text=len(canvas.txt), bucket=bucket(tokens, preset.resolution))
     seconds = {part: round(canvas.seconds[part], 4) for part in PARTS}
-    return {"tokens": sizes, "dropped_tokens": canvas.dropped, "seconds": seconds}
+    return {"tokens": sizes, **canvas.unread, "seconds": seconds}
 
 
 def steps_bar(steps, label):

@@ -52,7 +52,8 @@ class Part(NamedTuple):
     """One model of a weights folder: where it lies, its rows, and how its config.json reads.
 
     `config` pairs entries of config.json with our fields; `fixed` are entries that must have these
-    values where they appear; `written` makes, of the entries, those that only others read.
+    values where they appear, `harmless` is the pattern of those that change nothing
+    (diagnose.refuse_entries); `written` makes, of the entries, those that only others read.
     """
 
     name: str  # in messages
@@ -61,6 +62,7 @@ class Part(NamedTuple):
     tables: tuple[Table, ...]  # one a naming; the first is the one that we write
     config: dict[str, str]
     fixed: dict
+    harmless: str
     written: Callable[[dict], dict] = lambda entries: {}
 
     @property

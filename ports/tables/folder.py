@@ -1,6 +1,7 @@
 """What a weights folder holds: its models, and the JSON files of its pipeline.
 
-Source: huggingface/diffusers:src/diffusers/pipelines/flux/pipeline_flux_fill.py.
+Sources: huggingface/diffusers:src/diffusers/pipelines/flux/pipeline_flux_fill.py and
+schedulers/scheduling_flow_match_euler_discrete.py.
 """
 
 from ports.tables import mmdit, text, vae
@@ -19,6 +20,18 @@ SCHEDULER = {
     "shift": 3.0,
     "use_dynamic_shifting": True,
 }
+SCHEDULER_FIXED = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "time_shift_type": "exponential",
+    "shift_terminal": None,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
+STATIC = "use_dynamic_shifting", "shift"  # where the first is false, the second is the only shift
 # entry of the scheduler's config -> our field
 SHIFT = {
     "base_shift": "base_shift",

@@ -7,6 +7,8 @@ scripts/convert_flux_to_diffusers.py (which also shows the swapped halves of the
 
 from ports.tables import Part, Swapped, Table, nest_rows, take_column
 
+LATENT = 64  # channels of the noisy latent, which every base reads first
+
 # fmt: off
 INPUTS = (
     ("img_in", "img_in", "x_embedder"),
@@ -76,4 +78,5 @@ PART = Part(
         "guidance_embeds": "guidance_embed",
     },
     fixed={"_class_name": "FluxTransformer2DModel", "patch_size": 1},
+    harmless="_.*",
 )

@@ -53,8 +53,8 @@ class Naming(NamedTuple):
 
 AB = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".alpha"
 DOWN = ".lora_down.weight", ".lora_up.weight", None, ".alpha"
-DOTS = "transformer.", "diffusion_model.", "base_model.model.", ""
-BARE = "", "diffusion_model.", "base_model.model.", "transformer."
+DOTS = "transformer.", "diffusion_model.", ""
+BARE = "", "diffusion_model.", "transformer."
 UNET = ("lora_unet_",)
 FLAT = "lora_transformer_", "lora_unet_"
 

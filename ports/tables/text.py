@@ -2,6 +2,8 @@
 
 Source: huggingface/transformers:src/transformers/models/{t5/modeling_t5,clip/modeling_clip}.py.
 transformers 5 writes CLIP without the prefix that transformers 4 gave it; both read it with.
+Their configs hold whatever the text models of transformers have in common, which these do not read:
+all that changes what they compute is read or fixed here.
 """
 
 from ports.tables import Part, Table
@@ -57,7 +59,16 @@ T5 = Part(
         "relative_attention_num_buckets": "buckets",
         "relative_attention_max_distance": "max_distance",
     },
-    fixed={"model_type": "t5", "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6},
+    fixed={
+        "model_type": "t5",
+        "feed_forward_proj": "gated-gelu",
+        "dense_act_fn": "gelu_new",
+        "is_gated_act": True,
+        "is_decoder": False,
+        "layer_norm_epsilon": 1e-6,
+        "quantization_config": None,
+    },
+    harmless=".*",
     written=lambda entries: {"architectures": ["T5EncoderModel"], "tie_word_embeddings": False},
 )
 
@@ -75,7 +86,13 @@ CLIP = Part(
         "max_position_embeddings": "max_length",
         "eos_token_id": "eos",
     },
-    fixed={"model_type": "clip_text_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    fixed={
+        "model_type": "clip_text_model",
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "quantization_config": None,
+    },
+    harmless=".*",
     written=lambda entries: {
         "architectures": ["CLIPTextModel"],
         "projection_dim": entries["hidden_size"],

@@ -60,7 +60,10 @@ PART = Part(
         "use_quant_conv": False,
         "use_post_quant_conv": False,
         "mid_block_add_attention": True,
+        "down_block_types": "DownEncoderBlock2D",
+        "up_block_types": "UpDecoderBlock2D",
     },
+    harmless="_.*|sample_size|force_upcast",
     written=lambda entries: {
         "down_block_types": ["DownEncoderBlock2D"] * len(entries["block_out_channels"]),
         "up_block_types": ["UpDecoderBlock2D"] * len(entries["block_out_channels"]),

@@ -8,6 +8,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ports import export
 from ports.adapters import Adapter, open_adapter, read_arrays
+from ports.tables import mmdit
 from ports.tables.namings import NAMINGS
 from vcloze_jax.config import FluxConfig, UserError
 from vcloze_jax.model.mmdit import Flux
@@ -16,17 +17,18 @@ from vcloze_jax.storage.weights import abstract, shapes
 
 
 def open_for(config: FluxConfig, file: Path) -> Adapter:
-    """The adapter file, its keys and shapes checked against the base of this config."""
-    if file.is_dir():
-        raise UserError(f"{file}: a folder, not an adapter file")
+    """The adapter of a file or folder, its keys and shapes checked against this config's base."""
     _, _, base = abstract(Flux, replace(config, rank=0))
     return open_adapter(file, shapes(base))
 
 
 def check(file: Path, config: FluxConfig):
-    """Everything that can be wrong with an adapter for this model without reading a tensor."""
+    """Everything that can be wrong with an adapter for this model without reading a tensor. Says so
+    where it was made for another base."""
     with error_context(file):
-        open_for(config, file)
+        if open_for(config, file).narrow:
+            others = f"with zeros for the other {config.in_channels - mmdit.LATENT}"
+            print(f"lora: {file}: made for FLUX.1-dev, of {mmdit.LATENT} input channels; {others}")
 
 
 def load(file: Path, config: FluxConfig) -> dict:

@@ -59,15 +59,12 @@ class LazyModels:
         return TextReader(tokenizers, self.load_encoders, compute_dtype(self.mesh), cache)
 
     def text_identity(self):
-        """All that an embedding depends on beside its ids. Files are known as git knows them: by
-        name, size, time of change and inode."""
+        """All that an embedding depends on beside its ids. Files are known by their content: times
+        and inodes stay or change with the way in which files are copied."""
         preset, files = self.preset, []
         for name in ("t5", "clip"):
             source = weights.plan(weights.MODULES[name], getattr(preset, name), self.folder)[0]
-            path = source.path
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                s = file.stat()
-                files.append((file.name, s.st_size, s.st_mtime_ns, s.st_dev, s.st_ino))
+            files.append(places.digest_files(source.path))
         mesh = dict(self.mesh.shape), self.mesh.devices.flat[0].device_kind
         dtype, versions = compute_dtype(self.mesh), (__version__, jax.__version__)
         return repr((files, preset.t5, preset.clip, dtype, mesh, versions))

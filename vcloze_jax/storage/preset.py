@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ports.diagnose import PortError
+from ports.diagnose import PortError, refuse_entries
 from ports.locate import SIZES, describe_file, locate
-from ports.tables.folder import PARTS, SHIFT
+from ports.tables.folder import PARTS, SCHEDULER_FIXED, SHIFT, STATIC
 from vcloze_jax.config import PRESETS, FluxConfig, Preset, UserError, VAEConfig
 from vcloze_jax.storage.places import named_preset
 
@@ -42,8 +42,26 @@ def load_preset(folder: Path) -> Preset:
     length = typed(file, "model_max_length", read_json(file).get("model_max_length", limit), limit)
     configs["t5"] = replace(configs["t5"], max_length=min(length, limit))
     file = folder / "scheduler" / "scheduler_config.json"
-    shift = read_fields(file, SHIFT, preset.flow) if file.is_file() else {}
-    return replace(preset, flow=replace(preset.flow, **shift), **configs)
+    flow = read_flow(file, preset.flow) if file.is_file() else preset.flow
+    return replace(preset, flow=flow, **configs)
+
+
+def read_flow(file, default):
+    """The FlowConfig of a scheduler's config. A static shift s is a dynamic one between log s and
+    log s. UserError for a scheduler that is not ours."""
+    entries = read_json(file)
+    with error_context(file):
+        refuse_entries(entries, {*SHIFT, *STATIC}, SCHEDULER_FIXED, "_.*")
+    if typed(file, STATIC[0], entries.get(STATIC[0], True), True):
+        flow = replace(default, **read_fields(file, SHIFT, default))
+        if flow.base_tokens == flow.max_tokens:
+            both = "base_image_seq_len and max_image_seq_len"
+            raise UserError(f"{file}: {both} are {flow.max_tokens}; they must differ")
+        return flow
+    shift = typed(file, STATIC[1], entries.get(STATIC[1], 1.0), 1.0)
+    if shift <= 0:
+        raise UserError(f"{file}: shift is {shift}, must be above 0")
+    return replace(default, base_shift=math.log(shift), max_shift=math.log(shift))
 
 
 def read_config(folder: Path, field: str, default):
@@ -52,10 +70,8 @@ def read_config(folder: Path, field: str, default):
     part = PARTS[field]
     file = folder / part.folder / "config.json"
     if file.is_file():
-        entries = read_json(file)
-        for name, value in part.fixed.items():
-            if entries.get(name, value) != value:
-                raise UserError(f"{file}: {name} is {entries[name]!r}, only {value!r} can be read")
+        with error_context(file):
+            refuse_entries(read_json(file), part.config, part.fixed, part.harmless)
         ours = read_fields(file, part.config, default)
     else:
         file = folder

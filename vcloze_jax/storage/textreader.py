@@ -31,7 +31,7 @@ class Text(NamedTuple):
 
     txt: np.ndarray  # [T, text_width]
     pooled: np.ndarray  # [vec_width]
-    dropped: dict[str, int]  # tokens that it lost, by encoder
+    unread: dict[str, dict[str, int]]  # "dropped_tokens", "unknown_characters": {encoder: count}
     seconds: Counter  # "load" and "text", nothing where it was remembered
 
 
@@ -51,7 +51,7 @@ class TextReader:
         """Prompt -> Text."""
         prompts = list(dict.fromkeys(prompts))
         encoders, texts = (), {}
-        for prompt, *ids, dropped in zip(prompts, *self.tokenizers(prompts), strict=True):
+        for prompt, *ids, unread in zip(prompts, *self.tokenizers(prompts), strict=True):
             t5_ids, clip_ids = (row[None] for row in ids)
             seconds = Counter()
             embeddings = self.cache and self.cache.read(t5_ids, clip_ids)
@@ -63,7 +63,7 @@ class TextReader:
                     embeddings = [np.asarray(x)[0] for x in encoded]
                 if self.cache:
                     self.cache.write(t5_ids, clip_ids, embeddings)
-            texts[prompt] = Text(*embeddings, dropped, seconds)
+            texts[prompt] = Text(*embeddings, unread, seconds)
         return texts
 
 
@@ -130,17 +130,19 @@ class Tokenizers:
             )
 
     def __call__(self, prompts: list[str]):
-        """-> T5 ids int32 [B, T5 max_length], CLIP ids int32 [B, CLIP max_length], dropped.
+        """-> T5 ids int32 [B, T5 max_length], CLIP ids int32 [B, CLIP max_length], unread.
 
-        Too long a prompt loses its last words but keeps its end token; `dropped` counts the
-        lost tokens: one {"t5": n, "clip": n} per prompt. A short one is padded on the right.
+        Too long a prompt loses its last words but keeps its end token; a short one is padded on the
+        right. What is not read of each prompt is {"dropped_tokens": {"t5": n, "clip": n},
+        "unknown_characters": …}, the second for characters that no token stands for.
         """
-        t5_ids, t5_dropped = tokenize(self.t5, prompts, self.t5_length)
-        clip_ids, clip_dropped = tokenize(self.clip, prompts, self.clip_length)
-        dropped = [
-            {"t5": t5, "clip": clip} for t5, clip in zip(t5_dropped, clip_dropped, strict=True)
+        t5_ids, t5_unread = tokenize(self.t5, prompts, self.t5_length)
+        clip_ids, clip_unread = tokenize(self.clip, prompts, self.clip_length)
+        unread = [
+            {reason: {"t5": t5[reason], "clip": clip[reason]} for reason in t5}
+            for t5, clip in zip(t5_unread, clip_unread, strict=True)
         ]
-        return t5_ids, clip_ids, dropped
+        return t5_ids, clip_ids, unread
 
 
 def load_tokenizer(cls, folder, vocab):
@@ -163,10 +165,19 @@ def load_tokenizer(cls, folder, vocab):
 
 
 def tokenize(tokenizer, prompts, length):
-    """-> ids int32 [B, length] and the number of tokens that each prompt lost."""
-    rows = tokenizer(prompts, verbose=False)["input_ids"]
-    cut = [row if len(row) <= length else [*row[: length - 1], row[-1]] for row in rows]
-    ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
-    for i, row in enumerate(cut):
-        ids[i, : len(row)] = row
-    return ids, [len(row) - len(kept) for row, kept in zip(rows, cut, strict=True)]
+    """-> ids int32 [B, length], and of each prompt what is not in them: how many tokens were cut,
+    and how many characters stand behind the unknown token."""
+    encoded = tokenizer(prompts, verbose=False, return_offsets_mapping=True)
+    ids = np.full((len(prompts), length), tokenizer.pad_token_id, np.int32)
+    unread = []
+    for i in range(len(prompts)):
+        row, spans = encoded["input_ids"][i], encoded["offset_mapping"][i]
+        cut = row if len(row) <= length else [*row[: length - 1], row[-1]]
+        ids[i, : len(cut)] = cut
+        # CLIP's unknown token is its end token, which stands for the characters 0 to 0.
+        unknown = [
+            span for span, id in zip(spans, row, strict=True) if id == tokenizer.unk_token_id
+        ]
+        characters = sum(stop - start for start, stop in unknown)
+        unread.append({"dropped_tokens": len(row) - len(cut), "unknown_characters": characters})
+    return ids, unread

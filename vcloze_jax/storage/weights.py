@@ -143,7 +143,8 @@ def described(preset: Preset, fields) -> dict:
     for field in fields:
         part, config = MODELS[field][1], getattr(preset, field)
         entries = {theirs: getattr(config, ours) for theirs, ours in part.config.items()}
-        files[f"{part.folder}/config.json"] = entries | part.fixed | part.written(entries)
+        fixed = {name: value for name, value in part.fixed.items() if value is not None}
+        files[f"{part.folder}/config.json"] = entries | fixed | part.written(entries)
     return files
 
 
