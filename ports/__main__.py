@@ -16,6 +16,7 @@ from ports import engine, export
 from ports.diagnose import PortError
 from ports.tables.namings import NAMINGS, TARGETS
 from vcloze_jax.config import UserError
+from vcloze_jax.inputs.checks import describe_error, describe_with_file
 
 
 def main(argv=None) -> int:
@@ -43,8 +44,10 @@ def run_lora(argv) -> str:
         raise UserError(f"--out {args.out}: {ending}")
     try:
         count = export.convert_adapter(args.file, naming, args.out)
-    except (PortError, OSError) as error:
+    except PortError as error:
         raise UserError(f"{args.file}: {error}") from error
+    except OSError as error:
+        raise UserError(describe_with_file(error, args.file)) from error
     return f"{args.out}: {count} linear layers in {naming.title} naming"
 
 
@@ -87,7 +90,7 @@ def write_folder(source: Path, out: Path):
     except PortError as error:
         raise UserError(f"{file.path}: {error}") from error
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{out}: cannot be written ({error})") from error
+        raise UserError(f"{out}: cannot be written ({describe_error(error)})") from error
     finally:
         shutil.rmtree(part_of, ignore_errors=True)
 

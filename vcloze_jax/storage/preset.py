@@ -13,7 +13,8 @@ from pathlib import Path
 from ports.diagnose import PortError
 from ports.locate import SIZES, describe_file, locate
 from ports.tables.folder import PARTS, SHIFT
-from vcloze_jax.config import PRESETS, FluxConfig, Preset, UserError, VAEConfig
+from vcloze_jax.config import PRESETS, CLIPConfig, FluxConfig, Preset, UserError, VAEConfig
+from vcloze_jax.inputs.checks import describe_error, describe_with_file
 from vcloze_jax.storage.places import named_preset
 
 
@@ -22,8 +23,10 @@ def error_context(path):
     """Errors of ports and of files become the user's, with the path in front."""
     try:
         yield
-    except (PortError, OSError) as error:
+    except PortError as error:
         raise UserError(f"{path}: {error}") from error
+    except OSError as error:
+        raise UserError(describe_with_file(error, path)) from error
 
 
 def load_preset(folder: Path) -> Preset:
@@ -39,8 +42,10 @@ def load_preset(folder: Path) -> Preset:
     preset = named_preset(folder)
     configs = {field: read_config(folder, field, getattr(preset, field)) for field in PARTS}
     file, limit = folder / "tokenizer_2" / "tokenizer_config.json", preset.t5.max_length
-    length = typed(file, "model_max_length", read_json(file).get("model_max_length", limit), limit)
-    configs["t5"] = replace(configs["t5"], max_length=min(length, limit))
+    told = (
+        read_fields(file, {"model_max_length": "max_length"}, preset.t5) if file.is_file() else {}
+    )
+    configs["t5"] = replace(configs["t5"], max_length=min(told.get("max_length", limit), limit))
     file = folder / "scheduler" / "scheduler_config.json"
     shift = read_fields(file, SHIFT, preset.flow) if file.is_file() else {}
     return replace(preset, flow=replace(preset.flow, **shift), **configs)
@@ -60,7 +65,7 @@ def read_config(folder: Path, field: str, default):
     else:
         file = folder
         with error_context(folder):
-            ours = SIZES[field](*locate(folder, part)) if field in SIZES else {}
+            ours = SIZES[field](*locate(folder, part))
     if field == "flux":
         ours.setdefault("out_channels", ours.get("in_channels", default.in_channels))
         head_dim = ours.pop("head_dim", default.head_dim)
@@ -76,7 +81,7 @@ def read_config(folder: Path, field: str, default):
 
 def find_faults(c):
     """What of a model's sizes cannot be, in words."""
-    if isinstance(c, FluxConfig) and c.width % c.heads:
+    if isinstance(c, FluxConfig | CLIPConfig) and c.width % c.heads:
         yield f"width {c.width} is not divisible by {c.heads} heads"
     elif isinstance(c, FluxConfig) and sum(c.axes_dim) != c.head_dim:
         yield f"axes_dim {c.axes_dim} must sum to the head dim {c.head_dim}"
@@ -114,7 +119,7 @@ def read_json(file):
     try:
         entries = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({error})") from error
+        raise UserError(f"{file}: cannot be read as JSON ({describe_error(error)})") from error
     if not isinstance(entries, dict):
         raise UserError(f"{file}: holds no JSON object")
     return entries
