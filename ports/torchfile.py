@@ -34,7 +34,7 @@ COUNTS = {"DoubleStorage": "F64", "LongStorage": "I64", "IntStorage": "I32", "Sh
 COUNTS |= {"CharStorage": "I8", "ByteStorage": "U8"}  # read, so that what they hold can be named
 STORAGES = {f"torch.{name}": dtype for name, dtype in (KINDS | COUNTS).items()}
 BOOKKEEPING = "step", "epoch", "global_step"  # numbers that lie beside tensors and may be left
-WORDS = {list: "a list", tuple: "a list", str: "a text", type(None): "nothing"}
+WORDS = ((dict, "a table"), (list | tuple, "a list"), (str, "a text"), (int | float, "a number"))
 NEW_DICT = b"ccollections\nOrderedDict\n)R"
 LONGEST = 1 << 24  # of a pickle without its tensors; a number in it must not ask for more memory
 BROKEN = (ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, OverflowError)
@@ -188,7 +188,8 @@ def drop_numbers(entries) -> dict:
     states = [key for key in tables if any(isinstance(x, Tensor) for x in entries[key].values())]
     if states:
         names = " or ".join(map(repr, states[:3]))
-        raise PortError(f"is a checkpoint of several parts; save the entry {names} alone")
+        how = f"torch.save(torch.load(FILE)[{states[0]!r}], NEW)"
+        raise PortError(f"is a checkpoint; save its entry {names} alone, as {how}")
     kept = {}
     for key, one in entries.items():
         number = type(one) in (int, float, bool)
@@ -196,10 +197,8 @@ def drop_numbers(entries) -> dict:
         if key in BOOKKEEPING and number:
             continue
         if not key.isprintable() or not isinstance(one, Tensor):
-            kind = "a table" if key in tables else "a number" if number else WORDS.get(type(one))
-            raise PortError(
-                f"{key!r} is no tensor but {kind or 'odd'}; save a state dict and nothing else"
-            )
+            kind = next((f" but {word}" for kind, word in WORDS if isinstance(one, kind)), "")
+            raise PortError(f"{key!r} is no tensor{kind}; save a state dict and nothing else")
         kept[key] = one
     return kept
 

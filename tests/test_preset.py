@@ -8,7 +8,7 @@ import pytest
 from folders import FLUX, arrays, key_list, refusal
 
 from ports import engine
-from ports.locate import SIZES
+from ports.locate import SIZES, recognise_table
 from ports.tables.folder import PARTS
 from vcloze_jax.config import FLUX_FILL, PRESETS
 from vcloze_jax.storage import weights
@@ -40,11 +40,12 @@ def test_sizes_of_the_transformer_from_shapes(changes):
 
 
 def test_published_sizes_from_shapes():
-    """By BFL's own key lists alone, FLUX.1-Fill's presets come out."""
-    for field in SIZES:
-        part, source = PARTS[field], engine.Source.__new__(engine.Source)
-        source.header = {key: (shape, "BF16") for key, shape in key_list(f"{field}_bfl").items()}
-        ours, preset = SIZES[field](source, part.tables[1]), getattr(FLUX_FILL, field)
+    """By key lists alone, BFL's and those of the text encoders, FLUX.1-Fill's presets come out."""
+    for field, name in (("flux", "flux_bfl"), ("vae", "vae_bfl"), ("t5", "t5"), ("clip", "clip")):
+        source = engine.Source.__new__(engine.Source)
+        source.header = {key: (shape, "BF16") for key, shape in key_list(name).items()}
+        table = recognise_table(PARTS[field], source)
+        ours, preset = SIZES[field](source, table), getattr(FLUX_FILL, field)
         assert all(getattr(preset, name) == value for name, value in ours.items()), ours
 
 
@@ -85,6 +86,18 @@ def test_configs_as_published(saved, tmp_path):
     assert preset.clip.eos == 23 and preset.flux.out_channels == 64
     assert preset.recipe == FLUX_FILL.recipe and preset.resolution == 384
     assert preset.flux.remat
+
+
+@pytest.mark.parametrize("length", ["absent", None, 10**30, 50])
+def test_length_of_the_prompts(saved, tmp_path, length):
+    """T5 reads as many tokens as its tokenizer's config says, at most the preset's; the preset's
+    where there is no such file, or nothing in it."""
+    folder = folders.copy(saved, tmp_path)
+    file = folder / "tokenizer_2/tokenizer_config.json"
+    file.write_text(json.dumps({"model_max_length": length}))
+    if length == "absent":
+        file.unlink()
+    assert load_preset(folder).t5.max_length == (50 if length == 50 else 96)
 
 
 CONFIGS = {

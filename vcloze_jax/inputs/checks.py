@@ -25,8 +25,8 @@ LONGEST = 300  # characters of a foreign message
 
 
 def describe_error(error: Exception) -> str:
-    """What an exception that is not ours says, of a library or of the file system, on one line: with
-    what helps, where that is known, and without the file, which the caller names."""
+    """What an exception that is not ours, but a library's or the file system's, says on one line:
+    with what helps, where that is known, and without the file, which the caller names."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     for number, remedy in REMEDIES.items():  # a library often has it in the midst of its own
         if (reason := os.strerror(number)) in text:
@@ -36,7 +36,7 @@ def describe_error(error: Exception) -> str:
 
 
 def describe_with_file(error: Exception, file="") -> str:
-    """`describe_error`, with the file in front: the one that the exception names, or else `file`."""
+    """`describe_error` after the file that the exception names, or else `file`."""
     file = getattr(error, "filename", None) or file
     return f"{file}: {describe_error(error)}" if file else describe_error(error)
 

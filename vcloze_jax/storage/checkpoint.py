@@ -86,9 +86,8 @@ def save(folder: str | Path, step: int, state, *, keep: int = 2) -> None:
                 _remove(folder / str(old))
     except Exception as error:  # a full disk has many classes in orbax
         clean(folder)
-        raise UserError(
-            f"{folder}: step {step} cannot be saved: {describe_error(error)}"
-        ) from error
+        reason = describe_error(error)
+        raise UserError(f"{folder}: step {step} cannot be saved: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)
 

@@ -33,10 +33,8 @@ def find_weights(weights, download=False) -> Path:
         try:
             return Path(snapshot_download(name))
         except Exception as error:  # of the network, of the hub, of the disk
-            remedy = f"{licence}, and log in: hf auth login"
-            raise UserError(
-                f"{name}: not downloaded ({describe_error(error)}); {remedy}"
-            ) from error
+            reason = f"{name}: not downloaded ({describe_error(error)})"
+            raise UserError(f"{reason}; {licence}, and log in: hf auth login") from error
     path = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
     if not (path / "snapshots").is_dir():
         raise UserError(

@@ -42,9 +42,8 @@ def load_preset(folder: Path) -> Preset:
     preset = named_preset(folder)
     configs = {field: read_config(folder, field, getattr(preset, field)) for field in PARTS}
     file, limit = folder / "tokenizer_2" / "tokenizer_config.json", preset.t5.max_length
-    told = (
-        read_fields(file, {"model_max_length": "max_length"}, preset.t5) if file.is_file() else {}
-    )
+    names = {"model_max_length": "max_length"}
+    told = read_fields(file, names, preset.t5) if file.is_file() else {}
     configs["t5"] = replace(configs["t5"], max_length=min(told.get("max_length", limit), limit))
     file = folder / "scheduler" / "scheduler_config.json"
     shift = read_fields(file, SHIFT, preset.flow) if file.is_file() else {}

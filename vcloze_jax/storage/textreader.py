@@ -163,10 +163,8 @@ def load_tokenizer(cls, folder, vocab):
     try:
         tokenizer = cls.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # tokenizers raises bare Exception on a broken file
-        held = " and ".join(names)
-        raise UserError(
-            f"{folder}: {held}: not a tokenizer ({describe_error(error)}); fetch it again"
-        ) from error
+        reason = f"{' and '.join(names)}: {describe_error(error)}"
+        raise UserError(f"{folder}: not a tokenizer ({reason}); fetch it again") from error
     if len(tokenizer) > vocab:
         raise UserError(
             f"{folder}: {len(tokenizer)} tokens, but the text encoder knows {vocab}; "
