@@ -17,6 +17,7 @@ from ports.diagnose import PortError
 from ports.tables.namings import NAMINGS, TARGETS
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
+from vcloze_jax.storage.places import find_weights
 
 
 def main(argv=None) -> int:
@@ -54,7 +55,7 @@ def run_lora(argv) -> str:
 def run_folder(argv) -> str:
     """`python -m ports SRC --out DST`, as above."""
     parser = argparse.ArgumentParser("python -m ports", description=__doc__)
-    parser.add_argument("source", type=Path, metavar="SRC", help="a weights folder")
+    parser.add_argument("source", type=find_weights, metavar="SRC", help="a weights folder")
     parser.add_argument("--out", type=Path, metavar="DST", required=True, help="a new folder")
     args = parser.parse_args(argv)
     write_folder(args.source, args.out)

@@ -67,10 +67,11 @@ class Source:
         for key, (shape, dtype) in list(self.header.items()):
             module, _, name = key.rpartition(".")
             _, scaled = self.header.get(weight := f"{module}.weight", (None, None))
+            number = shape in ((), (1,)) and dtype in DTYPES
             if re.fullmatch(EIGHT_BIT_NOTES, key):
                 del self.header[key]
-            elif name in SCALES and scaled in EIGHT_BITS and shape in ((), (1,)) and dtype == "F32":
-                self.scales[weight] = self.read(key).reshape(())
+            elif name in SCALES and scaled in EIGHT_BITS and number:
+                self.scales[weight] = self.read(key).reshape(()).astype(np.float32)
                 del self.header[key]
 
     def map(self, key: str) -> np.ndarray:

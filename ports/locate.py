@@ -21,7 +21,7 @@ UNKNOWN = "of a kind that is not known"
 
 def locate(folder: Path, part: Part) -> tuple[Source, Table]:
     """A model's open source and the table that it is named by, spelled as it is there. PortError if
-    it is not there, or in two files. What lies beside it is not looked at twice, broken or not."""
+    it is not there, or in two files; files that are broken are named only if it is not there."""
     inside = folder / part.folder
     if list_variants(inside):
         try:

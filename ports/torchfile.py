@@ -129,19 +129,19 @@ class Source:
 
     def __init__(self, path: Path):
         self.path, self.metadata = path, {}
+        with open(path, "rb") as file:
+            if file.read(1) == b"\x80":
+                raise PortError(
+                    "is a bare pickle, as torch before 1.6 wrote them; nothing of it was run. If "
+                    "you trust it, save it again with a newer torch"
+                )
         try:
-            with open(path, "rb") as file:
-                if file.read(1) == b"\x80":
-                    raise PortError(
-                        "is a bare pickle, as torch before 1.6 wrote them; nothing of it was run. "
-                        "If you trust it, save it again with a newer torch"
-                    )
             self.zipped = zipfile.ZipFile(path)
             entries, self.storages = read_zip(self.zipped, path.stat().st_size)
             entries = drop_numbers(entries)
             self.tensors = {k: check_tensor(k, one, self.storages) for k, one in entries.items()}
         except BROKEN as error:
-            raise PortError(f"is no whole file of torch.save ({error})") from error
+            raise PortError(f"is no whole file of torch.save ({error}); fetch it again") from error
         self.header = {key: (one.shape, one.storage.dtype) for key, one in self.tensors.items()}
 
     def map(self, key: str) -> np.ndarray:
@@ -163,7 +163,9 @@ class Source:
 def read_zip(zipped: zipfile.ZipFile, size: int):
     """-> the object of a zip of torch, of `size` bytes, and {storage's key: its entry}."""
     entries = {entry.filename: entry for entry in zipped.infolist()}
-    (name,) = (name for name in entries if name.endswith("/data.pkl"))
+    name = next((name for name in entries if name.endswith("/data.pkl")), None)
+    if name is None:
+        raise PortError("is a zip file, but none of torch.save")
     folder = name.removesuffix("data.pkl")
     if any(entry.compress_type for entry in entries.values()):
         raise PortError("is packed; torch.save stores tensors as they are")

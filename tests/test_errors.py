@@ -25,7 +25,7 @@ def test_a_foreign_message_is_one_line():
 def test_the_file_system_has_remedies():
     """What the file system refuses names what helps, alone or within a library's own message, and
     the file that it knows."""
-    full = "No space left on device (free some space, or name another place)"
+    full = "No space left on device (free some space)"
     assert describe_error(FULL) == full
     assert describe_with_file(FULL, "other") == f"out/a.png: {full}"
     wrapped = ValueError("RESOURCE_EXHAUSTED: [OS error 28: ENOSPC No space left on device]\nat x")

@@ -12,14 +12,15 @@ from pathlib import Path
 from vcloze_jax.config import UserError
 
 # What helps against an error of the file system.
-REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or name another place")
-REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM), "change its rights, or name another place")
-REMEDIES |= {
+REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EACCES: "change its rights",
+    errno.EPERM: "change its rights",
     errno.EROFS: "name another place",
     errno.EFBIG: "ulimit -f or the disk allows no larger one; name another place",
     errno.EMFILE: "raise the limit, ulimit -n",
     errno.EIO: "the disk or the network drive failed; try again",
-    errno.ENAMETOOLONG: "shorten it",
 }
 LONGEST = 300  # characters of a foreign message
 
