@@ -115,6 +115,11 @@ CONFIGS = {
     "quant": ("vae", {"use_quant_conv": True}, "use_quant_conv"),
     "relu": ("text_encoder_2", {"feed_forward_proj": "relu"}, "gated-gelu"),
     "gelu": ("text_encoder", {"hidden_act": "gelu"}, "quick_gelu"),
+    "wider": (
+        "text_encoder",
+        {"hidden_size": 20},
+        "its CLIP text encoder is 20 wide, its transformer reads 6; take both from one model",
+    ),
     "deeper": ("text_encoder", {"num_hidden_layers": 3}, "encoder.layers.2"),
 }
 
@@ -129,4 +134,5 @@ def test_wrong_configs(saved, tmp_path, kind):
     old = json.loads(file.read_text())
     file.write_text("{" if entries is None else json.dumps(old | entries))
     message = refusal(folder)
-    assert message.startswith(str(folder / part)) and words in message, message
+    assert message.startswith(str(folder)) and words in message, message
+    assert kind == "wider" or message.startswith(str(folder / part)), message

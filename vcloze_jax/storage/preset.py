@@ -41,6 +41,10 @@ def load_preset(folder: Path) -> Preset:
         raise UserError(f"{folder}: there is no such folder")
     preset = named_preset(folder)
     configs = {field: read_config(folder, field, getattr(preset, field)) for field in PARTS}
+    for field, read in (("t5", configs["flux"].text_width), ("clip", configs["flux"].vec_width)):
+        if (width := configs[field].width) != read:
+            reason = f"its {PARTS[field].name} is {width} wide, its transformer reads {read}"
+            raise UserError(f"{folder}: {reason}; take both from one model")
     file, limit = folder / "tokenizer_2" / "tokenizer_config.json", preset.t5.max_length
     names = {"model_max_length": "max_length"}
     told = read_fields(file, names, preset.t5) if file.is_file() else {}
