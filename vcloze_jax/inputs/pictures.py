@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vcloze_jax.config import UserError
+from vcloze_jax.inputs.checks import describe_error
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 MAX_PIXELS = 2**26  # 8192 x 8192, 256 MiB as Pillow holds it
@@ -151,9 +152,3 @@ def _from_deep_grey(picture: Image.Image) -> Image.Image:
     levels = np.rint(grey / np.float32(257)).astype(np.uint8)
     levels[grey == picture.info.get("transparency", -1)] = 255  # the grey that a PNG calls clear
     return Image.fromarray(levels)
-
-
-def describe_error(error: Exception) -> str:
-    """What an exception of a library says, on one line."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())

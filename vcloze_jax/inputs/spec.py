@@ -21,6 +21,7 @@ from vcloze_jax.inputs.checks import (
     check_share,
     check_text,
     check_type,
+    describe_error,
     error_context,
     parse_json,
     read_key,
@@ -30,7 +31,6 @@ from vcloze_jax.inputs.checks import (
 from vcloze_jax.inputs.pictures import (
     check_file,
     copy_picture,
-    describe_error,
     open_picture,
     quiet_decoders,
     to_mask,
