@@ -212,6 +212,8 @@ def read_branches(adapter: Adapter) -> Iterator[Tuned]:
             tensors = [adapter.source.read(k) if k in adapter.source.header else None for k in keys]
             a, b, bias, alpha = tensors
             alpha = adapter.alpha_of(stem, len(a), alpha)
+            if not abs(alpha) <= np.finfo(np.float32).max:
+                raise PortError(f"{stem}: alpha {alpha} is beyond float32; train it again")
             branch = Branch(stem, piece.place[-1], a, b, bias, alpha)
             branch = branch.swap_halves() if kernel.swapped else branch
             layers.setdefault(piece.layer, []).append(branch)
