@@ -59,9 +59,9 @@ def open_picture(path: str | Path, ground: str = "white") -> Image.Image:
         except Image.DecompressionBombError:
             raise
         except Exception:
-            for turns in (TURNS, ()):
+            for turned in (True, False):
                 with suppress(Exception):
-                    return _decode(_strip_png(path, turns), ground)
+                    return _decode(_strip_png(path, turned), ground)
             raise
 
 
@@ -127,8 +127,8 @@ def check_writable(folder: Path, name: str, flag: str = "--out") -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         _draft(file).write_bytes(b"\0")
-    except OSError as error:
-        long = error.errno == errno.ENAMETOOLONG
+    except (OSError, RecursionError) as error:  # of mkdir, where the path is of a thousand parts
+        long = getattr(error, "errno", 0) == errno.ENAMETOOLONG
         remedy = "shorten the name" if long else "choose another folder"
         raise UserError(f"{flag} {folder}: {describe_error(error)}; {remedy}") from None
     finally:
@@ -171,9 +171,9 @@ def _decode(file: Path | io.BytesIO, ground: str) -> Image.Image:
         return _to_upright_rgb(picture, ground)
 
 
-def _strip_png(path: Path, turns: tuple[bytes, ...]) -> io.BytesIO:
-    """A PNG with no more chunks than its pixels and its turn need, text only if it begins with one
-    of `turns`: Pillow refuses the whole picture for text or a profile that is large or broken."""
+def _strip_png(path: Path, turned: bool) -> io.BytesIO:
+    """A PNG with no more chunks than its pixels need, and, if `turned`, those that may turn it:
+    Pillow refuses the whole picture for text or a profile that is large or broken."""
     with path.open("rb") as file:
         kept = io.BytesIO()
         kept.write(file.read(8))
@@ -181,11 +181,11 @@ def _strip_png(path: Path, turns: tuple[bytes, ...]) -> io.BytesIO:
             raise ValueError("no PNG")
         while len(head := file.read(8)) == 8 and kept.tell() < 8 * MAX_PIXELS:
             size, kind = int.from_bytes(head[:4]) + 4, head[4:]  # with the checksum
-            if kind in (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND"):
+            if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
                 kept.write(head + file.read(size))
-            elif kind in (b"tEXt", b"zTXt", b"iTXt") and size < LARGE:
-                text = file.read(size)
-                kept.write(head + text if text.startswith(turns) else b"")
+            elif turned and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") and size < LARGE:
+                body = file.read(size)
+                kept.write(head + body if kind == b"eXIf" or body.startswith(TURNS) else b"")
             else:
                 file.seek(size, os.SEEK_CUR)
     kept.seek(0)
