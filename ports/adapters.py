@@ -23,6 +23,7 @@ from ports.tables.namings import NAMINGS, Naming
 
 METADATA = "lora_adapter_metadata"  # diffusers' entry of the header: LoraConfig as JSON
 ALPHA = "lora_alpha", "alpha_pattern", "use_rslora", "use_dora"  # what of it concerns the scale
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 PICKLE = rb"PK\x03\x04|\x80[\x00-\x05]"
 
 
@@ -212,7 +213,7 @@ def read_branches(adapter: Adapter) -> Iterator[Tuned]:
             tensors = [adapter.source.read(k) if k in adapter.source.header else None for k in keys]
             a, b, bias, alpha = tensors
             alpha = adapter.alpha_of(stem, len(a), alpha)
-            if not abs(alpha) <= np.finfo(np.float32).max:
+            if not abs(alpha) <= FLOAT32_MAX:
                 raise PortError(f"{stem}: alpha {alpha} is beyond float32; train it again")
             branch = Branch(stem, piece.place[-1], a, b, bias, alpha)
             branch = branch.swap_halves() if kernel.swapped else branch

@@ -12,17 +12,7 @@ import lorafiles
 import numpy as np
 import pytest
 from folders import key_list
-from lorafiles import (
-    NAMINGS,
-    PLAIN,
-    adapter,
-    edited,
-    renamed,
-    same_tensors,
-    same_trees,
-    tensors,
-    written,
-)
+from lorafiles import NAMINGS, PLAIN, edited, renamed, same_tensors, same_trees, tensors
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -173,7 +163,8 @@ def test_alphas(tmp_path):
 @pytest.mark.parametrize("alpha", [1e308, -1e39])
 def test_an_alpha_beyond_float32(tmp_path, to, alpha):
     """What sample.py would refuse, or paint as infinity, is not converted either."""
-    file = edited(written(tmp_path, adapter(bias=False), bias=False), lambda d: d, lora_alpha=alpha)
+    file = lorafiles.written(tmp_path, lorafiles.adapter(bias=False), bias=False)
+    file = edited(file, lambda d: d, lora_alpha=alpha)
     file = file.rename(tmp_path / "huge.safetensors")
     with pytest.raises(PortError, match="alpha .* is beyond float32"):
         renamed(file, to)
