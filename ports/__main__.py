@@ -18,6 +18,7 @@ from ports.diagnose import PortError
 from ports.tables.namings import NAMINGS, TARGETS
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
+from vcloze_jax.inputs.terminal import guard_streams, tell_error
 from vcloze_jax.storage.places import find_weights
 
 
@@ -26,7 +27,7 @@ def main(argv=None) -> int:
     try:
         print(run_lora(argv[1:]) if argv[:1] == ["lora"] else run_folder(argv))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell_error(error)
         return 2
     return 0
 
@@ -116,4 +117,5 @@ def list_left_out(folder, names):
 
 
 if __name__ == "__main__":
+    guard_streams()
     sys.exit(main())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vcloze_jax.config import PRESETS, Recipe, UserError, flag
 from vcloze_jax.inputs.checks import describe_with_file
+from vcloze_jax.inputs.terminal import guard_streams, tell_error
 from vcloze_jax.storage.places import cache_folder, file_and_scale, find_weights
 
 DOWNLOAD = "fetch --weights OWNER/NAME from Hugging Face, where it is not in its cache"
@@ -122,6 +123,7 @@ def run(main):
     It ends at once, without the interpreter's tear-down: XLA's threads may still be at work, and
     would crash in it.
     """
+    guard_streams()
     watch_signals()
     # Transformers says at import that torch is missing, which is as intended.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -137,13 +139,13 @@ def answer(main):
     except SystemExit as error:  # of --help
         return error.code or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell_error(error)
         return 2
     except OSError as error:
-        print(f"error: {describe_with_file(error)}", file=sys.stderr)
+        tell_error(describe_with_file(error))
         return 2
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell_error(error)
         return 1
     except Exception:
         traceback.print_exc()

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from pathlib import Path
 
 from vcloze_jax.config import FLUX_FILL, PRESETS, UserError
@@ -81,9 +82,12 @@ def file_and_scale(text):
 
 
 def cache_folder():
-    """Where compiled programs and text embeddings are kept between runs."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "vcloze_jax"
+    """Where compiled programs and text embeddings are kept between runs: $XDG_CACHE_HOME if it is
+    absolute, as its specification has it, else the home; of a process without one, temporary."""
+    for folder in os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"):
+        if os.path.isabs(folder):
+            return Path(folder, "vcloze_jax")
+    return Path(tempfile.gettempdir(), f"vcloze_jax_{os.getuid()}")
 
 
 def named_preset(folder):
