@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 
 import sample
 import train
+from ports import __main__ as ports
 from vcloze_jax.config import PRESETS, UserError
 from vcloze_jax.inputs.runfolder import Log
 from vcloze_jax.programs import spent
@@ -244,6 +245,26 @@ def test_adapter_while_it_trains(home, tmp_path):
     assert any(np.abs(last[key]).max() > np.abs(average[key]).max() > 0 for key in last)
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_adapter_of_a_checkpoint(home, tmp_path, ema, capsys):
+    """`python -m ports lora` writes the adapter of any step that is still there, its average where
+    there is one: the file that the run wrote then, to the bit but for the header's note."""
+    out = tmp_path / "run"
+    assert train.main(flags(home, out, steps=1, save_every=1, ema=ema)) == 0
+    written = (out / "lora.safetensors").rename(tmp_path / "first.safetensors")
+    assert train.main(flags(home, out, steps=2, save_every=1, ema=ema)) == 0
+    for step, file in ((1, written), (2, out / "lora.safetensors")):
+        exported = tmp_path / f"{step}.safetensors"
+        argv = ["lora", str(out / f"checkpoints/{step}"), "--to", "diffusers", "--out"]
+        assert ports.main([*argv, str(exported)]) == 0, capsys.readouterr().err
+        ours, theirs = load_file(exported), load_file(file)
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+        note = safe_open(exported, "numpy").metadata()
+        assert (note["step"], note["weights"]) == (str(step), "average" if ema else "last")
+        assert ema or exported.read_bytes() == file.read_bytes()
+
+
 def test_average_resumes(home, tmp_path):
     """An average goes on where it was, to the bit."""
     for steps in ((4,), (2, 4)):
@@ -335,10 +356,14 @@ def test_failed_start_is_no_run(unbroken, home, tmp_path):
 # --- every weight ---
 
 
-def test_rank_0(home, tmp_path):
-    """With rank 0 the MMDiT itself is trained, and RUN/weights is a folder that sample.py takes."""
+def test_rank_0(home, tmp_path, capsys):
+    """With rank 0 the MMDiT itself is trained, and RUN/weights is a folder that sample.py takes;
+    there is no adapter to export."""
     change = dict(rank=0, mesh=1, batch=2, steps=1)
     assert train.main(flags(home, tmp_path / "run", **change)) == 0
+    argv = [tmp_path / "run/checkpoints/1", "--to", "kohya", "--out", tmp_path / "a.safetensors"]
+    assert ports.main(["lora", *map(str, argv)]) == 2
+    assert "trains every weight; it has no adapter" in capsys.readouterr().err
     before, after = home / "weights", tmp_path / "run/weights"
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         assert changed(before / part, after / part) == (part == "transformer"), part
