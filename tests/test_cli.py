@@ -140,6 +140,8 @@ def test_help(call, main):
         ("--data none", "--data none: no such data"),
         ("--data file", "file: line 1: is not JSON"),
         ("--data bad.json", "bad.json: line 1: image[0][1]: "),
+        ("--tensorboard", "--tensorboard: pip install tensorboardX, please"),
+        ("--profile 0", "argument --profile: invalid positive_int value: '0'"),
         ("--out file", "file: not a run of train.py"),
         ("--out .", ".: not a run of train.py, and not empty"),
         ("--out odd", "odd: not a run of train.py, and not empty"),
@@ -148,6 +150,7 @@ def test_help(call, main):
 def test_train_refuses(folder, call, monkeypatch, argv, message):
     """Wrong flags are told before JAX is imported, and no run is begun."""
     monkeypatch.chdir(folder)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # as if it were missing
     assert_refused(call(train.main, argv), message)
     assert not (folder / "runs").exists()
 

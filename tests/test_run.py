@@ -23,16 +23,15 @@ from safetensors.numpy import load_file
 import sample
 import train
 from ports import __main__ as ports
+from vcloze_jax import plan
 from vcloze_jax.config import PRESETS, UserError
-from vcloze_jax.inputs.runfolder import Log
-from vcloze_jax.programs import spent
 from vcloze_jax.step import init_state, learning_rate, make_optimizer, make_step
 from vcloze_jax.storage import adapters, checkpoint, weights
 
 ROOT = Path(__file__).parents[1]
 SUBJECTS = "crab", "magnet", "skier"
 VIEWS = ("edges", "fluent_3d")
-TIMELESS = dict(seconds=0, grids_per_second=0)
+TIMELESS = dict(seconds=0, grids_per_second=0, tflops=0, mfu=0)
 
 
 @pytest.fixture(scope="module")
@@ -127,17 +126,25 @@ def test_validation(unbroken):
     assert (unbroken / "losses.png").is_file()
 
 
-def test_nothing_is_compiled_later(home, tmp_path, monkeypatch):
-    """All programs of a run are there when its first step has been painted."""
-    counts, write = [], Log.write
+def test_nothing_is_compiled_later(home, tmp_path, capsys):
+    """All programs of a run are there when its first step is done, those of previews and saves too,
+    also where it goes on; it says so in the end."""
+    for steps, first in ((3, 1), (6, 4)):
+        jax.clear_caches()
+        run = flags(home, tmp_path / "run", steps=steps, preview_every=2, save_every=2, profile=1)
+        assert train.main(run) == 0
+        assert (tmp_path / "run/profile").exists()
+        assert f"\nno programs were compiled after step {first}\n" in capsys.readouterr().out
 
-    def count(log, record):
-        counts.append(spent["programs"])
-        write(log, record)
 
-    monkeypatch.setattr(Log, "write", count)
-    assert train.main(flags(home, tmp_path / "run", preview_every=1, save_every=2)) == 0
-    assert counts[3] == counts[-1]
+def test_speed(unbroken):
+    """TFLOP/s are the MMDiT's gradient of eight grids; of a CPU no peak is known."""
+    preset = replace(tiny.TINY, flux=replace(tiny.TINY.flux, rank=4))
+    needed, done = plan.gradient_flops(preset, 2 * 2 * (32 // 16) ** 2)
+    assert needed == done > 2 * plan.flux_flops(preset, 16)
+    for line in metrics(unbroken):
+        speed = 8 * done / line["seconds"] / 1e12
+        assert line["tflops"] == pytest.approx(speed, rel=0.01) and "mfu" not in line
 
 
 def test_adapter(unbroken, home, tmp_path):

@@ -9,6 +9,7 @@ import threading
 import traceback
 from contextlib import suppress
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from vcloze_jax.config import PRESETS, Recipe, UserError, flag
@@ -30,6 +31,25 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message}; --help lists the flags")
+
+
+class PackageFlag(argparse.Action):
+    """A switch for what needs a package that not everybody has: its `const`."""
+
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, dest, nargs=0, default=False, **options)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if find_spec(self.const) is None:
+            raise UserError(f"{option_string}: pip install {self.const}, please")
+        setattr(namespace, self.dest, True)
+
+
+def positive_int(text):
+    """A whole number from 1, as a type of argparse."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def add_model_flags(parser):

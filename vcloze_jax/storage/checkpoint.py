@@ -80,8 +80,12 @@ def save(folder: str | Path, step: int, state, *, keep: int = KEPT) -> None:
     arrays = {k: x if isinstance(x, jax.Array) else np.asarray(x) for k, x in _named(state).items()}
     digests = {name: [_type(x), _digest(x)] for name, x in arrays.items()}
     logging.disable(logging.ERROR)  # where the disk is full, orbax logs a hundred lines per thread
+    context = ocp.Context()
+    # Or devices that hold the same would each write a part, cut by a program for every array.
+    context.array.saving.use_replica_parallel = False
     try:
-        ocp.save(draft / "arrays", arrays, overwrite=True)
+        with context:
+            ocp.save(draft / "arrays", arrays, overwrite=True)
         if jax.process_index() == 0:
             _write_digests(draft, digests)
             _flush(draft)
@@ -149,8 +153,9 @@ def _read(path: Path, like):
 
 def _load(path: Path, stored: dict, wanted: dict) -> dict:
     """Some arrays of a step whose files were checked, by name, as `wanted` says."""
-    loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
-    with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
         arrays = ocp.load(path / "arrays", wanted)
     for name, array in arrays.items():
         if _digest(array) != stored[name][1]:
