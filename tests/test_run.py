@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +146,20 @@ def test_speed(unbroken):
     for line in metrics(unbroken):
         speed = 8 * done / line["seconds"] / 1e12
         assert line["tflops"] == pytest.approx(speed, rel=0.01) and "mfu" not in line
+
+
+def test_share_of_the_peak():
+    """MFU is the gradient's FLOPs as a share of what all devices could do; what remat does again is
+    in the TFLOP/s alone."""
+    device = SimpleNamespace(device_kind="NVIDIA H200")
+    mesh = SimpleNamespace(size=4, devices=np.array([device] * 4))
+    preset = replace(tiny.TINY, flux=replace(tiny.TINY.flux, rank=4, remat=True))
+    needed, done = plan.gradient_flops(preset, 16)
+    assert done == needed + plan.flux_flops(preset, 16)
+    seconds = 2 * needed / (4 * 989e12 * 0.4)  # of two grids at 40 % of the peak
+    speed = plan.training_speed(preset, [16, 16], seconds, mesh)
+    assert speed["mfu"] == 0.4
+    assert speed["tflops"] == pytest.approx(0.4 * 4 * 989 * done / needed, rel=1e-3)
 
 
 def test_adapter(unbroken, home, tmp_path):
