@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from runs import ROOT, assert_same_run, flags, make_home, metrics, previews
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -29,29 +29,11 @@ from vcloze_jax.config import PRESETS, UserError
 from vcloze_jax.step import init_state, learning_rate, make_optimizer, make_step
 from vcloze_jax.storage import adapters, checkpoint, weights
 
-ROOT = Path(__file__).parents[1]
-SUBJECTS = "crab", "magnet", "skier"
-VIEWS = ("edges", "fluent_3d")
-TIMELESS = dict(seconds=0, grids_per_second=0, tflops=0, mfu=0)
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """weights/, and grids.jsonl: three grids of two rows, their truth included."""
-    home = tmp_path_factory.mktemp("home")
-    tiny.weights_folder(home / "weights")
-    folder = ROOT / "examples/pictures"
-    rows = [[f"{folder}/{subject}_{view}.png" for view in VIEWS] for subject in SUBJECTS]
-    grids = [{"image": [rows[i - 1], rows[i]], "task_prompt": "Draw."} for i in range(3)]
-    (home / "grids.jsonl").write_text("".join(json.dumps(grid) + "\n" for grid in grids))
-    return home
-
-
-def flags(home, out, **changes):
-    """The command of the run, with changes."""
-    table = dict(weights=home / "weights", data=home / "grids.jsonl", resolution=32, mesh=8)
-    table |= dict(rank=4, lr=0.05, batch=8, steps=6, save_every=2, preview_every=3, out=out)
-    return [f"--{key.replace('_', '-')}={value}" for key, value in (table | changes).items()]
+    """The weights and the grids of the run."""
+    return make_home(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")
@@ -59,26 +41,6 @@ def unbroken(home):
     """The folder of the run that nothing happened to."""
     assert train.main(flags(home, home / "unbroken")) == 0
     return home / "unbroken"
-
-
-def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_run(out, unbroken):
-    """Metrics but seconds, the previews and the adapter are equal to the last bit."""
-    timeless = [[line | TIMELESS for line in metrics(folder)] for folder in (out, unbroken)]
-    assert timeless[0] == timeless[1]
-    logs = [(folder / "validation.jsonl").read_text() for folder in (out, unbroken)]
-    assert logs[0] == logs[1]
-    for file in previews(unbroken):
-        assert (out / "previews" / file.name).read_bytes() == file.read_bytes(), file.name
-    adapters = [(folder / "lora.safetensors").read_bytes() for folder in (out, unbroken)]
-    assert adapters[0] == adapters[1]
-
-
-def previews(out):
-    return sorted((out / "previews").iterdir())
 
 
 # --- what a run writes ---

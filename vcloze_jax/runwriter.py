@@ -30,8 +30,8 @@ SILENT, PATIENCE = 1e-3, 200  # share of the velocities, and steps before that i
 class RunWriter:
     """Writes a run into its folder: the `run` of the training loop.
 
-    While it is entered, a signal asks for a halt. `folder` is that of the weights; `tensorboard`
-    says whether to write for it, `profile` how many steps to trace.
+    From `prepare` until it is left, a signal asks for a halt. `folder` is that of the weights;
+    `tensorboard` says whether to write for it, `profile` how many steps to trace.
     """
 
     def __init__(self, run, trainer, source, folder, *, tensorboard=False, profile=0):
@@ -53,7 +53,7 @@ class RunWriter:
         self.first, self.programs = None, 0  # step of this process, and programs at its end
 
     def __enter__(self):
-        for each in (self.stop, closing(self.bar), closing(self.profile)):
+        for each in (closing(self.bar), closing(self.profile)):
             self.watches.enter_context(each)
         return self
 
@@ -66,7 +66,8 @@ class RunWriter:
         return self.stop.code is not None
 
     def prepare(self):
-        """Compile what the run needs, and show it as it begins."""
+        """Compile what the run needs, and show it as it begins. There is nothing to save until
+        then: a signal ends the process."""
         examples = [draw_shape(self.source, shape) for shape in self.source.shapes()]
         bar = tqdm(examples, "compiling", unit="shape", leave=False)
         largest = self.trainer.compile(bar)
@@ -84,6 +85,7 @@ class RunWriter:
             f"{spent['programs']} programs in {spent['seconds']:.0f} s; a micro-batch takes "
             f"{plan.si(largest, 'B')} beside weights and state"
         )
+        self.watches.enter_context(self.stop)
 
     def write(self, sent, seconds):
         """The metrics of a step, into the log, the bar, and to whoever listens to JAX."""

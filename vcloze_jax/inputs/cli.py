@@ -205,7 +205,8 @@ def watch_signals():
     def watch():
         while True:
             number = os.read(reader, 1)[0]
-            if not (Stop.entered and Stop.entered.ask(number)):
+            stop = Stop.entered  # read once: it is the other thread's to change
+            if not (stop and stop.ask(number)):
                 leave(128 + number)
 
     for number in SIGNALS:
