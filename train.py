@@ -24,6 +24,14 @@ def parse(argv):
     add("--plan", action="store_true", help="print tokens, FLOPs and bytes of a step, and exit")
     accept = "go on with a run although these are not those that it was begun with"
     add("--accept", nargs="+", choices=ORIGINS, default=[], help=accept)
+    add("--tensorboard", action=cli.PackageFlag, const="tensorboardX", help="into RUN/tensorboard")
+    add(
+        "--profile",
+        type=cli.positive_int,
+        default=0,
+        metavar="STEPS",
+        help="trace so many into RUN/profile",
+    )
     cli.add_recipe_flags(parser)
     return parser.parse_args(argv)
 
@@ -53,13 +61,15 @@ def main(argv):
     if args.plan or args.check:
         return 0
     try:
-        return learn(run, origins, preset, folder, mesh, source)
+        told = dict(tensorboard=args.tensorboard, profile=args.profile)
+        return learn(run, origins, preset, folder, mesh, source, **told)
     finally:
         run.unlock()
 
 
-def learn(run, origins, preset, folder, mesh, source):
-    """Load the models, take up the run where it stands, and train to its last step or a signal."""
+def learn(run, origins, preset, folder, mesh, source, **told):
+    """Load the models, take up the run where it stands, and train to its last step or a signal;
+    `told` says to RunWriter who watches."""
     from vcloze_jax.runwriter import RunWriter
     from vcloze_jax.storage import checkpoint
     from vcloze_jax.storage.models import load_for_training
@@ -79,15 +89,10 @@ def learn(run, origins, preset, folder, mesh, source):
     per_step = recipe.batch // recipe.group
     span = trainer.step * per_step, recipe.steps * per_step
     groups = draw_groups(source, recipe.seed, recipe.group, *span)
-    with RunWriter(run, trainer, source, folder) as writer:
+    with RunWriter(run, trainer, source, folder, **told) as writer:
         writer.prepare()
         train(trainer, groups, writer)
-    if trainer.step == recipe.steps:
-        written = "lora.safetensors" if recipe.rank else "weights"
-        print(f"{run.path}: finished, {written} written")
-        return 0
-    print(f"{run.path}: stopped at step {trainer.step}, saved; the same command resumes")
-    return writer.stop.code
+    return writer.conclude()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from ports import engine, export
 from ports.diagnose import PortError
-from ports.tables.namings import NAMINGS, TARGETS
+from ports.tables.namings import NAMINGS, TARGETS, Naming
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
 from vcloze_jax.inputs.terminal import guard_streams, tell_error
@@ -33,11 +33,13 @@ def main(argv=None) -> int:
 
 
 def run_lora(argv) -> str:
-    """`python -m ports lora FILE --to NAMING --out FILE`: an adapter in another naming."""
+    """`python -m ports lora FILE --to NAMING --out FILE`: an adapter in another naming; FILE may be
+    a run's checkpoint, too."""
     parser = argparse.ArgumentParser("python -m ports lora", description=export.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("file", type=Path, metavar="FILE", help="an adapter in any naming that is known")
+    known = "an adapter in any naming that is known, or a folder RUN/checkpoints/STEP"
+    add("file", type=Path, metavar="FILE", help=known)
     add("--to", choices=TARGETS, required=True, help="the naming to write")
     add("--out", type=Path, metavar="FILE", required=True)
     args = parser.parse_args(argv)
@@ -46,12 +48,30 @@ def run_lora(argv) -> str:
         ending = f"--to {args.to} writes a file that ends in {naming.ending}"
         raise UserError(f"--out {args.out}: {ending}")
     try:
-        count = export.convert_adapter(args.file, naming, args.out)
+        step = args.file.resolve().name
+        if args.file.is_dir() and step.isdecimal():
+            count = export_checkpoint(args.file, step, naming, args.out)
+        else:
+            count = export.convert_adapter(args.file, naming, args.out)
     except PortError as error:
         raise UserError(f"{args.file}: {error}") from error
     except OSError as error:
         raise UserError(describe_with_file(error, args.file)) from error
     return f"{args.out}: {count} linear layers in {naming.title} naming"
+
+
+def export_checkpoint(folder: Path, step: str, naming: Naming, out: Path) -> int:
+    """Write the adapter that a run had learnt by a step, its average where it has one, as
+    `write_adapter` says; UserError if the folder is not a step of a run that has an adapter."""
+    from vcloze_jax.storage.checkpoint import load_group  # JAX from here on
+
+    average = load_group(folder, "average/flux/")
+    arrays = average or load_group(folder, "trainable/flux/")
+    if not any(path.endswith("/lora_a") for path in arrays):
+        raise UserError(f"{folder}: of a run that trains every weight; it has no adapter")
+    norms = {path: array for path, array in arrays.items() if path.endswith("/scale")}
+    note = {"step": step, "weights": "average" if average else "last"}
+    return export.write_adapter(out, naming, export.to_branches(arrays), norms, note)
 
 
 def run_folder(argv) -> str:

@@ -188,21 +188,76 @@ def test_mismatch(tmp_path, like, message):
         checkpoint.restore(tmp_path, like)
 
 
-def test_space(tmp_path, monkeypatch):
-    """A run starts only where two checkpoints fit, counted from the shapes alone."""
+@pytest.mark.parametrize("steps, more", [(0, 3), (1, 2), (2, 1), (5, 1)])
+def test_space(tmp_path, monkeypatch, steps, more):
+    """A run starts only where three checkpoints fit, which lie there while one is written, those
+    that are there already counted in; all of it from the shapes alone."""
+    for step in range(steps):
+        (tmp_path / str(step)).mkdir()
     like = {"a": jax.ShapeDtypeStruct((1000, 1000), jnp.bfloat16)}
-    usage = checkpoint.shutil.disk_usage(tmp_path)
-    for free in (4_000_000, 3_999_999):
-        monkeypatch.setattr(
-            checkpoint.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free)
-        )
-        if free == 4_000_000:
-            checkpoint.check_space(tmp_path / "new", like)
-    with pytest.raises(UserError, match="4.0 MB are free, two checkpoints take 4.0 MB"):
+    usage, free = checkpoint.shutil.disk_usage(tmp_path), more * 2_000_000
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=free))
+    checkpoint.check_space(tmp_path, like)
+    free -= 1
+    sizes = f"{2 * more}.0 MB are free, {2 * more}.0 MB more will be taken by 3 checkpoints"
+    with pytest.raises(UserError, match=sizes):
         checkpoint.check_space(tmp_path, like)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/sub: cannot hold checkpoints"):
         checkpoint.check_space(tmp_path / "file" / "sub", like)
+
+
+def test_what_is_said_to_be_needed_is_taken(tmp_path, monkeypatch):
+    """While a third step is written, three lie there."""
+    counts, write = [], checkpoint._write_digests
+
+    def count(path, arrays):
+        counts.append(len(list(tmp_path.glob("*/arrays"))))
+        write(path, arrays)
+
+    monkeypatch.setattr(checkpoint, "_write_digests", count)
+    for step in range(5):
+        checkpoint.save(tmp_path, step, {"a": jnp.ones(4)})
+    assert counts == [1, 2, 3, 3, 3] and checkpoint.KEPT + 1 == 3
+
+
+def test_saved_is_verified(tmp_path, monkeypatch):
+    """A step that the disk does not hold as it was written is refused by name before any older one
+    goes, and is none."""
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {"a": jnp.full(4, step)})
+    write = checkpoint._write_digests
+
+    def damage(path, arrays):
+        write(path, arrays)
+        file = max((path / "arrays").rglob("*"), key=lambda f: f.is_file() and f.stat().st_size)
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+
+    monkeypatch.setattr(checkpoint, "_write_digests", damage)
+    for step in (2, 3):
+        with pytest.raises(UserError, match=f"step {step} cannot be saved: file arrays/.* is not"):
+            checkpoint.save(tmp_path, step, {"a": jnp.full(4, 9)})
+        assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+    step, state = checkpoint.restore(tmp_path, {"a": jnp.full(4, 0)})
+    assert step == 2 and (state["a"] == 2).all()
+
+
+def test_group(finished, tmp_path):
+    """Arrays of one name's beginning are read without knowing the others, to the bit; a step that
+    is damaged is refused."""
+    folder, states = finished
+    arrays = checkpoint.load_group(folder / "2", "0/")
+    assert_equal(
+        arrays,
+        {
+            "double/lora_a": np.asarray(states[2][0]["double"]["lora_a"]),
+            "single/lora_b": np.asarray(states[2][0]["single"]["lora_b"]),
+        },
+    )
+    assert checkpoint.load_group(folder / "2", "7/") == {}
+    (tmp_path / "3").mkdir()
+    with pytest.raises(UserError, match="3: no intact checkpoint .*digests.*; take another step"):
+        checkpoint.load_group(tmp_path / "3", "0/")
 
 
 def test_disk_full(tmp_path, capfd):

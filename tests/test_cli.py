@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zlib
@@ -16,6 +17,7 @@ import train
 from vcloze_jax import evaluate
 from vcloze_jax.config import MINI, PRESETS, Recipe, UserError
 from vcloze_jax.inputs import cli
+from vcloze_jax.inputs.metrics import draw_curves
 from vcloze_jax.inputs.pictures import save_png
 from vcloze_jax.inputs.runfolder import FREE, ORIGINS, Log, RunFolder
 from vcloze_jax.storage import places
@@ -145,6 +147,8 @@ def test_help(call, main):
         ("--data none", "--data none: no such data"),
         ("--data file", "file: line 1: is not JSON"),
         ("--data bad.json", "bad.json: line 1: image[0][1]: "),
+        ("--tensorboard", "--tensorboard: pip install tensorboardX, please"),
+        ("--profile 0", "argument --profile: invalid positive_int value: '0'"),
         ("--out file", "file: not a run of train.py"),
         ("--out .", ".: not a run of train.py, and not empty"),
         ("--out odd", "odd: not a run of train.py, and not empty"),
@@ -157,6 +161,7 @@ def test_help(call, main):
 def test_train_refuses(folder, call, monkeypatch, argv, message):
     """Wrong flags are told before JAX is imported, and no run is begun."""
     monkeypatch.chdir(folder)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # as if it were missing
     assert_refused(call(train.main, argv), message)
     assert not (folder / "runs").exists()
 
@@ -276,6 +281,30 @@ def test_older_identity(begun):
     run.config.write_text(json.dumps(entries | {"bend": 1}))
     with pytest.raises(UserError, match="not a run's settings .*bend"):
         run.compare(recipe)
+
+
+GOLDEN = ROOT / "tests/data/golden_run"  # as version 0.1.0 wrote it, but for the weights' path
+
+
+def test_golden_run(tmp_path):
+    """A run that an earlier version wrote is read by every later one: the same flags go on with it,
+    from the step that it has, others are refused by name, and its curves are drawn."""
+    argv = "--weights weights --data grids.jsonl --resolution 32 --rank 1 --lr 0.05 --batch 2"
+    recipe = cli.read_recipe(train.parse([*argv.split(), "--steps", "3"]))
+    run = RunFolder(shutil.copytree(GOLDEN, tmp_path / "run"))
+    run.compare(recipe)
+    with pytest.raises(UserError, match=r"clip is 2.0, this command says 3.0"):
+        run.compare(replace(recipe, clip=3.0))
+    origins = json.loads(run.config.read_text())["origins"]
+    run.compare_origins(recipe, origins, [])
+    with pytest.raises(UserError, match="data is 'grids.jsonl of digest .*--accept data"):
+        run.compare_origins(recipe, origins | {"data": "2"}, [])
+    Log(run.metrics, 2)
+    assert run.metrics.read_bytes() == (GOLDEN / "metrics.jsonl").read_bytes()
+    draw_curves(run.metrics, run.validation, run.curves)
+    assert run.curves.stat().st_size
+    Log(run.metrics, 1)
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1]
 
 
 def test_identity_as_a_command(begun, call):

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,40 +17,23 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from runs import ROOT, assert_same_run, flags, make_home, metrics, previews
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import sample
 import train
+from ports import __main__ as ports
+from vcloze_jax import plan
 from vcloze_jax.config import PRESETS, UserError
-from vcloze_jax.inputs.runfolder import Log
-from vcloze_jax.programs import spent
 from vcloze_jax.step import init_state, learning_rate, make_optimizer, make_step
 from vcloze_jax.storage import adapters, checkpoint, weights
-
-ROOT = Path(__file__).parents[1]
-SUBJECTS = "crab", "magnet", "skier"
-VIEWS = ("edges", "fluent_3d")
-TIMELESS = dict(seconds=0, grids_per_second=0)
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """weights/, and grids.jsonl: three grids of two rows, their truth included."""
-    home = tmp_path_factory.mktemp("home")
-    tiny.weights_folder(home / "weights")
-    folder = ROOT / "examples/pictures"
-    rows = [[f"{folder}/{subject}_{view}.png" for view in VIEWS] for subject in SUBJECTS]
-    grids = [{"image": [rows[i - 1], rows[i]], "task_prompt": "Draw."} for i in range(3)]
-    (home / "grids.jsonl").write_text("".join(json.dumps(grid) + "\n" for grid in grids))
-    return home
-
-
-def flags(home, out, **changes):
-    """The command of the run, with changes."""
-    table = dict(weights=home / "weights", data=home / "grids.jsonl", resolution=32, mesh=8)
-    table |= dict(rank=4, lr=0.05, batch=8, steps=6, save_every=2, preview_every=3, out=out)
-    return [f"--{key.replace('_', '-')}={value}" for key, value in (table | changes).items()]
+    """The weights and the grids of the run."""
+    return make_home(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")
@@ -58,26 +41,6 @@ def unbroken(home):
     """The folder of the run that nothing happened to."""
     assert train.main(flags(home, home / "unbroken")) == 0
     return home / "unbroken"
-
-
-def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_run(out, unbroken):
-    """Metrics but seconds, the previews and the adapter are equal to the last bit."""
-    timeless = [[line | TIMELESS for line in metrics(folder)] for folder in (out, unbroken)]
-    assert timeless[0] == timeless[1]
-    logs = [(folder / "validation.jsonl").read_text() for folder in (out, unbroken)]
-    assert logs[0] == logs[1]
-    for file in previews(unbroken):
-        assert (out / "previews" / file.name).read_bytes() == file.read_bytes(), file.name
-    adapters = [(folder / "lora.safetensors").read_bytes() for folder in (out, unbroken)]
-    assert adapters[0] == adapters[1]
-
-
-def previews(out):
-    return sorted((out / "previews").iterdir())
 
 
 # --- what a run writes ---
@@ -126,17 +89,39 @@ def test_validation(unbroken):
     assert (unbroken / "losses.png").is_file()
 
 
-def test_nothing_is_compiled_later(home, tmp_path, monkeypatch):
-    """All programs of a run are there when its first step has been painted."""
-    counts, write = [], Log.write
+def test_nothing_is_compiled_later(home, tmp_path, capsys):
+    """All programs of a run are there when its first step is done, those of previews and saves too,
+    also where it goes on; it says so in the end."""
+    for steps, first in ((3, 1), (6, 4)):
+        jax.clear_caches()
+        run = flags(home, tmp_path / "run", steps=steps, preview_every=2, save_every=2, profile=1)
+        assert train.main(run) == 0
+        assert (tmp_path / "run/profile").exists()
+        assert f"\nno programs were compiled after step {first}\n" in capsys.readouterr().out
 
-    def count(log, record):
-        counts.append(spent["programs"])
-        write(log, record)
 
-    monkeypatch.setattr(Log, "write", count)
-    assert train.main(flags(home, tmp_path / "run", preview_every=1, save_every=2)) == 0
-    assert counts[3] == counts[-1]
+def test_speed(unbroken):
+    """TFLOP/s are the MMDiT's gradient of eight grids; of a CPU no peak is known."""
+    preset = replace(tiny.TINY, flux=replace(tiny.TINY.flux, rank=4))
+    needed, done = plan.gradient_flops(preset, 2 * 2 * (32 // 16) ** 2)
+    assert needed == done > 2 * plan.flux_flops(preset, 16)
+    for line in metrics(unbroken):
+        speed = 8 * done / line["seconds"] / 1e12
+        assert line["tflops"] == pytest.approx(speed, rel=0.01) and "mfu" not in line
+
+
+def test_share_of_the_peak():
+    """MFU is the gradient's FLOPs as a share of what all devices could do; what remat does again is
+    in the TFLOP/s alone."""
+    device = SimpleNamespace(device_kind="NVIDIA H200")
+    mesh = SimpleNamespace(size=4, devices=np.array([device] * 4))
+    preset = replace(tiny.TINY, flux=replace(tiny.TINY.flux, rank=4, remat=True))
+    needed, done = plan.gradient_flops(preset, 16)
+    assert done == needed + plan.flux_flops(preset, 16)
+    seconds = 2 * needed / (4 * 989e12 * 0.4)  # of two grids at 40 % of the peak
+    speed = plan.training_speed(preset, [16, 16], seconds, mesh)
+    assert speed["mfu"] == 0.4
+    assert speed["tflops"] == pytest.approx(0.4 * 4 * 989 * done / needed, rel=1e-3)
 
 
 def test_adapter(unbroken, home, tmp_path):
@@ -244,6 +229,26 @@ def test_adapter_while_it_trains(home, tmp_path):
     assert any(np.abs(last[key]).max() > np.abs(average[key]).max() > 0 for key in last)
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_adapter_of_a_checkpoint(home, tmp_path, ema, capsys):
+    """`python -m ports lora` writes the adapter of any step that is still there, its average where
+    there is one: the file that the run wrote then, to the bit but for the header's note."""
+    out = tmp_path / "run"
+    assert train.main(flags(home, out, steps=1, save_every=1, ema=ema)) == 0
+    written = (out / "lora.safetensors").rename(tmp_path / "first.safetensors")
+    assert train.main(flags(home, out, steps=2, save_every=1, ema=ema)) == 0
+    for step, file in ((1, written), (2, out / "lora.safetensors")):
+        exported = tmp_path / f"{step}.safetensors"
+        argv = ["lora", str(out / f"checkpoints/{step}"), "--to", "diffusers", "--out"]
+        assert ports.main([*argv, str(exported)]) == 0, capsys.readouterr().err
+        ours, theirs = load_file(exported), load_file(file)
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+        note = safe_open(exported, "numpy").metadata()
+        assert (note["step"], note["weights"]) == (str(step), "average" if ema else "last")
+        assert ema or exported.read_bytes() == file.read_bytes()
+
+
 def test_average_resumes(home, tmp_path):
     """An average goes on where it was, to the bit."""
     for steps in ((4,), (2, 4)):
@@ -335,10 +340,14 @@ def test_failed_start_is_no_run(unbroken, home, tmp_path):
 # --- every weight ---
 
 
-def test_rank_0(home, tmp_path):
-    """With rank 0 the MMDiT itself is trained, and RUN/weights is a folder that sample.py takes."""
+def test_rank_0(home, tmp_path, capsys):
+    """With rank 0 the MMDiT itself is trained, and RUN/weights is a folder that sample.py takes;
+    there is no adapter to export."""
     change = dict(rank=0, mesh=1, batch=2, steps=1)
     assert train.main(flags(home, tmp_path / "run", **change)) == 0
+    argv = [tmp_path / "run/checkpoints/1", "--to", "kohya", "--out", tmp_path / "a.safetensors"]
+    assert ports.main(["lora", *map(str, argv)]) == 2
+    assert "trains every weight; it has no adapter" in capsys.readouterr().err
     before, after = home / "weights", tmp_path / "run/weights"
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         assert changed(before / part, after / part) == (part == "transformer"), part

@@ -32,6 +32,23 @@ REMEDIES = {
     "its moments": f"a lower --rank, or {MESH}",
 }
 
+# Dense bfloat16 FLOP/s by device_kind, summed in float32, from the vendors' data sheets. Of cards
+# whose kind is not exactly one of these (PCIe or MIG variants, say) no peak is known.
+PEAKS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "TPU v5 lite": 197e12,  # v5e
+    "TPU v5": 459e12,  # v5p
+    "TPU v6 lite": 918e12,  # v6e
+}
+
 
 def sampling(preset, specs, mesh):
     """What painting specs costs, as text."""
@@ -85,8 +102,7 @@ def training(preset, settings, data, mesh):
     rows, grids = largest(data), micro_size(settings, mesh) // shards
     tokens = sum(map(math.prod, rows)) // PATCH**2
     encoded = Counter((*rows, rows[-1]))  # the query a second time, blanked
-    total = flux_flops(preset, tokens, learning=True)
-    total += flux_flops(preset, tokens) * preset.flux.remat  # each block runs once more
+    _, total = gradient_flops(preset, tokens)
     # A gradient of all weights takes twice the work of what it is the gradient of.
     total += text_flops(preset) * (3 if settings.from_scratch else 1)
     total += sum(n * flops(lower_vae(preset, VAE.moments, row)) for row, n in encoded.items())
@@ -154,6 +170,25 @@ def flux_flops(preset, tokens, learning=False):
     preset = replace(preset, flux=replace(preset.flux, remat=False))
     program, *shapes = flux_program(preset, 1, tokens, learning)
     return flops(jax.jit(program).lower(*shapes))
+
+
+def gradient_flops(preset, tokens):
+    """Of the MMDiT in a training step, for one grid: what its gradient needs, and what is done for
+    it, which is more where remat runs each block once more."""
+    needed = flux_flops(preset, tokens, learning=True)
+    return needed, needed + flux_flops(preset, tokens) * preset.flux.remat
+
+
+def training_speed(preset, tokens, seconds, mesh):
+    """TFLOP/s of all devices in a step over grids of so many tokens each and, where their peak is
+    known, the share of it that the gradient needs: MFU as PaLM has it (Chowdhery et al. 2022,
+    appendix B), which leaves out what remat does again. Both count the MMDiT alone."""
+    counts = [gradient_flops(preset, count) for count in tokens]
+    needed, done = (sum(flops) / seconds for flops in zip(*counts, strict=True))
+    speed = {"tflops": float(f"{done / 1e12:.4g}")}
+    if peak := PEAKS.get(mesh.devices.flat[0].device_kind):
+        speed["mfu"] = round(needed / (peak * mesh.size), 4)
+    return speed
 
 
 def flux_temporaries(preset, grids, tokens, mesh, learning=False):

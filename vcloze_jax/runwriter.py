@@ -1,5 +1,7 @@
 """What a training run tells while it lasts: metrics, previews, curves, adapters and checkpoints."""
 
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from itertools import takewhile
 
 import jax
@@ -19,6 +21,7 @@ from vcloze_jax.sharding import compute_dtype
 from vcloze_jax.storage import checkpoint
 from vcloze_jax.storage.models import save_trained
 from vcloze_jax.storage.textreader import TextReader
+from vcloze_jax.watchers import Profile, tell_tensorboard
 
 VALIDATION = 3  # groups of held-out grids
 SILENT, PATIENCE = 1e-3, 200  # share of the velocities, and steps before that is called silent
@@ -27,10 +30,11 @@ SILENT, PATIENCE = 1e-3, 200  # share of the velocities, and steps before that i
 class RunWriter:
     """Writes a run into its folder: the `run` of the training loop.
 
-    While it is entered, a signal asks for a halt. `folder` is that of the weights.
+    From `prepare` until it is left, a signal asks for a halt. `folder` is that of the weights;
+    `tensorboard` says whether to write for it, `profile` how many steps to trace.
     """
 
-    def __init__(self, run, trainer, source, folder):
+    def __init__(self, run, trainer, source, folder, *, tensorboard=False, profile=0):
         self.run, self.trainer, self.source, self.folder = run, trainer, source, folder
         self.log, self.stop = Log(run.metrics, trainer.step), Stop()
         self.validation = Log(run.validation, trainer.step)
@@ -41,14 +45,20 @@ class RunWriter:
         self.specs = [Spec(e.grid, e.prompt, *how, seed) for seed, e in examples]
         total = trainer.recipe.steps
         self.bar = tqdm(total=total, initial=trainer.step, unit="step", dynamic_ncols=True)
+        self.profile = Profile(run.path / "profile", profile, trainer.step)
+        self.annotate, self.watches = self.profile.annotate, ExitStack()
+        if tensorboard:
+            told = tell_tensorboard(run.path / "tensorboard", trainer.step)
+            self.watches.enter_context(told)
+        self.first, self.programs = None, 0  # step of this process, and programs at its end
 
     def __enter__(self):
-        self.stop.__enter__()
+        for each in (closing(self.bar), closing(self.profile)):
+            self.watches.enter_context(each)
         return self
 
-    def __exit__(self, kind, *_):
-        self.bar.close()
-        self.stop.__exit__()
+    def __exit__(self, kind, *error):
+        self.watches.__exit__(kind, *error)
         if kind is FloatingPointError and self.trainer.step:
             self.save()
 
@@ -56,33 +66,51 @@ class RunWriter:
         return self.stop.code is not None
 
     def prepare(self):
-        """Compile what the run needs, and show it as it begins."""
-        shapes = tqdm(self.source.shapes(), "compiling", unit="shape", leave=False)
-        largest = self.trainer.compile(draw_shape(self.source, shape) for shape in shapes)
+        """Compile what the run needs, and show it as it begins. There is nothing to save until
+        then: a signal ends the process."""
+        examples = [draw_shape(self.source, shape) for shape in self.source.shapes()]
+        bar = tqdm(examples, "compiling", unit="shape", leave=False)
+        largest = self.trainer.compile(bar)
+        self.measure([example.grid.tokens for example in examples], 1)  # counts, remembered
         group = self.trainer.recipe.group
         groups = draw_validation(self.source.held_out(), group, VALIDATION)
         self.questions = self.trainer.ask_fixed(groups)
+        if self.trainer.recipe.rank:
+            self.bases = self.paint(self.trainer.base_models())
         if self.trainer.step == 0:
             self.preview()
+        else:
+            self.trainer.validate(self.questions)  # compiled, too
         print(
             f"{spent['programs']} programs in {spent['seconds']:.0f} s; a micro-batch takes "
             f"{plan.si(largest, 'B')} beside weights and state"
         )
+        self.watches.enter_context(self.stop)
 
     def write(self, sent, seconds):
         """The metrics of a step, into the log, the bar, and to whoever listens to JAX."""
-        record = summarise(sent, seconds, self.trainer.recipe.loss_region)
+        if self.first is None:
+            self.first, self.programs = sent.step, spent["programs"]
+        speed = self.measure([tokens for _, _, tokens in sent.kinds], seconds)
+        record = summarise(sent, seconds, self.trainer.recipe.loss_region, speed)
         self.log.write(record)
         tell_listeners("train", record)
-        shown = {key: f"{record[key]:.3g}" for key in ("loss", "grad_norm", "grids_per_second")}
+        shown = "loss", "grad_norm", "grids_per_second", "tflops", "mfu"
+        shown = {key: f"{record[key]:.3g}" for key in shown if key in record}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
+        self.profile.note_end(sent.step)
+
+    def measure(self, tokens, seconds):
+        """The speed of a step over grids of so many tokens each."""
+        preset = self.trainer.preset
+        preset = replace(preset, flux=replace(preset.flux, rank=preset.recipe.rank))
+        return plan.training_speed(preset, tokens, seconds, self.trainer.mesh)
 
     def preview(self):
         """Paint what is learnt, beside the base and the truth; measure it on held-out grids."""
         columns = {}
         if self.trainer.recipe.rank:
-            self.bases = self.bases or self.paint(self.trainer.base_models())
             columns["base"] = self.bases
         columns["adapter" if columns else "model"] = self.paint(self.trainer.models())
         if self.stopped():
@@ -115,6 +143,19 @@ class RunWriter:
         """The adapter, then the checkpoint: a run whose last step is saved is complete."""
         save_trained(self.run, self.trainer, self.folder)
         checkpoint.save(self.run.checkpoints, self.trainer.step, self.trainer.state)
+
+    def conclude(self):
+        """Say how the run ended -> the exit code."""
+        recipe, step = self.trainer.recipe, self.trainer.step
+        if self.first:
+            count = spent["programs"] - self.programs
+            print(f"{count or 'no'} programs were compiled after step {self.first}")
+        if step < recipe.steps:
+            print(f"{self.run.path}: stopped at step {step}, saved; the same command resumes")
+            return self.stop.code
+        written = "lora.safetensors" if recipe.rank else "weights"
+        print(f"{self.run.path}: finished, {written} written")
+        return 0
 
 
 def tell_listeners(what, record):

@@ -44,7 +44,7 @@ class Sent(NamedTuple):
     step: int
     start: float  # when it was sent, in seconds of time.perf_counter
     lr: float
-    kinds: list[tuple[str, int]]  # of every grid: its task's kind, its number of rows
+    kinds: list[tuple[str, int, int]]  # of every grid: its task's kind, how many rows and tokens
     times: list[jax.Array]  # float32 [B] of every micro-batch
     losses: list[dict[str, jax.Array]]  # by region, float32 [B]
     norms: dict[str, jax.Array]  # of the gradient, by kind of block
@@ -137,7 +137,7 @@ class Trainer:
         key, kinds, times, losses = purpose_key(recipe.seed, "draws"), [], [], []
         for first in range(self.step * recipe.batch, (self.step + 1) * recipe.batch, recipe.group):
             group = next(groups)
-            kinds += [(example.kind, len(example.grid.rows)) for example in group]
+            kinds += [(x.kind, len(x.grid.rows), x.grid.tokens) for x in group]
             for i in range(0, recipe.group, self.micro):
                 if stopped():
                     return None
@@ -196,11 +196,13 @@ def train(trainer, groups, run):
     work; preview, save and stop where that is due.
 
     `run` does what has to do with files: write(sent, seconds), preview(), save(); its stopped() is
-    asked before every micro-batch. All steps that were sent are written and saved in the end.
+    asked before every micro-batch, and a step is sent within its annotate(step). All steps that
+    were sent are written and saved in the end.
     """
     recipe, sent, saved, saved_at = trainer.recipe, None, trainer.step, time.monotonic()
     while trainer.step < recipe.steps and not run.stopped():
-        before, sent = sent, trainer.send(groups, run.stopped)
+        with run.annotate(trainer.step + 1):
+            before, sent = sent, trainer.send(groups, run.stopped)
         if before:
             run.write(before, trainer.wait(before))
         if sent is None:

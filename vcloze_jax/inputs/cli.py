@@ -9,6 +9,7 @@ import threading
 import traceback
 from contextlib import suppress
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from vcloze_jax.config import PRESETS, Recipe, UserError, flag
@@ -40,6 +41,25 @@ class Parser(argparse.ArgumentParser):
         if args.weights:
             args.weights = find_weights(args.weights, args.download)
         return args
+
+
+class PackageFlag(argparse.Action):
+    """A switch for what needs a package that not everybody has: its `const`."""
+
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, dest, nargs=0, default=False, **options)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if find_spec(self.const) is None:
+            raise UserError(f"{option_string}: pip install {self.const}, please")
+        setattr(namespace, self.dest, True)
+
+
+def positive_int(text):
+    """A whole number from 1, as a type of argparse."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def add_model_flags(parser):
@@ -201,7 +221,8 @@ def watch_signals():
     def watch():
         while True:
             number = os.read(reader, 1)[0]
-            if not (Stop.entered and Stop.entered.ask(number)):
+            stop = Stop.entered  # read once: it is the other thread's to change
+            if not (stop and stop.ask(number)):
                 leave(128 + number)
 
     for number in SIGNALS:

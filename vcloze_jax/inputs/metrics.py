@@ -14,9 +14,9 @@ from vcloze_jax.inputs.pictures import save_figure
 BINS = 10  # of time, of one tenth each, from the picture to noise
 
 
-def summarise(sent, seconds, region):
+def summarise(sent, seconds, region, speed):
     """What a step told that the Trainer sent and waited for -> its record, all numbers as JSON
-    holds them."""
+    holds them; `speed` is what else depends on the time that it took."""
     losses = {r: np.concatenate([np.asarray(x[r]) for x in sent.losses]) for r in sent.losses[0]}
     bins = (np.concatenate([np.asarray(t) for t in sent.times]) * BINS).astype(int)
     norms = {group: float(norm) for group, norm in sent.norms.items()}
@@ -28,11 +28,12 @@ def summarise(sent, seconds, region):
         "lr": sent.lr,
         "seconds": round(seconds, 4),
         "grids_per_second": round(len(loss) / seconds, 3),
+        **speed,
         "skipped": int(sent.skipped),
         "loss_by_region": {name: float(each.mean()) for name, each in losses.items()},
         "loss_by_time": mean_by(np.minimum(bins, BINS - 1).tolist(), loss),
-        "loss_by_examples": mean_by([rows - 1 for _, rows in sent.kinds], loss),
-        "loss_by_kind": mean_by([kind for kind, _ in sent.kinds], loss),
+        "loss_by_examples": mean_by([rows - 1 for _, rows, _ in sent.kinds], loss),
+        "loss_by_kind": mean_by([kind for kind, _, _ in sent.kinds], loss),
         "grad_norm_by_block": norms,
     }
 

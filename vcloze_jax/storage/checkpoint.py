@@ -3,7 +3,8 @@
 A step is a folder `FOLDER/STEP`; while it is written or removed its name ends in `.tmp`, so that a
 kill leaves no half step. Orbax itself does not notice a flipped bit and casts dtypes silently, so
 beside its files lies `digests`: the SHA-256 of every file, checked before orbax reads a byte of it,
-and type and SHA-256 of every array, checked against what the run needs and what orbax returns.
+and type and SHA-256 of every array, checked against what the run needs and what orbax returns. No
+older step goes before the new one was read back from the disk.
 
 Arrays are stored flat, by their path in the tree (`0/double/img/qkv/lora_a`), and digested whole:
 neither the mesh nor the tree's container types matter, `like` brings both. Several hosts share
@@ -13,6 +14,7 @@ FOLDER; each checks all of it, so that all agree which step is intact.
 import hashlib
 import json
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -25,29 +27,33 @@ from orbax.checkpoint import v1 as ocp
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
 
+KEPT = 2  # steps that stay, beside the one that is being written
+
 
 class _Damaged(Exception):
     """A checkpoint that is not what was saved."""
 
 
 def check_space(folder: str | Path, state) -> None:
-    """Create `folder`; raise UserError unless the arrays of `state` (or their shapes) fit twice."""
-    need = 2 * sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(state))
+    """Create `folder`; raise UserError unless the arrays of `state` (or their shapes) fit as often
+    as they will lie there at once, those that lie there already counted in."""
+    count = max(1, KEPT + 1 - len(_steps(folder)))
+    need = count * sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(state))
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise UserError(f"{folder}: cannot hold checkpoints: {describe_error(error)}") from None
     if free < need:
-        sizes = f"{free / 1e6:,.1f} MB are free, two checkpoints take {need / 1e6:,.1f} MB"
-        raise UserError(f"{folder}: {sizes}; free some space")
+        sizes = f"{free / 1e6:,.1f} MB are free, {need / 1e6:,.1f} MB more will be taken"
+        raise UserError(f"{folder}: {sizes} by {KEPT + 1} checkpoints at once; free some space")
 
 
 def resume(folder: str | Path, state) -> tuple[int, object]:
     """Make `folder` ready for a run's checkpoints, and take up the newest intact one: (step, state)
     as `restore` says, or (0, state) where there is none. Raises UserError."""
-    check_space(folder, state)
     clean(folder)
+    check_space(folder, state)
     return (0, state) if latest(folder) is None else restore(folder, state)
 
 
@@ -63,21 +69,28 @@ def latest(folder: str | Path) -> int | None:
     return max(_steps(folder), default=None)
 
 
-def save(folder: str | Path, step: int, state, *, keep: int = 2) -> None:
-    """Write a tree of arrays as `step`; once it is complete, remove all but the last `keep` steps.
+def save(folder: str | Path, step: int, state, *, keep: int = KEPT) -> None:
+    """Write a tree of arrays as `step`, read it back, remove all but the last `keep` steps.
 
     Steps after this one go too: the run went back to before them. Leaves are jax arrays of any
-    sharding, numpy arrays or numpy scalars. Raises UserError if the disk refuses; older steps stay.
+    sharding, numpy arrays or numpy scalars. Raises UserError if the disk refuses, or does not hold
+    what was written; older steps stay.
     """
     folder = Path(folder).absolute()
     draft, final = folder / f"{step}.tmp", folder / str(step)
     arrays = {k: x if isinstance(x, jax.Array) else np.asarray(x) for k, x in _named(state).items()}
     digests = {name: [_type(x), _digest(x)] for name, x in arrays.items()}
     logging.disable(logging.ERROR)  # where the disk is full, orbax logs a hundred lines per thread
+    context = ocp.Context()
+    # Or devices that hold the same would each write a part, cut by a program for every array.
+    context.array.saving.use_replica_parallel = False
     try:
-        ocp.save(draft / "arrays", arrays, overwrite=True)
+        with context:
+            ocp.save(draft / "arrays", arrays, overwrite=True)
         if jax.process_index() == 0:
             _write_digests(draft, digests)
+            _flush(draft)
+            _checked_digests(draft)
             if final.exists():  # damaged, or this very state
                 _remove(final)
             draft.rename(final)
@@ -113,6 +126,21 @@ def restore(folder: str | Path, like) -> tuple[int, object]:
     raise UserError(f"{folder}: no intact checkpoint ({why}); move the folder away to start anew")
 
 
+def load_group(path: str | Path, prefix: str) -> dict[str, np.ndarray]:
+    """The arrays of one step's folder whose names begin with `prefix`, by the rest of the name, on
+    the host; no other one is read. Raises UserError if they are not what was saved."""
+    try:
+        stored = _checked_digests(Path(path).absolute())
+        names = {name: has for name, (has, _) in stored.items() if name.startswith(prefix)}
+        wanted = {name: _blank(has) for name, has in names.items()}
+        arrays = _load(Path(path).absolute(), stored, wanted) if wanted else {}
+    except (OSError, _Damaged) as error:
+        raise UserError(
+            f"{path}: no intact checkpoint ({_line(error)}); take another step"
+        ) from None
+    return {name.removeprefix(prefix): array for name, array in arrays.items()}
+
+
 def _read(path: Path, like):
     stored, wanted = _checked_digests(path), _named(like)
     for name in sorted(stored.keys() | wanted.keys()):
@@ -121,17 +149,36 @@ def _read(path: Path, like):
         if has != needs:
             remedy = "resume with the flags that it was saved with"
             raise UserError(f"{path}: {name} is {has}, this run needs {needs}; {remedy}")
-    arrays = ocp.load(path / "arrays", {name: _abstract(x) for name, x in wanted.items()})
+    arrays = _load(path, stored, {name: _abstract(x) for name, x in wanted.items()})
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
+
+
+def _load(path: Path, stored: dict, wanted: dict) -> dict:
+    """Some arrays of a step whose files were checked, by name, as `wanted` says."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        arrays = ocp.load(path / "arrays", wanted)
     for name, array in arrays.items():
         if _digest(array) != stored[name][1]:
             raise _Damaged(f"array {name} is not what was saved")
-    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
+    return arrays
 
 
 def _write_digests(path: Path, arrays: dict) -> None:
     files = {str(f.relative_to(path)): _file_digest(f) for f in path.rglob("*") if f.is_file()}
     text = json.dumps({"arrays": arrays, "files": files}, indent=1)
     (path / "digests").write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold a step; what is read of it next comes from there, not from memory."""
+    for file in path.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as content:
+                os.fsync(content.fileno())
+                if hasattr(os, "posix_fadvise"):  # not on a Mac
+                    os.posix_fadvise(content.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _checked_digests(path: Path) -> dict:
@@ -158,6 +205,12 @@ def _digest(array) -> str:
 
 def _type(array) -> str:
     return f"{array.dtype}{list(array.shape)}"
+
+
+def _blank(text: str) -> np.ndarray:
+    """An array of a `_type`, into which orbax reads."""
+    dtype, _, shape = text.partition("[")
+    return np.empty(json.loads(f"[{shape}"), jax.numpy.dtype(dtype))
 
 
 def _abstract(array):

@@ -1,0 +1,199 @@
+"""Laws of signals: whenever they come, a command ends at once, rightly, and loses nothing."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from runs import ROOT, assert_same_run, flags, make_home, metrics
+
+import train
+from vcloze_jax.inputs.cli import SIGNALS
+from vcloze_jax.storage import checkpoint
+
+# train.py that says when it comes to something, a name and the time, and waits there for a while.
+TELLING = """
+import sys, time
+import train
+
+pause = float(sys.argv.pop(1))
+
+def tell(cls, name):
+    method = getattr(cls, name)
+
+    def told(*args, **options):
+        print("at", name, time.monotonic(), flush=True)
+        time.sleep(pause)
+        return method(*args, **options)
+
+    setattr(cls, name, told)
+
+def learn(*args, learn=train.learn, **options):
+    from vcloze_jax.runwriter import RunWriter
+    from vcloze_jax.trainer import Trainer
+
+    for cls, name in (Trainer, "compile"), (Trainer, "send"), (Trainer, "ask"):
+        tell(cls, name)
+    for name in ("preview", "save", "write"):
+        tell(RunWriter, name)
+    return learn(*args, **options)
+
+train.learn = learn
+train.cli.run(train.main)
+"""
+PHASES = "start", "compile", "send", "preview", "save"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """The weights and the grids of the run."""
+    return make_home(tmp_path_factory.mktemp("home"))
+
+
+class Command:
+    """A process whose stderr goes into a file, and which is sent signals."""
+
+    def __init__(self, argv, folder):
+        self.errors = folder / "stderr"
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+        self.lines, self.timer = [], threading.Timer(300, self.process.kill)
+        self.timer.start()
+
+    def wait_for_handlers(self):
+        """Until it has answers to signals of its own: what comes earlier is the interpreter's."""
+        caught = 0
+        while self.process.poll() is None and not caught >> (signal.SIGTERM - 1) & 1:
+            time.sleep(0.01)
+            status = Path(f"/proc/{self.process.pid}/status").read_text()
+            caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+
+    def wait_for(self, name):
+        """Until it comes to something, or ends."""
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if line.startswith(f"at {name} "):
+                return
+
+    def send(self, number):
+        """Send a signal -> when that was."""
+        self.process.send_signal(number)
+        return time.monotonic()
+
+    def end(self):
+        """Its exit code and the seconds until then."""
+        start = time.monotonic()
+        with self.process:
+            self.lines += self.process.stdout.readlines()
+        self.timer.cancel()
+        return self.process.returncode, time.monotonic() - start
+
+    def times(self, name):
+        """When it came to something."""
+        lines = (line.split() for line in self.lines if line.startswith(f"at {name} "))
+        return [float(when) for _, _, when in lines]
+
+
+def assert_stopped(command, number, finished=()):
+    """It ends soon, with 128 and the signal's number, and without a traceback."""
+    code, seconds = command.end()
+    errors = command.errors.read_text()
+    assert code in (128 + number, *finished), errors
+    assert "Traceback" not in errors and "Fatal" not in errors, errors
+    assert seconds < 20
+
+
+def train_and_tell(home, out, folder, pause=0, **changes):
+    argv = [sys.executable, "-c", TELLING, str(pause), *flags(home, out, **changes)]
+    return Command(argv, folder)
+
+
+def test_stopped_while_it_compiles(home, tmp_path):
+    """Before the first step there is nothing to save: nothing is waited for."""
+    command = train_and_tell(home, tmp_path / "run", tmp_path)
+    command.wait_for("compile")
+    command.send(signal.SIGTERM)
+    assert_stopped(command, signal.SIGTERM)
+    assert not command.times("send") and not command.times("save")
+    assert checkpoint.latest(tmp_path / "run/checkpoints") is None
+
+
+def test_second_interrupt(home, tmp_path):
+    """A second Ctrl-C does not wait for what the first one asked for: the process is gone, its run
+    as it was saved last."""
+    command = train_and_tell(home, tmp_path / "run", tmp_path, pause=1, save_every=1)
+    for _ in range(2):
+        command.wait_for("save")
+    command.send(signal.SIGINT)
+    while "stopping" not in command.errors.read_text():
+        time.sleep(0.001)
+    command.send(signal.SIGINT)
+    assert_stopped(command, signal.SIGINT)
+    assert "saved; the same command resumes" not in "".join(command.lines)
+    assert checkpoint.latest(tmp_path / "run/checkpoints") == 1
+
+
+@pytest.mark.slow
+def test_forty_signals(home, tmp_path):
+    """Forty signals at many moments of one run, which goes on after each: the right code, at most
+    one micro-batch and one save later, and in the end it is the run that nothing happened to."""
+    rng, out = random.Random(0), tmp_path / "run"
+    recipe = dict(steps=150, save_every=3, preview_every=4, micro_batch=8, batch=16, group=8)
+    for i in range(40):
+        phase, number = PHASES[i % 5], SIGNALS[i % 3]
+        command = train_and_tell(home, out, tmp_path, **recipe)
+        command.wait_for_handlers()
+        if phase != "start":
+            command.wait_for(phase)
+        time.sleep(rng.uniform(0, 4 if phase == "start" else 0.3))
+        sent = command.send(number) + 0.2  # as much time as a thread may need to be heard
+        assert_stopped(command, number)
+        for name in ("ask", "save"):
+            assert sum(when > sent for when in command.times(name)) <= 1, (phase, name)
+    assert train.main(flags(home, out, **recipe)) == 0
+    assert train.main(flags(home, tmp_path / "unbroken", **recipe)) == 0
+    assert_same_run(out, tmp_path / "unbroken")
+
+
+@pytest.mark.slow
+def test_ten_kills(home, tmp_path):
+    """kill -9 at ten random moments of one run: it ends with the bytes of the unbroken one."""
+    rng, out = random.Random(1), tmp_path / "run"
+    recipe = dict(steps=60, save_every=3, preview_every=10)
+    for _ in range(10):
+        command = train_and_tell(home, out, tmp_path, **recipe)
+        if rng.random() < 0.8:
+            command.wait_for("send")
+        time.sleep(rng.uniform(0, 2))
+        command.send(signal.SIGKILL)
+        assert command.end()[0] == -signal.SIGKILL, command.errors.read_text()
+    assert train.main(flags(home, out, **recipe)) == 0
+    assert train.main(flags(home, tmp_path / "unbroken", **recipe)) == 0
+    assert_same_run(out, tmp_path / "unbroken")
+    assert len(metrics(out)) == 60
+
+
+@pytest.mark.slow
+def test_signals_to_sample(home, tmp_path):
+    """Ten signals at random moments of sample.py: it ends at once, and no picture is half there."""
+    picture, rng = f"{ROOT}/examples/pictures/crab_edges.png", random.Random(2)
+    spec = {"image": [[picture, None]], "resolution": 32, "num_inference_steps": 500}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    argv = [sys.executable, "sample.py", "--grid", f"{tmp_path}/spec.json", "--out"]
+    for i in range(10):
+        out, number = tmp_path / f"out{i}", SIGNALS[i % 3]
+        command = Command([*argv, str(out), "--weights", str(home / "weights")], tmp_path)
+        command.wait_for_handlers()
+        time.sleep(rng.uniform(0, 10))
+        command.send(number)
+        assert_stopped(command, number, finished=[0])
+        for file in out.glob("*.png"):
+            Image.open(file).load()
