@@ -148,14 +148,8 @@ def encode_text(t5, clip, t5_ids, clip_ids, dtype=jnp.float32):
 def velocity(flux, x, mod, context):
     """What the MMDiT says about noisy tokens x [B, S, 64]: velocity [B, S, 64].
 
-    `mod` is `modulation` of their time: a function of that alone, so that a sampler computes those
-    of all its steps at once.
+    `mod` is flux.modulation of their time, apart, so that a sampler computes all steps' at once.
     """
     condition = context.condition
     img = jnp.concatenate([x.astype(condition.dtype), condition], -1)  # B S 384
     return flux(img, context.txt, mod, context.pe, context.lengths)
-
-
-def modulation(flux, t, context):
-    """What time t float32 [B], guidance and pooled text say to every layer of the MMDiT."""
-    return flux.modulation(t, context.guidance, context.pooled)

@@ -200,7 +200,8 @@ def initial_noise(spec):
 
 def modulate_steps(flux, times, context):
     """The modulations of all steps, times float32 [B, N + 1]; leaves get an axis N in front."""
-    return jax.vmap(lambda t: conditioning.modulation(flux, t, context))(times[:, :-1].T)
+    at = partial(flux.modulation, guidance=context.guidance, pooled=context.pooled)
+    return jax.vmap(at)(times[:, :-1].T)
 
 
 def select_step(mods, times, i):

@@ -98,7 +98,7 @@ def answer(trainable, frozen, question, *, graphdefs, dtype):
         ids = context.txt, context.pooled
         txt, pooled = conditioning.encode_text(models.t5, models.clip, *ids, dtype)
         context = context._replace(txt=txt, pooled=pooled)
-    mod = conditioning.modulation(models.flux, question.t, context)
+    mod = models.flux.modulation(question.t, context.guidance, context.pooled)
     return conditioning.velocity(models.flux, question.x_t, mod, context)
 
 

@@ -136,7 +136,7 @@ def load_group(path: str | Path, prefix: str) -> dict[str, np.ndarray]:
         arrays = _load(Path(path).absolute(), stored, wanted) if wanted else {}
     except (OSError, _Damaged) as error:
         raise UserError(
-            f"{path}: no intact checkpoint ({_line(error)}); take another step"
+            f"{path}: no intact checkpoint ({describe_with_file(error)}); take another step"
         ) from None
     return {name.removeprefix(prefix): array for name, array in arrays.items()}
 
