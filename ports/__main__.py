@@ -17,6 +17,9 @@ from ports import engine, export
 from ports.diagnose import PortError
 from ports.tables.namings import NAMINGS, TARGETS
 from vcloze_jax.config import UserError
+from vcloze_jax.inputs.checks import describe_error, describe_with_file
+from vcloze_jax.inputs.terminal import guard_streams, tell_error
+from vcloze_jax.storage.places import find_weights
 
 
 def main(argv=None) -> int:
@@ -24,7 +27,7 @@ def main(argv=None) -> int:
     try:
         print(run_lora(argv[1:]) if argv[:1] == ["lora"] else run_folder(argv))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell_error(error)
         return 2
     return 0
 
@@ -44,15 +47,17 @@ def run_lora(argv) -> str:
         raise UserError(f"--out {args.out}: {ending}")
     try:
         count = export.convert_adapter(args.file, naming, args.out)
-    except (PortError, OSError) as error:
+    except PortError as error:
         raise UserError(f"{args.file}: {error}") from error
+    except OSError as error:
+        raise UserError(describe_with_file(error, args.file)) from error
     return f"{args.out}: {count} linear layers in {naming.title} naming"
 
 
 def run_folder(argv) -> str:
     """`python -m ports SRC --out DST`, as above."""
     parser = argparse.ArgumentParser("python -m ports", description=__doc__)
-    parser.add_argument("source", type=Path, metavar="SRC", help="a weights folder")
+    parser.add_argument("source", type=find_weights, metavar="SRC", help="a weights folder")
     parser.add_argument("--out", type=Path, metavar="DST", required=True, help="a new folder")
     dtypes = engine.DTYPES.values()
     parser.add_argument("--dtype", choices=dtypes, help="of all tensors (default: the source's)")
@@ -94,7 +99,7 @@ def write_folder(source: Path, out: Path, dtype: str | None = None) -> int:
     except PortError as error:
         raise UserError(f"{file.path}: {error}") from error
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{out}: cannot be written ({error})") from error
+        raise UserError(f"{out}: cannot be written ({describe_error(error)})") from error
     finally:
         shutil.rmtree(part_of, ignore_errors=True)
 
@@ -112,4 +117,5 @@ def list_left_out(folder, names):
 
 
 if __name__ == "__main__":
+    guard_streams()
     sys.exit(main())

@@ -23,6 +23,7 @@ from ports.loraconfig import LoraConfig, find_adapter, read_lora_config
 from ports.tables import Leaf, Piece, lay_out, mmdit, split_name
 from ports.tables.namings import NAMINGS, Naming
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 PICKLE = rb"PK\x03\x04|\x80[\x00-\x05]"
 
 
@@ -230,6 +231,8 @@ def read_branches(adapter: Adapter) -> Iterator[Tuned]:
             tensors = [adapter.source.read(k) if k in adapter.source.header else None for k in keys]
             a, b, bias, alpha = tensors
             alpha = adapter.config.find_alpha(stem, adapter.naming.prefixes[0], len(a), alpha)
+            if not abs(alpha) <= FLOAT32_MAX:
+                raise PortError(f"{stem}: alpha {alpha} is beyond float32; train it again")
             branch = Branch(stem, piece.place[-1], a, b, bias, alpha)
             branch = branch.swap_halves() if kernel.swapped else branch
             layers.setdefault(piece.layer, []).append(branch)

@@ -10,7 +10,7 @@ SHOWN = 10  # keys that an error names
 
 # What a file is by its first bytes, where it is not safetensors.
 MAGIC = (
-    (rb"GGUF", "a GGUF file, of quantised weights"),
+    (rb"GGUF", "a GGUF file, of quantised weights, which are not read"),
     (rb"PK\x03\x04|\x80[\x02-\x05]", "a pickle, which could run anything when it is opened"),
     (rb"\x89HDF", "an HDF5 file"),
     (rb"version https://git-lfs", "a pointer of git-lfs, not the file itself: run git lfs pull"),
@@ -81,6 +81,12 @@ def describe_header(header, expected: str = "") -> str:
     kinds = (row for row in KINDS if any(re.match(row[0], name) for name in names))
     sign, kind = next(kinds, ("", ""))
     return "" if sign == expected else kind
+
+
+def describe_remedy(kind: str) -> str:
+    """What to do with a file of this kind, as the tail of a message, or nothing."""
+    wanted = "; take the file in bfloat16, or in float8 with at most one scale per tensor"
+    return wanted if kind.startswith("quantised") else ""
 
 
 def describe_key(key: str) -> str:

@@ -6,26 +6,30 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  (makes bfloat16 a dtype of NumPy)
+import ml_dtypes  # which also makes bfloat16 a dtype of NumPy
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ports.diagnose import (
     PortError,
     describe_header,
-    describe_start,
+    describe_remedy,
     in_brackets,
     list_faults,
     misshapen,
 )
+from ports.shards import find_shards, read_header
 from ports.tables import Leaf, Table, lay_out
 
+EIGHT_BITS = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+# types of a file -> as what they are read; bfloat16 holds all numbers of 8 bits
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES |= dict.fromkeys(EIGHT_BITS, "bfloat16")
 NUMBERS = DTYPES | {  # what a scalar beside the matrices, an alpha, may be besides
     "F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"
 }  # fmt: skip
-STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' and of transformers' folders
+SCALES = "scale_weight", "weight_scale"  # ComfyUI's and ModelOpt's: weight * scale is meant
+EIGHT_BIT_NOTES = r"(.*\.)?(scaled_fp8|comfy_quant|scale_input|input_scale)"  # for 8-bit products
 BLOCK = 128  # outputs of a matrix copied at once: it stays in the cache while it is transposed
 
 # What tools that wrap a model leave in its keys: PEFT (before modules, around a base layer, and the
@@ -41,7 +45,8 @@ class Source:
     """A safetensors file, or a folder of one or of shards: headers now, tensors when asked for.
 
     `header` maps key, without WRAPPERS -> (shape, dtype as safetensors writes it). Raises PortError
-    if the file is not whole, a key appears twice, or shards and their index disagree.
+    if the file is not whole, a key appears twice, or shards and their index disagree. Tensors of 8
+    bits are read as bfloat16, times their scale, which is not in the header.
     """
 
     def __init__(self, path: Path):
@@ -59,6 +64,23 @@ class Source:
                 self.home[key] = file, start + entry["data_offsets"][0]
         if listed is not None and (odd := sorted(set(unwrap_keys(listed)) ^ set(self.header))):
             raise PortError(f"the index and its shards disagree about {list_faults(odd)}")
+        self.scales = {}
+        if any(dtype in EIGHT_BITS for _, dtype in self.header.values()):
+            self.take_scales()
+
+    def take_scales(self):
+        """Move the scales of tensors of 8 bits, a number each, from the header to `scales`, {key of
+        a tensor: its scale}, and forget what concerns only products of 8 bits. A scale of another
+        kind stays in the header, where it is unknown to every table."""
+        for key, (shape, dtype) in list(self.header.items()):
+            module, _, name = key.rpartition(".")
+            _, scaled = self.header.get(weight := f"{module}.weight", (None, None))
+            number = shape in ((), (1,)) and dtype in DTYPES
+            if re.fullmatch(EIGHT_BIT_NOTES, key):
+                del self.header[key]
+            elif name in SCALES and scaled in EIGHT_BITS and number:
+                self.scales[weight] = self.read(key).reshape(()).astype(np.float32)
+                del self.header[key]
 
     def map(self, key: str) -> np.ndarray:
         """One tensor, mapped from the file: only what is used of it is read, and it is held only as
@@ -66,6 +88,10 @@ class Source:
         (shape, dtype), (file, offset) = self.header[key], self.home[key]
         if 0 in shape:
             return np.empty(shape, NUMBERS[dtype])
+        if dtype in EIGHT_BITS:  # only 256 numbers: each is looked up
+            numbers = np.arange(256, dtype=np.uint8).view(EIGHT_BITS[dtype]).astype(np.float32)
+            numbers = (numbers * self.scales.get(key, np.float32(1))).astype(DTYPES[dtype])
+            return numbers[np.memmap(file, np.uint8, "r", offset, shape)]
         return np.asarray(np.memmap(file, NUMBERS[dtype], "r", offset, shape))
 
     def read(self, key: str) -> np.ndarray:
@@ -97,54 +123,13 @@ def check_finite(tensor, key: str):
     return tensor
 
 
-def find_shards(folder: Path):
-    """-> the safetensors files of a model's folder, and the keys of its index, if it has one."""
-    for stem in STEMS:
-        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-        if single.is_file() and index.is_file():
-            raise PortError(f"holds {single.name} and {index.name}; remove the one that is old")
-        if single.is_file():
-            return [single], None
-        if index.is_file():
-            try:
-                listed = json.loads(index.read_bytes())["weight_map"]
-                files = sorted({folder / Path(name).name for name in listed.values()})
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise PortError(f"{index.name} is no index of shards; fetch it again") from error
-            if gone := [file.name for file in files if not file.is_file()]:
-                raise PortError(f"{index.name} names {gone[0]}, which is not there")
-            return files, set(listed)
-    raise PortError(f"holds no {' or '.join(f'{stem}.safetensors' for stem in STEMS)}")
-
-
-def read_header(path: Path) -> tuple[dict, int]:
-    """The JSON header of a safetensors file that is whole, and where its tensors begin."""
-
-    def refuse_twice(pairs):
-        if len(dict(pairs)) < len(pairs):
-            names = [key for key, _ in pairs]
-            raise PortError(f"{path.name}: {max(names, key=names.count)} is there twice")
-        return dict(pairs)
-
-    try:
-        if other := describe_start(path):
-            raise PortError(f"{path.name} is {other}; take the model's safetensors")
-        safe_open(path, "numpy")  # checks sizes, offsets and types
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            return json.loads(file.read(size), object_pairs_hook=refuse_twice), 8 + size
-    except (OSError, SafetensorError, ValueError) as error:
-        raise PortError(f"{path.name} is not a whole safetensors file ({error})") from error
-
-
 def plan(table: Table, wanted: dict[str, tuple[int, ...]], source: Source) -> list[Leaf]:
     """Join the table to `wanted` (our path -> shape) and to the keys of a source; reads no tensor.
 
     Every key of the source is used once or ignored by a row, every leaf is filled once and every
     shape agrees, or PortError.
     """
-    if not any(key.startswith(table.prefix) for key in source.header):
-        table = table._replace(prefix="")
+    table = spell_table(table, source)
     leaves = [lay_out(table, path, shape) for path, shape in wanted.items()]
     pieces = {piece.key: piece.shape for leaf in leaves for piece in leaf.pieces}
     faults = [fault for key, shape in pieces.items() if (fault := find_fault(source, key, shape))]
@@ -153,8 +138,18 @@ def plan(table: Table, wanted: dict[str, tuple[int, ...]], source: Source) -> li
             faults.append(f"{key} {in_brackets(shape)} is unknown")
     if faults:
         other = describe_header(source.header, table.sign)
-        raise PortError((f"seems to be {other}: " if other else "") + list_faults(faults))
+        kind = f"seems to be {other}: " if other else ""
+        raise PortError(kind + list_faults(faults) + describe_remedy(other))
     return leaves
+
+
+def spell_table(table: Table, source: Source) -> Table:
+    """The table with names as this source has them: with its prefix or without, and a key's second
+    name where it has only that."""
+    if not any(key.startswith(table.prefix) for key in source.header):
+        table = table._replace(prefix="")
+    only = {a: b for a, b in table.tied if b in source.header and a not in source.header}
+    return table._replace(rows=tuple((ours, only.get(name, name)) for ours, name in table.rows))
 
 
 def find_fault(source: Source, key: str, expected: tuple[int, ...], dtypes=DTYPES) -> str:

@@ -1,7 +1,8 @@
 """Where the models of a weights folder lie, and their sizes, told by what its files hold.
 
 A model is in its own folder, as diffusers and transformers write it, or it is a single file beside
-those folders, as Black Forest Labs publish theirs. The name of a single file means nothing.
+those folders, as Black Forest Labs publish theirs and ComfyUI's users download the text encoders.
+The name of a single file means nothing.
 """
 
 import re
@@ -9,53 +10,65 @@ from itertools import count
 from pathlib import Path
 
 from ports.diagnose import PortError, describe_header, describe_start, in_brackets, list_faults
-from ports.engine import STEMS, Source
+from ports.engine import Source, spell_table
+from ports.shards import list_variants
 from ports.tables import AXES, LEAVES, Part, Table, find_row
 
 OPENED = ".safetensors", ".sft"
 REFUSED = ".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".pt", ".pth"
+UNKNOWN = "of a kind that is not known"
 
 
 def locate(folder: Path, part: Part) -> tuple[Source, Table]:
-    """A model's open source and the table that it is named by. PortError if it is not there, or in
-    two files."""
+    """A model's open source and the table that it is named by, spelled as it is there. PortError if
+    it is not there, or in two files; files that are broken are named only if it is not there."""
     inside = folder / part.folder
-    if any(list(inside.glob(f"{stem}.safetensors*")) for stem in STEMS):
+    if list_variants(inside):
         try:
             source = Source(inside)
         except PortError as error:
             raise PortError(f"{part.folder}/: {error}") from error
         return source, recognise_table(part, source) or part.table
-    sources = [Source(file) for file in list_files(folder, inside, OPENED)]
-    found = [(source, table) for source in sources if (table := recognise_table(part, source))]
+    found, others = [], []
+    for file in list_files(folder, inside, OPENED):
+        try:
+            source = Source(file)
+        except (PortError, OSError) as error:
+            others.insert(0, str(error))
+            continue
+        if table := recognise_table(part, source):
+            found.append((source, table))
+        else:
+            others.append(f"{file.name} is {describe_header(source.header) or UNKNOWN}")
     if len(found) == 1:
         return found[0]
     if found:
         names = list_faults([source.path.name for source, _ in found])
         raise PortError(f"holds more than one {part.name}: {names}; leave one")
-    others = list_files(folder, inside, OPENED + REFUSED)
-    others = [f"{file.name} is {describe_file(file)}" for file in others]
+    for file in list_files(folder, inside, REFUSED):
+        others.append(f"{file.name} is {describe_start(file) or UNKNOWN}")
     more = f"; {list_faults(others)}" if others else ""
     place = f"{part.folder}/{part.stem}.safetensors"
     raise PortError(f"holds no {part.name}: no {place}, and no single file of one{more}")
 
 
 def list_files(folder: Path, inside: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files with one of some suffixes in a weights folder or in a model's, sorted."""
-    every = sorted(folder.glob("*")) + sorted(inside.glob("*"))
+    """The files with one of some suffixes in a weights folder or in a model's, sorted; not those
+    that are hidden, as what macOS leaves beside each file on a foreign disk ("._NAME")."""
+    every = sorted(folder.glob("[!.]*")) + sorted(inside.glob("[!.]*"))
     return [file for file in every if file.suffix.lower() in suffixes and file.is_file()]
 
 
 def recognise_table(part: Part, source: Source) -> Table | None:
-    """The table by whose sign a source is one of `part`."""
+    """The table by whose sign a source is one of `part`, spelled as there."""
     tables = (t for t in part.tables if any(re.fullmatch(t.sign, key) for key in source.header))
-    return next(tables, None)
+    table = next(tables, None)
+    return table and spell_table(table, source)
 
 
 def describe_file(file: Path) -> str:
     """What a file is, in words. PortError if it is broken."""
-    known = describe_start(file) or describe_header(Source(file).header)
-    return known or "of a kind that is not known"
+    return describe_start(file) or describe_header(Source(file).header) or UNKNOWN
 
 
 def flux_sizes(source: Source, table: Table) -> dict:
@@ -90,8 +103,37 @@ def vae_sizes(source: Source, table: Table) -> dict:
     }
 
 
-# field of Preset -> its sizes by shapes; the text encoders' come with their config.json
-SIZES = {"flux": flux_sizes, "vae": vae_sizes}
+def t5_sizes(source: Source, table: Table) -> dict:
+    """Fields of our T5Config from the shapes of its tensors; max_distance leaves no trace."""
+    vocab, width = find_shape(source, table, "embed", 2)
+    buckets, heads = find_shape(source, table, "relative_bias", 2)
+    return {
+        "vocab": vocab,
+        "width": width,
+        "head_dim": find_shape(source, table, "blocks/q/kernel", 2)[1] // heads,
+        "heads": heads,
+        "mlp": find_shape(source, table, "blocks/wi_0/kernel", 2)[1],
+        "layers": count_layers(source, table, "blocks/norm1/scale"),
+        "buckets": buckets,
+    }
+
+
+def clip_sizes(source: Source, table: Table) -> dict:
+    """Fields of our CLIPConfig from the shapes of its tensors; heads leave no trace. The end token
+    is the last of the vocabulary."""
+    vocab, width = find_shape(source, table, "embed", 2)
+    return {
+        "vocab": vocab,
+        "width": width,
+        "mlp": find_shape(source, table, "blocks/fc1/kernel", 2)[1],
+        "layers": count_layers(source, table, "blocks/norm1/scale"),
+        "max_length": find_shape(source, table, "positions", 2)[0],
+        "eos": vocab - 1,
+    }
+
+
+# field of Preset -> its sizes by shapes
+SIZES = {"flux": flux_sizes, "vae": vae_sizes, "t5": t5_sizes, "clip": clip_sizes}
 
 
 def first_key(table: Table, path: str) -> str:
@@ -107,7 +149,9 @@ def find_shape(source: Source, table: Table, path: str, ndim: int) -> tuple[int,
     if len(there) != ndim or 0 in there:
         found = f"is {in_brackets(there)}" if there else "is missing"
         raise PortError(f"{key} {found}; the model's sizes are told by it")
-    order = AXES.get(ndim, (0,))
+    _, leaf, _ = find_row(table, path)
+    _, transposed = LEAVES.get(leaf, ("", False))
+    order = AXES[ndim] if transposed else range(ndim)
     return tuple(there[order.index(axis)] for axis in range(ndim))
 
 

@@ -2,7 +2,7 @@
 
 A pickle is a program for a stack machine, and an unpickler calls whatever it names. So its opcodes
 are read first, and only those of plain data may be among them; then an Unpickler runs it which
-knows five names and gives for each what is inert. Tensors lie outside the pickle as raw bytes and
+knows a few names and gives for each what is inert. Tensors lie outside the pickle as raw bytes and
 are read when asked for.
 Sources: pytorch/pytorch:torch/serialization.py (the layout), torch/_utils.py (what a tensor is);
 python/cpython:Lib/pickletools.py (opcodes) and Modules/_pickle.c (what they do).
@@ -19,17 +19,22 @@ from typing import NamedTuple
 import numpy as np
 
 from ports.diagnose import PortError
-from ports.engine import DTYPES, check_finite, unwrap_keys
+from ports.engine import DTYPES, NUMBERS, check_finite, unwrap_keys
 
 OPCODES = (  # of plain data, of calls of a name, and of what lies outside
-    "PROTO FRAME STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINUNICODE "
+    "PROTO FRAME STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE "
     "SHORT_BINUNICODE SHORT_BINBYTES EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE EMPTY_LIST APPEND "
     "APPENDS EMPTY_DICT SETITEM SETITEMS MARK BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET "
     "GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID"
 ).split()
 DICT, TENSOR = "collections.OrderedDict", "torch._utils._rebuild_tensor_v2"
+PARAMETER = "torch._utils._rebuild_parameter"
 KINDS = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"}
-STORAGES = {f"torch.{name}": dtype for name, dtype in KINDS.items()}
+COUNTS = {"DoubleStorage": "F64", "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16"}
+COUNTS |= {"CharStorage": "I8", "ByteStorage": "U8"}  # read, so that what they hold can be named
+STORAGES = {f"torch.{name}": dtype for name, dtype in (KINDS | COUNTS).items()}
+BOOKKEEPING = "step", "epoch", "global_step"  # numbers that lie beside tensors and may be left
+WORDS = ((dict, "a table"), (list | tuple, "a list"), (str, "a text"), (int | float, "a number"))
 NEW_DICT = b"ccollections\nOrderedDict\n)R"
 LONGEST = 1 << 24  # of a pickle without its tensors; a number in it must not ask for more memory
 BROKEN = (ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, OverflowError)
@@ -51,13 +56,13 @@ class Tensor(NamedTuple):
 
 
 class StateDict(dict):
-    """A dict whose keys are text, each there once. What else it is told of itself (the versions of
-    modules) is not kept."""
+    """A dict whose keys are text, or an optimizer's numbers, each there once. What else it is told
+    of itself (the versions of modules) is not kept."""
 
     __slots__ = ()
 
     def __setitem__(self, key, value):
-        if type(key) is not str:  # and is not hashed: a deep tuple would exhaust the C stack
+        if type(key) not in (str, int):  # and is not hashed: a deep tuple would exhaust the C stack
             raise PortError("its pickle has a key that is no text; save a state dict")
         if key in self:
             raise PortError(f"{key!r} is there twice")
@@ -77,6 +82,8 @@ class Name(str):
             return StateDict()
         if self == TENSOR and isinstance(arguments[0], Storage):
             return Tensor(*arguments[:4])
+        if self == PARAMETER and isinstance(arguments[0], Tensor):
+            return arguments[0]
         raise PortError("its pickle calls something with arguments that are not known")
 
 
@@ -85,7 +92,7 @@ class Unpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         name = f"{module}.{name}"
-        if name in (DICT, TENSOR, *STORAGES):
+        if name in (DICT, TENSOR, PARAMETER, *STORAGES):
             return Name(name)
         raise PortError(
             f"its pickle names {name!r}, which is no part of a file of weights; nothing of it was "
@@ -116,33 +123,32 @@ def check_opcodes(program: bytes) -> bytes:
 class Source:
     """A state dict that torch.save wrote, as engine.Source shows a safetensors file.
 
-    PortError if it is cut or no state dict, if its pickle holds anything but tensors of DTYPES, or
-    if it is of torch before 1.6, which wrote no zip.
+    PortError if it is cut or no state dict, if its pickle holds anything but tensors and numbers of
+    BOOKKEEPING, or if it is of torch before 1.6, which wrote no zip.
     """
 
     def __init__(self, path: Path):
         self.path, self.metadata = path, {}
+        with open(path, "rb") as file:
+            if file.read(1) == b"\x80":
+                raise PortError(
+                    "is a bare pickle, as torch before 1.6 wrote them; nothing of it was run. If "
+                    "you trust it, save it again with a newer torch"
+                )
         try:
-            with open(path, "rb") as file:
-                if file.read(1) == b"\x80":
-                    raise PortError(
-                        "is a bare pickle, as torch before 1.6 wrote them; nothing of it was run. "
-                        "If you trust it, save it again with a newer torch"
-                    )
             self.zipped = zipfile.ZipFile(path)
             entries, self.storages = read_zip(self.zipped, path.stat().st_size)
-            if not isinstance(entries, dict):
-                raise PortError("is a file of torch.save, but no state dict")
+            entries = drop_numbers(entries)
             entries = {key: entries[name] for key, name in unwrap_keys(entries).items()}
             self.tensors = {k: check_tensor(k, one, self.storages) for k, one in entries.items()}
         except BROKEN as error:
-            raise PortError(f"is no whole file of torch.save ({error})") from error
+            raise PortError(f"is no whole file of torch.save ({error}); fetch it again") from error
         self.header = {key: (one.shape, one.storage.dtype) for key, one in self.tensors.items()}
 
     def map(self, key: str) -> np.ndarray:
         """One tensor; PortError if the checksum of its bytes is wrong."""
         one = self.tensors[key]
-        dtype = np.dtype(DTYPES[one.storage.dtype])
+        dtype = np.dtype(NUMBERS[one.storage.dtype])
         try:
             data = np.frombuffer(self.zipped.read(self.storages[one.storage.key]), dtype)
         except BROKEN as error:
@@ -158,7 +164,9 @@ class Source:
 def read_zip(zipped: zipfile.ZipFile, size: int):
     """-> the object of a zip of torch, of `size` bytes, and {storage's key: its entry}."""
     entries = {entry.filename: entry for entry in zipped.infolist()}
-    (name,) = (name for name in entries if name.endswith("/data.pkl"))
+    name = next((name for name in entries if name.endswith("/data.pkl")), None)
+    if name is None:
+        raise PortError("is a zip file, but none of torch.save")
     folder = name.removesuffix("data.pkl")
     if any(entry.compress_type for entry in entries.values()):
         raise PortError("is packed; torch.save stores tensors as they are")
@@ -172,16 +180,40 @@ def read_zip(zipped: zipfile.ZipFile, size: int):
     return Unpickler(io.BytesIO(program)).load(), storages
 
 
-def check_tensor(key: str, one, storages) -> Tensor:
-    """The tensor, or PortError where it is none or reaches beyond its storage."""
-    if not key.isprintable() or not isinstance(one, Tensor):
-        raise PortError(f"{key!r} is no tensor; save a state dict and nothing else")
+def drop_numbers(entries) -> dict:
+    """The entries of a state dict without numbers of BOOKKEEPING. PortError if it is none: if it is
+    a checkpoint of several, or holds what is neither a tensor nor such a number."""
+    if not isinstance(entries, dict):
+        raise PortError("is a file of torch.save, but no state dict")
+    if any(type(key) is int for key in entries):
+        raise PortError("its pickle has a key that is no text; save a state dict")
+    tables = [key for key, one in entries.items() if isinstance(one, dict)]
+    states = [key for key in tables if any(isinstance(x, Tensor) for x in entries[key].values())]
+    if states:
+        names = " or ".join(map(repr, states[:3]))
+        how = f"torch.save(torch.load(FILE)[{states[0]!r}], NEW)"
+        raise PortError(f"is a checkpoint; save its entry {names} alone, as {how}")
+    kept = {}
+    for key, one in entries.items():
+        number = type(one) in (int, float, bool)
+        number |= isinstance(one, Tensor) and one.shape in ((), (1,))
+        if key in BOOKKEEPING and number:
+            continue
+        if not key.isprintable() or not isinstance(one, Tensor):
+            kind = next((f" but {word}" for kind, word in WORDS if isinstance(one, kind)), "")
+            raise PortError(f"{key!r} is no tensor{kind}; save a state dict and nothing else")
+        kept[key] = one
+    return kept
+
+
+def check_tensor(key: str, one: Tensor, storages) -> Tensor:
+    """The tensor, or PortError where it reaches beyond its storage."""
     numbers = (one.offset, one.storage.size, *one.shape, *one.strides)
     if len(one.shape) != len(one.strides) or not all(type(n) is int and n >= 0 for n in numbers):
         raise PortError(f"{key} has no shape that a tensor can have")
     size = int(np.prod([n or 1 for n in one.shape], dtype=object))
     reach = sum((n - 1) * stride for n, stride in zip(one.shape, one.strides, strict=True))
-    itemsize = np.dtype(DTYPES[one.storage.dtype]).itemsize
+    itemsize = np.dtype(NUMBERS[one.storage.dtype]).itemsize
     whole = storages[one.storage.key].file_size == one.storage.size * itemsize
     if not whole or max(one.offset + reach + 1, size) > one.storage.size and 0 not in one.shape:
         raise PortError(f"{key} reaches beyond its storage; the file is damaged")

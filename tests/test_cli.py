@@ -13,10 +13,11 @@ import pytest
 
 import sample
 import train
+from vcloze_jax import evaluate
 from vcloze_jax.config import MINI, PRESETS, Recipe, UserError
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.pictures import save_png
-from vcloze_jax.inputs.runfolder import FREE, ORIGINS, RunFolder
+from vcloze_jax.inputs.runfolder import FREE, ORIGINS, Log, RunFolder
 from vcloze_jax.storage import places
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +30,7 @@ def folder(tmp_path):
     (tmp_path / "fox.json").write_text(json.dumps({"image": [["a.png", None]]}))
     (tmp_path / "bad.json").write_text(json.dumps({"image": [["a.png", "missing.png"]]}))
     (tmp_path / "own.jsonl").write_text(json.dumps({"image": [["a.png", "a.png"]]}))
+    (tmp_path / f"{'n' * 245}.json").write_text(json.dumps({"image": [["a.png", None]]}))
     (tmp_path / "none").mkdir()
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd/vcloze.json").write_text('{"preset": "maxi"}')
@@ -79,6 +81,9 @@ def assert_refused(answer, message):
         ("--grid fox.json --out .", "fox.json is an input"),
         ("--grid fox.json --out file", "--out file: File exists"),
         ("--grid fox.json --out file/deeper", "--out file/deeper: Not a directory"),
+        ("--grid fox.json --out /proc/self", "--out /proc/self: No such file"),
+        ("--grid fox.json --out /proc/self/new --check", "--out /proc/self/new: No such file"),
+        (f"--grid {'n' * 245}.json --out out", "--out out: File name too long; shorten the name"),
     ],
 )
 def test_sample_refuses(folder, call, monkeypatch, argv, message):
@@ -143,6 +148,10 @@ def test_help(call, main):
         ("--out file", "file: not a run of train.py"),
         ("--out .", ".: not a run of train.py, and not empty"),
         ("--out odd", "odd: not a run of train.py, and not empty"),
+        ("--out /proc/none", "--out /proc/none: No such file"),
+        ("--out /proc/none --check", "--out /proc/none: No such file"),
+        (f"--out {'n' * 300}", "nnn: File name too long; shorten the name"),
+        (f"--out {'n/' * 1900}", "; choose another folder"),
     ],
 )
 def test_train_refuses(folder, call, monkeypatch, argv, message):
@@ -165,6 +174,23 @@ def test_train_refuses_weights_and_meshes(folder, call, monkeypatch, argv, messa
     monkeypatch.chdir(folder)
     assert_refused(call(train.main, f"--batch 4 --data own.jsonl {argv}", jax=True), message)
     assert not (folder / "runs").exists()
+
+
+# --- evaluate ---
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("--out /proc/none --weights none", "--out /proc/none: No such file"),
+        ("--out file --weights none", "--out file: File exists"),
+        ("--card none --weights none", "--card none: 'none' is a folder"),
+    ],
+)
+def test_evaluate_refuses(folder, call, monkeypatch, argv, message):
+    """That its outputs can be written is proved before weights are looked at."""
+    monkeypatch.chdir(folder)
+    assert_refused(call(evaluate.main, argv, jax=True), message)
 
 
 # --- the identity of a run ---
@@ -210,6 +236,22 @@ def test_free_settings(begun, key):
     run.compare(replace(recipe, **{key: 300 if key == "steps" else OTHER[key]}))
     with pytest.raises(UserError, match=f"steps is {recipe.steps}, and can only grow"):
         run.compare(replace(recipe, steps=recipe.steps - 1))
+
+
+def test_a_run_that_cannot_be_written(begun, monkeypatch):
+    """A folder that refuses is told, also while a run lasts, and it is not said to be locked."""
+    run, recipe = begun
+    run.unlock()
+    run.compare(recipe)
+    (run.path / ".lock").unlink()
+    (run.path / ".lock").mkdir()
+    with pytest.raises(UserError, match="--out .*run: cannot be locked: Is a directory"):
+        run.create(recipe, {})
+    log = Log(run.metrics, 0)
+    run.metrics.unlink()
+    run.metrics.mkdir()
+    with pytest.raises(UserError, match="metrics.jsonl cannot be written: Is a directory"):
+        log.write({"step": 1})
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "7", '{"steps": 3}', "{", '{"preset": "maxi"}'])
@@ -359,6 +401,9 @@ def process(folder, command, jax):
         ("sample.py --grid bad.json", "error: bad.json: image[0][1]: "),
         ("sample.py --grid bomb.json", "error: bomb.json: image[0][0]: "),
         ("sample.py --grid wide.json", "error: wide.json: image: the grid has 100000 tokens"),
+        ("sample.py --grid wordy.json", "error: wordy.json: image[0]: no target"),
+        ("sample.py --grid long.json", "error: long.json: image: 40000 pictures of at most 1024"),
+        ("sample.py --grid many.json", "error: many.json: grid 20000 of at most 1024 at once"),
         ("sample.py --grid /dev/zero", "error: /dev/zero: '/dev/zero' is a pipe or a device"),
         ("train.py --steps 0", "error: --steps 0: must be at least 1"),
         ("train.py --data bad.json", "error: bad.json: line 1: image[0][1]: "),
@@ -371,6 +416,15 @@ def test_as_commands(folder, command, message):
     (folder / "bomb.json").write_text(json.dumps({"image": [["bomb.png", None]]}))
     # A picture of 4 x 10^9 pixels, as its header says.
     png = bytearray((folder / "a.png").read_bytes())
+    # A picture beside a text of 512 MiB, packed.
+    packer = zlib.compressobj(1)
+    packed = b"".join(packer.compress(bytes(2**20)) for _ in range(512)) + packer.flush()
+    text = b"zTXtworkflow\0\0" + packed
+    text = (len(text) - 4).to_bytes(4) + text + zlib.crc32(text).to_bytes(4)
+    (folder / "wordy.png").write_bytes(png[:33] + text + png[33:])
+    (folder / "wordy.json").write_text(json.dumps({"image": [["wordy.png", "wordy.png"]]}))
+    (folder / "long.json").write_text(json.dumps({"image": [["a.png", "a.png"]] * 20_000}))
+    (folder / "many.json").write_text(json.dumps([{"image": [["a.png", None]]}] * 20_000))
     png[16:24] = (65_000).to_bytes(4) * 2
     (folder / "bomb.png").write_bytes(png[:29] + zlib.crc32(png[12:29]).to_bytes(4) + png[33:])
     done = process(folder, command, POISON)

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from ports import __main__ as command
 from ports.adapters import check_adapter
 from ports.diagnose import PortError
-from vcloze_jax.config import FLUX_FILL
+from vcloze_jax.config import FLUX_FILL, UserError
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.storage import adapters, weights
 
@@ -166,6 +166,19 @@ def test_alphas(tmp_path):
     for to in ("kohya", "diffusers"):
         file = renamed(file, to)
         same_trees(adapters.load(file, PLAIN), tree)
+
+
+@pytest.mark.parametrize("to", NAMINGS)
+@pytest.mark.parametrize("alpha", [1e308, -1e39])
+def test_an_alpha_beyond_float32(tmp_path, to, alpha):
+    """What sample.py would refuse, or paint as infinity, is not converted either."""
+    file = lorafiles.written(tmp_path, lorafiles.adapter(bias=False), bias=False)
+    file = edited(file, lambda d: d, lora_alpha=alpha)
+    file = file.rename(tmp_path / "huge.safetensors")
+    with pytest.raises(PortError, match="alpha .* is beyond float32"):
+        renamed(file, to)
+    with pytest.raises(UserError, match="alpha .* is beyond float32"):
+        adapters.load(file, PLAIN)
 
 
 def test_alphas_that_no_naming_holds(tmp_path):

@@ -6,7 +6,7 @@ from PIL import Image
 
 from vcloze_jax.config import UserError
 from vcloze_jax.grid import Grid
-from vcloze_jax.inputs.cells import build_grid, cover, row_size
+from vcloze_jax.inputs.cells import build_grid, cover, cover_mask, row_size
 from vcloze_jax.inputs.sheet import GUTTER, MARK, cell_boxes, compose
 
 SHAPES = [(64, 64), (100, 70), (70, 100), (333, 41), (48, 200)]
@@ -209,6 +209,39 @@ def test_mask_and_picture_stay_registered():
     assert np.array_equal(grid.query.pixels[:, 64:, 0] >= 128, grid.query.mask[:, 64:])
 
 
+@pytest.mark.parametrize("size", [*SHAPES, (640, 480), (65, 63)])
+@pytest.mark.parametrize("cell", [(64, 64), (48, 96), (112, 32), (16, 16)])
+def test_masks_scaled_down_lose_no_stroke(size, cell):
+    """Law: scaled down, a pixel is marked where any that it covers is, with its picture's geometry;
+    enlarged or of equal size, it is Pillow's nearest one."""
+    w, h = cover(picture(*size), *cell).size
+    assert (w, h) == cell
+    mask = np.random.default_rng(size).random(size[::-1]) < 0.02
+    wide = size[0] / size[1] >= w / h
+    full = (size[0] * h // size[1], h) if wide else (w, size[1] * w // size[0])
+    if full[0] <= size[0] and full[1] <= size[1]:
+        expected = np.zeros(full[::-1], bool)
+        for y, x in np.argwhere(mask):
+            rows, columns = (
+                [i for i in range(n) if i * own < (at + 1) * n and (i + 1) * own > at * n]
+                for at, n, own in ((y, full[1], size[1]), (x, full[0], size[0]))
+            )
+            expected[np.ix_(rows, columns)] = True
+    else:
+        levels = Image.fromarray(np.uint8(255) * mask).resize(full, Image.Resampling.NEAREST)
+        expected = np.asarray(levels) >= 128
+    left, top = full[0] // 2 - w // 2, full[1] // 2 - h // 2
+    assert np.array_equal(cover_mask(mask, *cell), expected[top : top + h, left : left + w])
+
+
+def test_a_hair_stays_in_the_mask():
+    """A stroke of one pixel in a picture of 1000 x 1000 is still one in a cell of 64 x 64."""
+    hair = np.zeros((1000, 1000), bool)
+    hair[:, 501] = True
+    grid = build_grid([[(picture(1000, 1000), hair)]], 64)
+    assert grid.query.mask.all(0).nonzero()[0].tolist() == [32]
+
+
 # --- cut, keep, compose ---
 
 
@@ -280,6 +313,7 @@ def test_from_cells_equals_build_grid():
 # --- mistakes ---
 
 A, MASK = picture(32, 32), np.ones((32, 32), bool)
+WIDE, EDGE = picture(90, 30), np.arange(90) < 5 + np.zeros((30, 1))
 
 
 @pytest.mark.parametrize(
@@ -292,6 +326,9 @@ A, MASK = picture(32, 32), np.ones((32, 32), bool)
         ([[None], [None]], r"image\[0\]\[0\]: only the last row"),
         ([[(A, MASK)], [None]], r"image\[0\]\[0\]: only the last row"),
         ([[(A, ~MASK)]], r"image\[0\]\[0\]: the mask is all black"),
+        ([[A, (WIDE, EDGE)]], r"image\[0\]\[1\]: what the mask marks is cut off"),
+        ([[picture(5000, 1), None]], r"image\[0\]: a picture of 5000x1 .* crop it to 16x1 or less"),
+        ([[A, A], [picture(9000, 2), None]], r"image\[1\]: a picture of 9000x2 .* crop it to 32x2"),
         ([[A, (A, MASK[:16])]], r"image\[0\]\[1\]: the mask is 32x16, its picture 32x32"),
     ],
 )
@@ -299,3 +336,15 @@ def test_mistakes_name_the_cell(images, message):
     """Law: a grid that cannot be painted is a UserError that names the row or cell."""
     with pytest.raises(UserError, match=message):
         build_grid(images, 64)
+
+
+@pytest.mark.parametrize("resolution", [16, 31, 32, 64])
+def test_the_crop_that_is_named_does(resolution):
+    """Law: a picture of any shape is taken, or its crop as the message has it."""
+    for size in [(5000, 1), (9999, 2), (1, 5000), (300, 1), (16, 1), (1000, 999)]:
+        try:
+            grid = build_grid([[picture(*size), None]], resolution)
+        except UserError as error:
+            crop = str(error).split("crop it to ")[1].split()[0].split("x")
+            grid = build_grid([[picture(*map(int, crop)), None]], resolution)
+        assert grid.query.height * grid.query.width / 2 >= resolution**2 / 4

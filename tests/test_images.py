@@ -178,6 +178,71 @@ def test_bad_pictures_are_named(tmp_path, name):
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
+def deflated(text):
+    return zlib.compress(text, 1)
+
+
+METADATA = {
+    "eXIf": (b"", b"II", b"junk" * 9, b"II*\0\x08\0\0\0\x05\0\x12\x01"),
+    "tEXt": (
+        b"workflow\0" + b"{}" * 2**21,
+        b"transparency\0no",
+        b"Raw profile type exif\0a\nb\nc\nxyz",
+    ),
+    "zTXt": (b"workflow\0\0" + deflated(bytes(2**21)), b"k\0\7", b"Raw profile type exif\0\0junk"),
+    "iTXt": (b"prompt\0\1\0\0\0" + deflated(bytes(2**21)), b"XML:com.adobe.xmp\0\0\0\0\0<x"),
+    "iCCP": (b"p\0\0" + deflated(bytes(2**21)), b"p\0\0junk", b"p\0\7junk", b""),
+    "gAMA": (b"",),
+    "cHRM": (b"\0",),
+    "pHYs": (b"\0\0",),
+    "sRGB": (b"",),
+    "acTL": (b"\0",),
+    "fcTL": (b"\0" * 26,),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's; quiet_decoders discards them
+@pytest.mark.parametrize("kind", METADATA)
+def test_metadata_fails_no_png(tmp_path, kind):
+    """Law: what a PNG says beside its pixels, large, broken or with a wrong checksum, is ignored,
+    before the pixels and behind them."""
+    body = deflated(b"\0" + bytes(range(6)))
+    for data in METADATA[kind]:
+        sound = png(2, 1, body, **{kind: data})
+        start = sound.index(kind.encode())
+        chunk = sound[start - 4 : start + 8 + len(data)]
+        wrong = chunk[:-1] + bytes([chunk[-1] ^ 1])
+        behind = sound.replace(chunk, b"").replace(b"\0\0\0\0IEND", chunk + b"\0\0\0\0IEND")
+        for content in (sound, sound.replace(chunk, wrong), behind):
+            (tmp_path / "a.png").write_bytes(content)
+            assert pixels(tmp_path / "a.png").tolist() == [[[0, 1, 2], [3, 4, 5]]]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_turn_survives_other_metadata(tmp_path):
+    """Law: a PNG whose profile is too large is still turned as its EXIF or its XMP says."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
+    body = deflated(b"\0" + bytes(range(6)))
+    for turned in ({"eXIf": exif.tobytes()[6:]}, {"iTXt": xmp}):
+        content = png(2, 1, body, iCCP=b"p\0\0" + deflated(bytes(2**21)), **turned)
+        (tmp_path / "a.png").write_bytes(content)
+        assert pixels(tmp_path / "a.png").shape == (2, 1, 3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("suffix", ["webp", "jpg", "tiff"])
+def test_metadata_fails_no_other_format(tmp_path, suffix):
+    """Law: nor does broken EXIF or a large profile in any other format."""
+    options = {"lossless": True} if suffix == "webp" else {"quality": 100}
+    known = {"icc_profile": bytes(2**21)}
+    broken = [{"exif": b"Exif\0\0" + b"junk" * 9}, {"exif": b"II*\0\x08\0\0\0\x05\0\x12\x01"}]
+    for more in (known, *(broken if suffix != "tiff" else ())):
+        Image.new("RGB", (4, 2), (90, 90, 90)).save(tmp_path / f"a.{suffix}", **options, **more)
+        assert (pixels(tmp_path / f"a.{suffix}") == 90).all()
+
+
 def test_float_tiff_is_refused(tmp_path):
     """Law: a picture whose white is not known is refused, not guessed."""
     Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "a.tiff")
@@ -232,6 +297,28 @@ def test_mask_threshold(tmp_path):
     assert mask.dtype == bool and mask.tolist() == [[False, False, True, True]]
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "tRNS"])
+def test_nothing_is_drawn_where_a_mask_is_clear(tmp_path, mode):
+    """Law: of strokes on a clear ground only the strokes are marked, whatever colour is under it;
+    half a stroke counts from half its white."""
+    levels = np.array([[255, 255, 255, 0]], np.uint8)
+    alpha = np.array([[0, 255, 255, 255]], np.uint8)
+    if mode in ("RGBA", "LA"):
+        alpha[0, 1] = 100
+        picture = Image.merge("LA", [Image.fromarray(levels), Image.fromarray(alpha)])
+        picture, options = picture.convert(mode), {}
+    elif mode == "P":
+        picture, options = Image.fromarray(np.array([[0, 1, 2, 3]], np.uint8), "P"), {}
+        picture.putpalette([255] * 3 + [90] * 3 + [255] * 3 + [0] * 3)
+        options = {"transparency": 0}
+    else:
+        picture = Image.fromarray(np.array([[9, 0, 65535, 1]], np.uint16))
+        options = {"transparency": 9}
+    picture.save(tmp_path / "m.png", **options)
+    mask = to_mask(open_picture(tmp_path / "m.png", "black"))
+    assert mask.tolist() == [[False, False, True, False]]
+
+
 def test_save_round_trip_leaves_nothing_else(tmp_path):
     """Law: what is saved is read back exactly, replaces the old file, and no temporary stays."""
     array = np.asarray(quadrants())
@@ -254,3 +341,30 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
         save_text(tmp_path / "a.json", "new")
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     assert (tmp_path / "a.json").read_text() == "old"
+    monkeypatch.setattr(images.Path, "unlink", refuse)  # where clean-up fails, too, it says nothing
+    with pytest.raises(UserError, match="No space left"):
+        save_text(tmp_path / "a.json", "new")
+
+
+def test_proof_of_writing_leaves_nothing(tmp_path, monkeypatch):
+    """Law: that a file can be written is proved by writing one; nothing of it stays, nor a folder
+    that was made for it, and what was there stays."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/a.png").write_bytes(b"old")
+    for folder in ("there", "a/b/c"):
+        images.check_writable(tmp_path / folder, "a.png")
+    assert [p.name for p in tmp_path.rglob("*")] == ["there", "a.png"]
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    for folder, name, message in (
+        ("there/a.png", "x", "--out .*a.png: File exists; choose another folder"),
+        ("there", "n" * 250, "--out .*there: File name too long; shorten the name"),
+        ("new", "x", "--out .*new: Read-only file system; choose another folder"),
+    ):
+        if folder == "new":
+            monkeypatch.setattr(images.Path, "write_bytes", refuse)
+        with pytest.raises(UserError, match=message):
+            images.check_writable(tmp_path / folder, name)
+    assert [p.name for p in tmp_path.rglob("*")] == ["there", "a.png"]

@@ -9,7 +9,7 @@ import pytest
 from folders import FLUX, arrays, key_list, refusal
 
 from ports import engine
-from ports.locate import SIZES
+from ports.locate import SIZES, recognise_table
 from ports.tables.folder import PARTS
 from vcloze_jax import flow
 from vcloze_jax.config import FLUX_FILL, PRESETS
@@ -42,11 +42,12 @@ def test_sizes_of_the_transformer_from_shapes(changes):
 
 
 def test_published_sizes_from_shapes():
-    """By BFL's own key lists alone, FLUX.1-Fill's presets come out."""
-    for field in SIZES:
-        part, source = PARTS[field], engine.Source.__new__(engine.Source)
-        source.header = {key: (shape, "BF16") for key, shape in key_list(f"{field}_bfl").items()}
-        ours, preset = SIZES[field](source, part.tables[1]), getattr(FLUX_FILL, field)
+    """By key lists alone, BFL's and those of the text encoders, FLUX.1-Fill's presets come out."""
+    for field, name in (("flux", "flux_bfl"), ("vae", "vae_bfl"), ("t5", "t5"), ("clip", "clip")):
+        source = engine.Source.__new__(engine.Source)
+        source.header = {key: (shape, "BF16") for key, shape in key_list(name).items()}
+        table = recognise_table(PARTS[field], source)
+        ours, preset = SIZES[field](source, table), getattr(FLUX_FILL, field)
         assert all(getattr(preset, name) == value for name, value in ours.items()), ours
 
 
@@ -199,6 +200,18 @@ def test_wrong_schedulers(saved, tmp_path, kind):
     assert message.startswith(f"{folder / SCHEDULER}: ") and words in message, message
 
 
+@pytest.mark.parametrize("length", ["absent", None, 10**30, 50])
+def test_length_of_the_prompts(saved, tmp_path, length):
+    """T5 reads as many tokens as its tokenizer's config says, at most the preset's; the preset's
+    where there is no such file, or nothing in it."""
+    folder = folders.copy(saved, tmp_path)
+    file = folder / "tokenizer_2/tokenizer_config.json"
+    file.write_text(json.dumps({"model_max_length": length}))
+    if length == "absent":
+        file.unlink()
+    assert load_preset(folder).t5.max_length == (50 if length == 50 else 96)
+
+
 CONFIGS = {
     "not JSON": ("transformer", None, "cannot be read as JSON"),
     "text": ("transformer", {"num_layers": "2"}, "num_layers cannot be '2'"),
@@ -231,6 +244,11 @@ CONFIGS = {
     ),
     "means": ("vae", {"latents_mean": [0.1]}, "latents_mean is [0.1], an entry that is not known"),
     "tomorrow's": ("transformer", {"qk_norm": "layer"}, "qk_norm is 'layer', an entry that is not"),
+    "wider": (
+        "text_encoder",
+        {"hidden_size": 20},
+        "its CLIP text encoder is 20 wide, its transformer reads 6; take both from one model",
+    ),
     "deeper": ("text_encoder", {"num_hidden_layers": 3}, "encoder.layers.2"),
 }
 
@@ -245,4 +263,5 @@ def test_wrong_configs(saved, tmp_path, kind):
     old = json.loads(file.read_text())
     file.write_text("{" if entries is None else json.dumps(old | entries))
     message = refusal(folder)
-    assert message.startswith(str(folder / part)) and words in message, message
+    assert message.startswith(str(folder)) and words in message, message
+    assert kind == "wider" or message.startswith(str(folder / part)), message

@@ -39,8 +39,10 @@ def put(*keys, shape=(2, 2), dtype=np.float32):
     return lambda d: {key: np.ones(shape, dtype) for key in keys}
 
 
-def fp8(d):
-    return {key: x.astype(ml_dtypes.float8_e4m3fn) if x.ndim == 2 else x for key, x in d.items()}
+def blocks(d):
+    """In float8 with a scale for each row, which is not read."""
+    scale = np.ones((24, 1), np.float32)
+    return d | {KEY: d[KEY].astype(ml_dtypes.float8_e4m3fn), f"{KEY}_scale": scale}
 
 
 def nf4(d):
@@ -74,8 +76,14 @@ TENSORS = {
     "another base": (alter(X, lambda x: x[:, :64]), f"{X} is [24, 64], .*FLUX.1-dev.*FLUX.1-Fill"),
     "integers": (alter(X, lambda x: x.astype(np.int32)), f"{X} is of type I32, not F32 or F16 or"),
     "doubles": (alter(X, lambda x: x.astype(np.float64)), f"{X} is of type F64"),
-    "fp8": (fp8, "seems to be quantised to 8 bits: .* is of type F8_E4M3"),
-    "int8": (alter(KEY, lambda x: x.astype(np.int8)), f"to 8 bits: {KEY} is of type I8"),
+    "fp8 in blocks": (
+        blocks,
+        f"seems to be quantised to 8 bits: {KEY}_scale [24, 1] is unknown; take the file in bfloat",
+    ),
+    "int8": (
+        alter(KEY, lambda x: x.astype(np.int8)),
+        f"to 8 bits: {KEY} is of type I8, .*; take the file in bfloat16",
+    ),
     "nf4": (nf4, f"seems to be quantised by bitsandbytes .*: {KEY} is [288, 1], expected [24, 24]"),
     "empty": (lambda d: {}, "is missing; .* more"),
     "Stable Diffusion 3": (
@@ -110,7 +118,7 @@ def test_a_fault_is_told_once(saved, tmp_path):
     folder = folders.copy(saved, tmp_path)
     change(folder / FILE, lambda d: {key: x.astype(np.float64) for key, x in d.items()})
     count = len(load_file(folder / FILE))
-    assert says(refusal(folder), f"is of type F64, not .*BF16, and {count - 1} others likewise")
+    assert says(refusal(folder), f"is of type F64, not .*, and {count - 1} others likewise")
 
 
 # What wrappers leave in the keys of a transformer.
@@ -210,7 +218,7 @@ FILES = {
         bfl(alter(QKV, lambda x: x[:24])),
         f"{QKV} is [24, 24], expected [72, 24]",
     ),
-    "fp8": (bfl(fp8), "seems to be quantised to 8 bits: "),
+    "int8": (bfl(alter(QKV, lambda x: x.astype(np.int8))), "seems to be quantised to 8 bits: "),
     "cut": (cut, "ae.safetensors is not a whole safetensors file"),
     "nothing": (bytes_of(SINGLES["vae"], b""), "ae.safetensors is not a whole safetensors file"),
     "garbage": (bytes_of(SINGLES["vae"], b"\xff" * 99), "ae.safetensors is not a whole"),
@@ -276,7 +284,21 @@ def doubled(folder):
     change(shard(folder), lambda d: d | first)
 
 
+def variants(folder):
+    for variant in ("fp16", "bf16"):
+        save_file({"a": np.zeros(1)}, folder / "vae" / f"model.{variant}.safetensors")
+    for file in (folder / "vae").glob("diffusion*"):
+        file.unlink()
+
+
+def without_index(folder):
+    (folder / f"{VAE}.index.json").unlink()
+    shard(folder).unlink()
+
+
 SHARDS = {
+    "two variants": (variants, "holds the variants bf16 and fp16; leave one"),
+    "no index, a shard gone": (without_index, "shards and no index; fetch them all"),
     "a key too many": (
         index(lambda where: {"weight_map": where | {"ghost": next(iter(where.values()))}}),
         "the index and its shards disagree about ghost",

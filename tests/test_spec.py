@@ -29,6 +29,10 @@ def folder(tmp_path):
     half = np.repeat([[0, 255]], 64, axis=0).repeat(32, axis=1).astype(np.uint8)
     for name, mask in {"half": half, "white": half | 255, "black": half & 0}.items():
         Image.fromarray(mask).save(tmp_path / f"{name}.png")
+    Image.new("L", (64, 64), 99).save(tmp_path / "dim.png")
+    Image.new("LA", (64, 64), (255, 0)).save(tmp_path / "clear.png")
+    strokes = np.stack([half | 255, half], axis=-1)  # white, and clear where `half` is black
+    Image.fromarray(strokes, "LA").save(tmp_path / "strokes.png")
     noise = draw.standard_normal((TOKENS, 64)).astype(np.float32)
     np.save(tmp_path / "noise.npy", noise)
     np.save(tmp_path / "short.npy", noise[1:])
@@ -110,9 +114,11 @@ def test_latents_come_back_exactly(folder):
     assert np.array_equal(spec.latents, np.load(folder / "noise.npy"))
 
 
-def test_masked_cell_keeps_its_picture(folder):
-    """Law: white is generated, black kept, and the cell's picture is there for the kept part."""
-    spec = read(folder, {"image": [["a.png", {"image": "b.png", "mask": "half.png"}]]})
+@pytest.mark.parametrize("mask", ["half.png", "strokes.png"])
+def test_masked_cell_keeps_its_picture(folder, mask):
+    """Law: white is generated, black and clear kept, and the cell's picture is there for the kept
+    part."""
+    spec = read(folder, {"image": [["a.png", {"image": "b.png", "mask": mask}]]})
     assert spec.grid.targets == [1]
     assert not spec.grid.query.mask[:, :96].any() and spec.grid.query.mask[:, 96:].all()
     assert np.array_equal(spec.grid.query.pixels[:, 64:], np.asarray(Image.open(folder / "b.png")))
@@ -222,6 +228,8 @@ BAD = [
     ({"image": [["a.png", None], ["a.png", None]]}, r"image\[0\]\[1\]: only the last row"),
     ({"image": [["a.png", None], ["a.png", "b.png"]]}, r"image\[0\]\[1\]: only the last row"),
     ({"image": [[None] * 5000]}, "image: the grid has 80000 tokens"),
+    ({"image": [["missing.png"]] * 20_000}, "image: 20000 pictures of at most 1024"),
+    ([{"image": [["missing.png"]]}] * 20_000, "grid 20000 of at most 1024 at once"),
     # the cells
     (cell(True), r"image\[0\]\[1\]: a cell is"),
     (cell(0), r"image\[0\]\[1\]: a cell is"),
@@ -236,6 +244,8 @@ BAD = [
     (cell({"image": "a.png", "mask": "no.png"}), r"image\[0\]\[1\]: .*no\.png.*No such file"),
     (cell({"image": "a.png", "mask": "text.png"}), r"image\[0\]\[1\]: .*text\.png.*none of PNG"),
     (cell({"image": "a.png", "mask": "black.png"}), r"image\[0\]\[1\]: the mask is all black"),
+    (cell({"image": "a.png", "mask": "clear.png"}), r"image\[0\]\[1\]: the mask is all black or"),
+    (cell({"image": "a.png", "mask": "dim.png"}), r"image\[0\]\[1\]: mask: .*dim.* grey is 99"),
     (cell({"image": "wide.png", "mask": "half.png"}), r"image\[0\]\[1\]: the mask is 64x64"),
     (cell(""), r"image\[0\]\[1\]: an empty path"),
     (cell("absent.png"), r"image\[0\]\[1\]: .*absent\.png.*No such file"),

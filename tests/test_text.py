@@ -1,5 +1,7 @@
 """T5, CLIP and the tokenizers: laws, and parity with transformers (stored and live)."""
 
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
+from transformers import T5Tokenizer
 
 from vcloze_jax.config import MINI, CLIPConfig, T5Config, UserError
 from vcloze_jax.model.text import CLIPTextEncoder, T5Encoder, relative_buckets
-from vcloze_jax.storage.textreader import Tokenizers
+from vcloze_jax.storage.textreader import Tokenizers, load_tokenizer
 
 FIXTURE = Path(__file__).parent / "data/text.safetensors"  # scripts/fixtures_text.py describes it
 MINI_FOLDER = Path(__file__).parents[1] / "vcloze_jax/mini"
@@ -216,8 +219,48 @@ def test_wrong_tokenizers_are_refused(tmp_path):
         Tokenizers(MINI_FOLDER, MINI.t5, replace(MINI.clip, eos=5))
     (tmp_path / "tokenizer_2").mkdir()
     (tmp_path / "tokenizer_2/tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="tokenizer_2: not a tokenizer"):
+    with pytest.raises(UserError, match="tokenizer_2: not a tokenizer .tokenizer.json: Expecting"):
         Tokenizers(tmp_path, MINI.t5, MINI.clip)
+    shutil.copytree(MINI_FOLDER / "tokenizer_2", tmp_path / "tokenizer_2", dirs_exist_ok=True)
+    shutil.copytree(MINI_FOLDER / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "tokenizer/merges.txt").unlink()
+    with pytest.raises(UserError, match="tokenizer: not a tokenizer .vocab.json: .*merges"):
+        Tokenizers(tmp_path, MINI.t5, MINI.clip)
+
+
+def test_tokenizers_without_their_config(tokenizers, tmp_path):
+    """What tokenizer_config.json repeats of the vocabulary's files may be absent."""
+    for name in ("tokenizer", "tokenizer_2"):
+        ignored = shutil.ignore_patterns("tokenizer_config.json", "special_tokens_map.json")
+        shutil.copytree(MINI_FOLDER / name, tmp_path / name, ignore=ignored)
+    prompts = ["", "A fox, painted <extra_id_5>.", "a row " * 90]
+    bare = Tokenizers(tmp_path, MINI.t5, MINI.clip)
+    for ours, theirs in zip(bare(prompts)[:2], tokenizers(prompts)[:2], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_sentencepiece_model_alone(tmp_path, monkeypatch):
+    """A T5 tokenizer that is spiece.model alone names the package that reads it, where that is not
+    installed; with it, it is read, pad, end and unknown first and a hundred sentinels last."""
+    (tmp_path / "spiece.model").write_bytes(b"x")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "sentencepiece", None)
+        with pytest.raises(UserError, match="spiece.model .*: pip install sentencepiece, or"):
+            load_tokenizer(T5Tokenizer, tmp_path, 180)
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(f"a fox and {n} quick brown dogs" for n in range(3000)),
+        model_prefix=str(tmp_path / "spiece"),
+        vocab_size=40,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    tokenizer = load_tokenizer(T5Tokenizer, tmp_path, 140)
+    assert len(tokenizer) == 140 and tokenizer.all_special_ids[:3] == [1, 2, 0]
+    assert tokenizer.decode(tokenizer("quick fox")["input_ids"]) == "quick fox</s>"
 
 
 @pytest.mark.parity

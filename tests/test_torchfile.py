@@ -155,12 +155,75 @@ def test_other_programs_are_refused(file, kind):
 
 def one_tensor(offset=0, shape=(3, 4), strides=(4, 1), size=12, key="0", kind="Float"):
     """The pickle of {"a": a tensor of storage `key`}."""
+    return table(a=tensor(offset, shape, strides, size, key, kind))
+
+
+def table(**entries):
+    """The pickle of a dict of texts to opcodes."""
+    return op(nested(**entries))
+
+
+def nested(**entries):
+    pairs = (torchfile.opcodes(key) + value for key, value in entries.items())
+    return b"}(" + b"".join(pairs) + b"u"
+
+
+def tensor(offset=0, shape=(3, 4), strides=(4, 1), size=12, key="0", kind="Float"):
+    """The opcodes of a tensor of storage `key`."""
     numbers = b"".join(torchfile.opcodes(x) for x in (offset, shape, strides))
     name = b"ctorch\n" + kind.encode() + b"Storage\n"
     place = torchfile.opcodes("storage") + name + torchfile.opcodes(key) + torchfile.opcodes("cpu")
     place = b"(" + place + torchfile.opcodes(size) + b"tQ"
-    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + place + numbers + b"\x89"
-    return op(b"}" + torchfile.opcodes("a") + tensor + b"ccollections\nOrderedDict\n)RtRs")
+    start = b"ctorch._utils\n_rebuild_tensor_v2\n(" + place + numbers + b"\x89"
+    return start + b"ccollections\nOrderedDict\n)RtR"
+
+
+def parameter(data):
+    """The opcodes of a torch.nn.Parameter of a tensor."""
+    end = b"\x88ccollections\nOrderedDict\n)RtR"
+    return b"ctorch._utils\n_rebuild_parameter\n(" + data + end
+
+
+def test_parameters_and_counters(file):
+    """Parameters are tensors; a number called as a counter of steps, be it in a tensor of integers,
+    is left away."""
+    counter = tensor(shape=(), strides=(), size=6, kind="Long")
+    entries = dict(step=counter, epoch=b"K\x05", global_step=b"G" + bytes(8))
+    got = read(repacked(file, table(a=parameter(tensor()), **entries)))
+    equal(got, {"a": STATE["img_in.lora_A.weight"]})
+
+
+BESIDE = {
+    "a text": (dict(base=b"X\x04\x00\x00\x00flux"), "'base' is no tensor but a text; save a state"),
+    "a number": (dict(alpha=b"G" + bytes(8)), "'alpha' is no tensor but a number"),
+    "a boolean": (dict(ema=b"\x88"), "'ema' is no tensor but a number"),
+    "a list": (dict(names=b"]"), "'names' is no tensor but a list"),
+    "a table": (dict(config=b"}"), "'config' is no tensor but a table"),
+    "nothing": (dict(config=b"N"), "'config' is no tensor; save a state dict"),
+    "many steps": (dict(step=tensor(shape=(6,), strides=(1,), size=3, kind="Long")), "step"),
+    "Lightning": (
+        dict(state_dict=nested(a=tensor()), epoch=b"K\x05"),
+        "is a checkpoint; save its entry 'state_dict' alone, as torch.save.torch.load",
+    ),
+    "an optimizer's": (
+        dict(
+            model=nested(a=parameter(tensor())),
+            optimizer=nested(state=b"}K\x00" + nested(exp_avg=tensor()) + b"s", lr=b"G" + bytes(8)),
+        ),
+        "save its entry 'model' alone",
+    ),
+    "a parameter of none": (dict(a=parameter(b"K\x05")), "arguments that are not known"),
+    "a parameter beyond": (dict(a=parameter(tensor(offset=1))), "a reaches beyond its storage"),
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_lies_beside_tensors(file, kind):
+    """Anything else beside tensors says what it is, and a checkpoint which entry to save alone."""
+    entries, words = BESIDE[kind]
+    with pytest.raises(PortError, match=words) as error:
+        torchfile.Source(repacked(file, table(**entries)))
+    assert "\n" not in str(error.value)
 
 
 def test_views(file):
@@ -271,6 +334,17 @@ def test_torch_reads_and_writes_them(file, tmp_path):
     assert list(got) == list(state)
     for key, x in state.items():
         np.testing.assert_array_equal(got[key].astype(np.float32), x.float().numpy())
+    beside = {"step": torch.tensor(5), "epoch": 5, "global_step": 0.5}
+    torch.save(dict(torch.nn.Linear(5, 3).named_parameters()) | beside, tmp_path / "a.pth")
+    assert list(read(tmp_path / "a.pth")) == ["weight", "bias"]
+    model = torch.nn.Linear(5, 3)
+    adam = torch.optim.AdamW(model.parameters())
+    model(torch.ones(5)).sum().backward()
+    adam.step()
+    parts = {"model": model.state_dict(), "optimizer": adam.state_dict(), "epoch": 5}
+    torch.save(parts, tmp_path / "a.pth")
+    with pytest.raises(PortError, match="is a checkpoint; save its entry 'model' alone"):
+        read(tmp_path / "a.pth")
     torch.save([state], tmp_path / "a.pth")
     with pytest.raises(PortError, match="no state dict"):
         read(tmp_path / "a.pth")

@@ -1,5 +1,6 @@
 """Weights folders of every layout: told by their content, filled with the same bits."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from ports import __main__ as command
 from ports import engine
+from ports.locate import locate
 from ports.tables.folder import PARTS
 from vcloze_jax.config import UserError
 from vcloze_jax.devices import make_mesh
@@ -91,6 +93,106 @@ def test_shards_and_one_file_fill_the_same_bits(saved, loaded, tmp_path):
         assert len(list(file.parent.glob("*-of-*.safetensors"))) > 1
     weights.check(folder)
     same(tensors(folder, PRESET), loaded)
+
+
+# How diffusers and transformers, now and before, spell a shard of a variant and its index.
+SPELLINGS = {
+    "now": ("{stem}.fp16-{n}-of-{all}.safetensors", "{stem}.safetensors.index.fp16.json"),
+    "before": ("{stem}-{n}-of-{all}.fp16.safetensors", "{stem}.safetensors.index.fp16.json"),
+    "inside": ("{stem}-{n}-of-{all}.fp16.safetensors", "{stem}.fp16.safetensors.index.json"),
+    "without index": ("{stem}-{n}-of-{all}.safetensors", None),
+    "one file": ("{stem}.fp16.safetensors", None),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_variants_fill_the_same_bits(saved, loaded, tmp_path, spelling):
+    """A variant, sharded or one file, is read under each of its names; beside weights without a
+    variant it is left alone."""
+    name, index = SPELLINGS[spelling]
+    folder = folders.copy(saved, tmp_path)
+    for part in PARTS.values():
+        inside, size = folder / part.folder, 10**9 if spelling == "one file" else 5_000
+        there = load_file(inside / f"{part.stem}.safetensors")
+        engine.write_shards(inside, part.stem, there.items(), "float32", size)
+        shards, renamed = sorted(inside.glob("*.safetensors")), {}
+        for n, file in enumerate(shards, 1):
+            new = name.format(stem=part.stem, n=f"{n:05}", all=f"{len(shards):05}")
+            renamed[file.name] = file.rename(inside / new).name
+        for file in inside.glob("*.index.json"):
+            where = json.loads(file.read_text())["weight_map"]
+            where = {key: renamed[old] for key, old in where.items()}
+            file.unlink()
+            if index:
+                new = inside / index.format(stem=part.stem)
+                new.write_text(json.dumps({"weight_map": where}))
+    weights.check(folder)
+    same(tensors(folder, PRESET), loaded)
+    if "fp16" in name:
+        save_file(there, folder / "text_encoder/model.safetensors")
+        source, _ = locate(folder, PARTS["clip"])
+        assert {file.name for file, _ in source.home.values()} == {"model.safetensors"}
+
+
+def test_single_text_encoders(saved, loaded, tmp_path):
+    """T5 and CLIP as single files beside their tokenizers, as ComfyUI has them, told by content and
+    with sizes by shapes: with what FLUX does not read of CLIP, and with T5's embedding under the
+    name that it is tied to."""
+    folder = folders.copy(saved, tmp_path)
+    clip = load_file(folder / "text_encoder/model.safetensors")
+    clip |= {"text_projection.weight": np.ones((6, 6)), "logit_scale": np.ones(())}
+    clip |= {"vision_model.embeddings.patch_embedding.weight": np.ones((2, 3, 4, 4))}
+    save_file(clip, folder / "clip_l.safetensors")
+    t5 = load_file(folder / "text_encoder_2/model.safetensors")
+    t5["encoder.embed_tokens.weight"] = t5.pop("shared.weight")
+    save_file(t5, folder / "t5xxl_fp16.safetensors")
+    for name in ("text_encoder", "text_encoder_2"):
+        shutil.rmtree(folder / name)
+    assert weights.check(folder) == PRESET
+    same(tensors(folder, PRESET), loaded)
+
+
+def test_what_lies_beside(bfl, loaded, tmp_path):
+    """What macOS leaves beside each file, a download that broke off and a dangling link are no
+    second model, and are not named while the models are there."""
+    folder = folders.copy(bfl, tmp_path)
+    for file in [*folder.rglob("*.safetensors")]:
+        shutil.copy(file, file.with_name(f"._{file.name}"))
+    (folder / "old.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    whole = (folder / SINGLES["flux"]).read_bytes()
+    (folder / "flux1-dev.safetensors").write_bytes(whole[:-1])
+    (folder / "gone.safetensors").symlink_to(folder / "nowhere")
+    weights.check(folder)
+    same(tensors(folder, PRESET), loaded)
+
+
+SCALES = [None, (".scale_weight", ()), (".weight_scale", (1,))]
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=str)
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
+def test_eight_bits(saved, tmp_path, kind, scale):
+    """Weights in float8, with no scale or with one per tensor, are their numbers, times the scale,
+    in bfloat16; what else is said of products in 8 bits does not matter."""
+    folders.copy(saved, tmp_path / "8")
+    folders.copy(saved, tmp_path / "16")
+    for part in PARTS.values():
+        file = f"{part.folder}/{part.stem}.safetensors"
+        there = load_file(saved / file)
+        eight, wide = dict(there), dict(there)
+        for key, x in there.items():
+            if x.ndim == 2 and key.endswith("weight"):
+                eight[key], factor = x.astype(kind), np.float32(1)
+                if scale:
+                    factor = np.float32(x.std() + 0.1)
+                    eight[key] = (x / factor).astype(kind)
+                    eight[key.removesuffix(".weight") + scale[0]] = np.full(scale[1], factor)
+                wide[key] = (eight[key].astype(np.float32) * factor).astype("bfloat16")
+        eight |= {"scaled_fp8": np.zeros(2, kind), "a.scale_input": np.ones(1)}
+        save_file(eight, tmp_path / "8" / file)
+        save_file(wide, tmp_path / "16" / file)
+    weights.check(tmp_path / "8")
+    same(tensors(tmp_path / "8", PRESET), tensors(tmp_path / "16", PRESET))
 
 
 def test_shards_of_the_mesh(bfl, loaded):

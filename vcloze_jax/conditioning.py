@@ -1,4 +1,8 @@
-"""Pixels and prompts -> what the MMDiT reads. Training and sampling share every line of it."""
+"""Pixels and token ids -> what the MMDiT reads.
+
+Text, positions, blanking and the velocity are the same for training and sampling; of a picture's
+latent sampling takes the posterior's mean, training a draw.
+"""
 
 from typing import NamedTuple
 
@@ -53,7 +57,7 @@ def to_pixels(x):
 
 
 def blank(x, mask, fill):
-    """x [B, h, W, 3] with its masked pixels at `fill`."""
+    """x [B, h, W, 3] with its pixels at `fill` where mask bool [B, h, W] is True."""
     return jnp.where(mask[..., None], jnp.asarray(fill, x.dtype), x)
 
 
@@ -90,9 +94,9 @@ def encode_training(vae, rows, fill, keys, dtype=jnp.float32):
             blanked[i] = blank(clean[i], mask, fill)
         masks.append(pack_mask(mask.astype(dtype)))
     posteriors = encode_each(vae, [*clean, *blanked.values()])
-    of_clean, of_condition = posteriors[: len(rows)], posteriors[: len(rows)]
-    for i, posterior in zip(blanked, posteriors[len(rows) :], strict=True):
-        of_condition[i] = posterior
+    of_clean = posteriors[: len(rows)]
+    of_blanked = dict(zip(blanked, posteriors[len(rows) :], strict=True))
+    of_condition = [of_blanked.get(i, clean) for i, clean in enumerate(of_clean)]
     mean, std = posterior_tokens(vae, of_clean)  # B S 64
     condition_mean, condition_std = posterior_tokens(vae, of_condition)
     draw = jax.vmap(lambda key: jax.random.normal(key, (2, *mean.shape[1:]), dtype))

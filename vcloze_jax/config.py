@@ -149,7 +149,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Preset:
-    """One complete system: models, sizes of its pictures, and its defaults."""
+    """One complete system and its defaults; what a weights folder says of sizes wins."""
 
     name: str
     flux: FluxConfig = field(default_factory=FluxConfig)
@@ -182,6 +182,7 @@ MINI = Preset(
         axes_dim=(8, 12, 12),
         remat=False,
     ),
+    # Scale and shift are measured when the autoencoder is trained, and said by mini/vae.
     vae=VAEConfig(channels=(8, 16, 32, 64), layers=1, groups=1, scale=1.0, shift=0.0),
     t5=T5Config(vocab=2048, width=128, head_dim=32, heads=4, mlp=256, layers=2, max_length=96),
     clip=CLIPConfig(vocab=2048, width=64, heads=2, mlp=256, layers=2, eos=2047),

@@ -23,7 +23,7 @@ from vcloze_jax.data import graph
 from vcloze_jax.data.graphemoji import GraphEmojiGrids
 from vcloze_jax.grid import Spec
 from vcloze_jax.inputs import cli
-from vcloze_jax.inputs.pictures import check_file, save_png, save_text
+from vcloze_jax.inputs.pictures import check_file, check_writable, save_png, save_text
 from vcloze_jax.pipeline import load_painter, steps_bar
 
 TASKS = {
@@ -225,6 +225,8 @@ def main(argv):
     args = parser.parse_args(argv)
     if args.card:
         split_card(args.card)  # now, not after the painting
+        check_writable(args.card.parent, args.card.name, "--card")
+    check_writable(args.out, "table.json")
 
     painter = load_painter(args.weights, args.lora, args.mesh)
     source = GraphEmojiGrids("held_out")

@@ -2,7 +2,8 @@
 what is asked of it, the Spec.
 
 Every row is one picture of C equal cells side by side, and is encoded as one; rows may differ in
-size. The last row is the query: its masked pixels are generated, all other pixels are given.
+size. The last row is the query: its masked pixels are generated, all other pixels are given. (What
+mini's infilling base learns from may mask pixels of any row.)
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ PATCH = 16  # pixels of a token's side: 8 by the VAE, 2 by packing
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Cells side by side. `mask` is True where pixels are generated; blank cells are black."""
+    """Cells side by side. `mask` is True where pixels are generated: there a spec's blank cell is
+    black, and a grid to learn from holds the truth."""
 
     pixels: np.ndarray  # uint8 [h, C*w, 3]
     mask: np.ndarray  # bool [h, C*w]

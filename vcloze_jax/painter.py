@@ -1,11 +1,13 @@
 """Grids -> latents -> pictures: shared by sample.py, previews, evaluation and the library.
 
 All grids go through one stage before the next begins: texts, condition latents, Euler steps,
-pictures; then through all but the first again where a second pass is asked for. For the steps,
+pictures; then through all but the first again where a second pass is asked for, which paints each
+target once more, enlarged, from a start that is half noise. For the steps,
 grids are grouped by token bucket and number of steps, padded on the right, and painted as batches;
 the result of one does not depend on the others.
 """
 
+import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import partial
@@ -60,7 +62,7 @@ class Painter:
         self.encode_picture = jax.jit(partial(conditioning.encode_picture, dtype=dtype))
         self.modulate_steps = jax.jit(modulate_steps)
         self.select_step = jax.jit(select_step)
-        # The mesh's way of lying is said, or the second step would be another program.
+        # Where its result lies is said, or the second step would be another program.
         placed = dict(donate_argnums=1, out_shardings=batch_sharding(mesh))
         self.euler_step = jax.jit(euler_step, **placed)
         self.decode_row = jax.jit(decode_row, static_argnums=(2, 3))
@@ -74,14 +76,14 @@ class Painter:
         prompts = [spec.prompt for spec in specs]
         texts = self.read_texts(prompts + [s.content_prompt for s in specs if s.upsampling])
         canvases = [Canvas(spec, *texts[spec.prompt]) for spec in specs]
-        self.paint(canvases, progress)
+        self.run_pass(canvases, progress)
         for canvas in canvases:
             again = second_passes(canvas.spec, canvas.targets)
             canvas.second_passes = [Canvas(spec, *texts[spec.prompt]) for spec in again]
-        self.paint([second for canvas in canvases for second in canvas.second_passes], progress)
+        self.run_pass([second for canvas in canvases for second in canvas.second_passes], progress)
         return canvases
 
-    def paint(self, canvases, progress):
+    def run_pass(self, canvases, progress):
         """One pass over all canvases."""
         for canvas in canvases:
             canvas.seconds = Counter(canvas.seconds)  # a text may be that of several
@@ -126,8 +128,8 @@ class Painter:
         for size, by_steps in groups.items():
             most = max(1, BATCH_TOKENS // size) * self.shards
             largest = max(map(len, by_steps.values()))
-            full = -(-largest // -(-largest // most))  # split evenly
-            full += -full % self.shards
+            full = math.ceil(largest / math.ceil(largest / most))  # split evenly
+            full = math.ceil(full / self.shards) * self.shards
             for group in by_steps.values():
                 for start in range(0, len(group), full):
                     members = group[start : start + full]
@@ -197,12 +199,12 @@ def initial_noise(spec):
 
 
 def modulate_steps(flux, times, context):
-    """The modulations of all steps at once; leaves get a leading axis N."""
+    """The modulations of all steps, times float32 [B, N + 1]; leaves get an axis N in front."""
     return jax.vmap(lambda t: conditioning.modulation(flux, t, context))(times[:, :-1].T)
 
 
 def select_step(mods, times, i):
-    """Modulation, time and next time of step i: without N, so that one program serves every N."""
+    """Modulation, time and next time [B] of step i: without N, so that one program serves all."""
     return jax.tree.map(lambda leaf: leaf[i], mods), times[:, i], times[:, i + 1]
 
 

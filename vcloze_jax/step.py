@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     t5_ids: jax.Array  # int32 [B, T]
     clip_ids: jax.Array  # int32 [B, 77]
     numbers: jax.Array  # int32 [B], of each grid in the run: what is drawn for it depends on that
-    pe: tuple  # cos, sin float32 [1, T + S, 1, K/2]
+    pe: tuple  # cos, sin float32 [1, T + S, 1, K/2], on the host: it is the same for all
 
 
 class Question(NamedTuple):
@@ -67,11 +67,11 @@ def make_batch(examples, numbers, tokenizers, preset, mesh, masks_every_row=Fals
 
 
 def ask(frozen, batch, key, *, graphdefs, preset, dtype):
-    """Batch -> Question: encoded, and with times, noise and guidance, drawn for each grid alone.
+    """Batch -> Question: pictures and text encoded, noise added at times drawn for each grid alone.
 
     A program of its own: nothing of it is differentiated.
     """
-    recipe, models = preset.recipe, merge_models(graphdefs, ENCODERS, frozen)
+    recipe, models = preset.recipe, merge_models(graphdefs, frozen, names=ENCODERS)
     keys = jax.vmap(partial(jax.random.fold_in, key))(batch.numbers)
     keys = jax.vmap(partial(jax.random.split, num=4))(keys)  # B 4
     for_vae, for_noise, for_time, for_guidance = (keys[:, i] for i in range(4))
@@ -84,7 +84,7 @@ def ask(frozen, batch, key, *, graphdefs, preset, dtype):
     if recipe.time_shift:
         t = flow.shift_time(t, x.shape[1], preset.flow)
     guidance = flow.draw_guidance(for_guidance, recipe.guidance_range)
-    text = batch.t5_ids, batch.clip_ids
+    text = batch.t5_ids, batch.clip_ids  # where the encoders are learnt, `answer` encodes
     if models.t5:
         text = conditioning.encode_text(models.t5, models.clip, *text, dtype)
     x_t, velocity = flow.interpolate(x, noise, t)
@@ -92,8 +92,8 @@ def ask(frozen, batch, key, *, graphdefs, preset, dtype):
 
 
 def answer(trainable, frozen, question, *, graphdefs, dtype):
-    """What the MMDiT says to a question: velocity [B, S, 64]."""
-    models, context = merge_models(graphdefs, graphdefs, trainable, frozen), question.context
+    """The forward pass of a training step: the MMDiT's velocity [B, S, 64]."""
+    models, context = merge_models(graphdefs, trainable, frozen), question.context
     if "t5" in trainable:
         ids = context.txt, context.pooled
         txt, pooled = conditioning.encode_text(models.t5, models.clip, *ids, dtype)
@@ -122,8 +122,8 @@ def validate(trainable, frozen, question, **options):
     return jnp.stack([loss, jnp.linalg.norm(out - bare) / jnp.linalg.norm(out)])
 
 
-def merge_models(graphdefs, names, *trees):
-    """Some of the four networks, of trees by name; None for the others and for what no tree has."""
+def merge_models(graphdefs, *trees, names=("flux", *ENCODERS)):
+    """The four networks, or some, of graphdefs and trees by name; None for one that no tree has."""
     models = dict.fromkeys(graphdefs)
     for name in names:
         if parts := [tree[name] for tree in trees if name in tree]:
@@ -156,7 +156,8 @@ def init_state(trainable, tx, ema):
 
 
 def make_step(tx, loss, places, ema=0.0, skip=0):
-    """Two jitted functions: add a micro-batch's gradient; apply the mean of the sum so far.
+    """`accumulate`, which adds a micro-batch's gradient to a sum, and `update`, which applies its
+    mean, both jitted.
 
     The frozen weights are an argument, never state. `places` is the State of shardings: all stays
     where it is, losses everywhere. A step whose loss or gradient is not finite changes nothing;
@@ -171,7 +172,7 @@ def make_step(tx, loss, places, ema=0.0, skip=0):
 
     @partial(jax.jit, donate_argnums=(0, 1), out_shardings=(places, places.trainable, None))
     def update(state, grads, losses, rate):
-        mean = jax.tree.map(lambda g: g / len(losses), grads)
+        mean = jax.tree.map(lambda g: g / len(losses), grads)  # of as many micro-batches
         norms = group_norms(mean)
         finite = jnp.isfinite(norms["all"]) & jnp.isfinite(jnp.concatenate(losses)).all()
         updates, moments = tx.update(mean, state.moments, state.trainable)

@@ -1,6 +1,6 @@
 """The training loop, and what it trains.
 
-What comes from files is handed in: models as trees, grids as examples, what writes as functions.
+What comes from files is handed in: models as trees, grids as examples, and who writes.
 """
 
 import time
@@ -95,12 +95,12 @@ class Trainer:
 
     def models(self):
         """The four networks as they are now."""
-        return merge_models(self.graphdefs, self.graphdefs, self.learnt, self.frozen)
+        return merge_models(self.graphdefs, self.learnt, self.frozen)
 
     def base_models(self):
         """The four networks with an adapter that does nothing."""
         nothing = jax.tree.map(jnp.zeros_like, self.learnt)
-        return merge_models(self.graphdefs, self.graphdefs, nothing, self.frozen)
+        return merge_models(self.graphdefs, nothing, self.frozen)
 
     def program(self, name, shape, *args):
         """The program of some inputs' shape, compiled when it is first asked for."""

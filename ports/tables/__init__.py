@@ -39,13 +39,14 @@ class Table(NamedTuple):
 
     A file is in this naming if one of its keys matches `sign`. `prefix` stands before every key
     when we write, and before all or none in a file that we read. Keys that match one of `ignored`
-    are not read.
+    are not read. `tied` pairs keys of the rows with a second name, read where the first is not.
     """
 
     rows: tuple
     sign: str = ""
     prefix: str = ""
     ignored: tuple[str, ...] = ()
+    tied: tuple[tuple[str, str], ...] = ()
 
 
 class Part(NamedTuple):

@@ -36,12 +36,18 @@ T5_TABLE = Table(
     T5_ROWS,
     sign=r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.q\.weight",
     ignored=(r"encoder\.embed_tokens\.weight",),  # a second name of shared.weight
+    tied=(("shared.weight", "encoder.embed_tokens.weight"),),
 )
 CLIP_TABLE = Table(
     CLIP_ROWS,
     sign=r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.q_proj\.weight",
     prefix="text_model.",
-    ignored=(r"(text_model\.)?embeddings\.position_ids",),  # the numbers 0, 1, 2, ...
+    ignored=(
+        r"(text_model\.)?embeddings\.position_ids",  # the numbers 0, 1, 2, ...
+        r"(text_model\.)?text_projection(\.weight)?",  # from what FLUX reads to pictures
+        r"logit_scale",  # of the loss that CLIP was trained by
+        r"vision_model\..*|visual_projection\.weight",  # the half that reads pictures
+    ),
 )
 
 T5 = Part(

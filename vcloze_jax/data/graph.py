@@ -1,7 +1,7 @@
 """The task graph of GraphEmoji: nodes with their phrases, tasks as paths, and one drawn sample.
 
 A node is a drawn view of a subject or a condition derived from one; a task leads from one to three
-nodes to a target, so a row has L = 2, 3 or 4 cells. Rules of sampling: paper, section 3, and
+nodes to a target, so a row has C = 2, 3 or 4 cells. Rules of sampling: paper, section 3, and
 lzyhha/VisualCloze:data/dataset.py. Everything drawn is a function of the generator given.
 """
 
@@ -123,9 +123,9 @@ TRAIN = {
 class Sample(NamedTuple):
     """One drawn grid, before any picture: who stands where, and what is blank."""
 
-    nodes: list[list[str]]  # [R][L]
-    subjects: np.ndarray  # int [R] or [R, L]
-    mask: np.ndarray  # bool [R, L, size, size]; True is generated
+    nodes: list[list[str]]  # [R][C]
+    subjects: np.ndarray  # int [R] or [R, C]
+    mask: np.ndarray  # bool [R, C, size, size]; True is generated
     prompt: str
 
 
@@ -145,7 +145,7 @@ def list_shapes(tasks):
 
 
 def draw_shape(rng, tasks=TRAIN):
-    """Rows and columns of a micro-batch: R is 1, 2 or 3 with p 0.3, 0.4, 0.3.
+    """Rows and columns of a group: R is 1, 2 or 3 with p 0.3, 0.4, 0.3.
 
     The columns are those of a drawn task; each element then draws a task of that width, so that
     over many batches every task keeps its share.
@@ -180,7 +180,7 @@ def ask_last(nodes, subjects, names):
 
 
 def draw_mask(rng, rows, columns, size):
-    """What is blank in the query row: bool [R, L, size, size].
+    """What is blank in the query row: bool [R, C, size, size].
 
     With p 0.5 any one cell, else the last (the paper's reverse masking). Mini's additions: with
     p 0.1 two cells or more, with p 0.1 a random part of the cell.
@@ -239,7 +239,7 @@ SHEETS = {
 
 
 def draw_fill_shape(rng):
-    """Rows and columns of a micro-batch of the infilling base."""
+    """Rows and columns of a group of the infilling base."""
     return list(FILL_SHAPES)[rng.choice(len(FILL_SHAPES), p=list(FILL_SHAPES.values()))]
 
 

@@ -12,6 +12,7 @@ from vcloze_jax.grid import PATCH, Grid, Row
 
 MAX_TOKENS = 2**16  # 64 cells of 512 x 512; beyond it only a mistake is plausible
 MAX_RESIZED = 2**26  # pixels before the crop, 256 MiB as Pillow holds them
+LEAST_SHARE = 1 / 4  # of the area that is asked for, that a cell may have
 
 Cell = Image.Image | tuple[Image.Image, np.ndarray] | None
 
@@ -56,16 +57,45 @@ def cover(
 
     Raises UserError if the two shapes differ so much that the resized picture would be absurd.
     """
-    wide = picture.width / picture.height >= width / height
-    w = picture.width * height // picture.height if wide else width
-    h = height if wide else picture.height * width // picture.width
-    if w * h > MAX_RESIZED:
-        raise UserError(
-            f"a picture of {picture.width}x{picture.height} cannot fill a cell of "
-            f"{width}x{height}; crop it to a similar shape"
-        )
+    w, h = _covering_size(picture.size, width, height)
     left, top = w // 2 - width // 2, h // 2 - height // 2
     return picture.resize((w, h), resample).crop((left, top, left + width, top + height))
+
+
+def cover_mask(mask: np.ndarray, width: int, height: int) -> np.ndarray:
+    """A mask, bool [h, w], resized and cropped as `cover` does it with its picture.
+
+    Scaled down, a pixel is True where any that it covers is, so that no stroke is lost; enlarged,
+    it is the nearest one.
+    """
+    w, h = _covering_size(mask.shape[::-1], width, height)
+    levels = Image.fromarray(np.uint8(255) * _shrink(_shrink(mask, h).T, w).T)
+    # Not as a picture of mode "1": its True is the byte 255, which XLA reads as -1.
+    return np.asarray(cover(levels, width, height, Image.Resampling.NEAREST)) >= 128
+
+
+def _covering_size(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
+    """Size (w, h) of a picture of `size` where it covers width x height, of its own aspect."""
+    own_w, own_h = size
+    wide = own_w / own_h >= width / height
+    w, h = (own_w * height // own_h, height) if wide else (width, own_h * width // own_w)
+    if w * h > MAX_RESIZED:
+        raise UserError(
+            f"a picture of {own_w}x{own_h} cannot fill a cell of {width}x{height}; "
+            "crop it to a similar shape"
+        )
+    return w, h
+
+
+def _shrink(mask: np.ndarray, size: int) -> np.ndarray:
+    """The mask with `size` rows: each is True where any row that it covers is, if only in part."""
+    rows = len(mask)
+    if rows <= size:
+        return mask
+    starts = np.arange(size) * rows // size
+    stops = -(-np.arange(1, size + 1) * rows // size)
+    edges = np.stack([starts, stops], axis=1).ravel()[:-1]  # the last one stops by itself
+    return np.logical_or.reduceat(mask, edges)[::2]
 
 
 def _check_layout(cells: list[list[tuple]]) -> None:
@@ -92,9 +122,16 @@ def _check_layout(cells: list[list[tuple]]) -> None:
 def _row_sizes(cells: list[list[tuple]], resolution: int) -> list[tuple[int, int]]:
     """Cell size (w, h) of every row."""
     sizes = []
-    for row in cells:
+    for r, row in enumerate(cells):
         first = next((picture.size for picture, _ in row if picture), (resolution, resolution))
         sizes.append(row_size(*first, resolution))
+        (w, h), (own_w, own_h) = sizes[-1], first
+        if w * h < LEAST_SHARE * resolution**2:
+            longest = own_h * (resolution // PATCH) ** 2
+            raise UserError(
+                f"image[{r}]: a picture of {own_w}x{own_h} makes a cell of {w}x{h}, not of about "
+                f"{resolution}x{resolution}; crop it to {longest}x{own_h} or less"
+            )
     if sum(picture is None or mask is not None for picture, mask in cells[-1]) > 1:
         width = sizes[-1][0]  # several targets: one width for all rows
         sizes = [(width, floor(h * width // w)) for w, h in sizes]
@@ -113,11 +150,16 @@ def _fit(
         raise UserError(f"{where}: {error}") from None
     if mask is None:
         return pixels, np.zeros((height, width), bool)
-    levels = Image.fromarray(np.uint8(255) * mask)
-    # Not as a picture of mode "1": its True is the byte 255, which XLA reads as -1.
-    mask = np.asarray(cover(levels, width, height, Image.Resampling.NEAREST)) >= 128
     if not mask.any():
-        raise UserError(f"{where}: the mask is all black; paint white what is to be generated")
+        raise UserError(
+            f"{where}: the mask is all black or clear; paint white what is to be generated"
+        )
+    mask = cover_mask(mask, width, height)
+    if not mask.any():
+        raise UserError(
+            f"{where}: what the mask marks is cut off: the cell of {width}x{height} shows the "
+            "centre of its picture; mark something there, or crop both to a similar shape"
+        )
     return pixels, mask
 
 

@@ -1,6 +1,7 @@
 """Strict JSON, and checks of one value: each returns it, or says in a UserError what it must be."""
 
 import difflib
+import errno
 import json
 import math
 import os
@@ -9,6 +10,36 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vcloze_jax.config import UserError
+
+# What helps against an error of the file system.
+REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EACCES: "change its rights",
+    errno.EPERM: "change its rights",
+    errno.EROFS: "name another place",
+    errno.EFBIG: "ulimit -f or the disk allows no larger one; name another place",
+    errno.EMFILE: "raise the limit, ulimit -n",
+    errno.EIO: "the disk or the network drive failed; try again",
+}
+LONGEST = 300  # characters of a foreign message
+
+
+def describe_error(error: Exception) -> str:
+    """What an exception that is not ours, but a library's or the file system's, says on one line:
+    with what helps, where that is known, and without the file, which the caller names."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    for number, remedy in REMEDIES.items():  # a library often has it in the midst of its own
+        if (reason := os.strerror(number)) in text:
+            return f"{reason} ({remedy})"
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
+
+
+def describe_with_file(error: Exception, file="") -> str:
+    """`describe_error` after the file that the exception names, or else `file`."""
+    file = getattr(error, "filename", None) or file
+    return f"{file}: {describe_error(error)}" if file else describe_error(error)
 
 
 @contextmanager

@@ -12,8 +12,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from vcloze_jax.config import PRESETS, Recipe, UserError, flag
-from vcloze_jax.storage.places import cache_folder, file_and_scale
+from vcloze_jax.inputs.checks import describe_with_file
+from vcloze_jax.inputs.terminal import guard_streams, tell_error
+from vcloze_jax.storage.places import cache_folder, file_and_scale, find_weights
 
+DOWNLOAD = "fetch --weights OWNER/NAME from Hugging Face, where it is not in its cache"
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
@@ -31,12 +34,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; --help lists the flags")
 
+    def parse_args(self, argv):
+        """The flags, --weights as a folder on this machine."""
+        args = super().parse_args(argv)
+        if args.weights:
+            args.weights = find_weights(args.weights, args.download)
+        return args
+
 
 def add_model_flags(parser):
     """The flags that say what to paint with, and where."""
     add = parser.add_argument
-    default = "folder in diffusers' layout (default: mini, with its adapter)"
-    add("--weights", type=Path, metavar="DIR", help=default)
+    default = "folder in diffusers' layout, or an id of Hugging Face (default: mini, adapted)"
+    add("--weights", metavar="DIR", help=default)
+    add("--download", action="store_true", help=DOWNLOAD)
     add(
         "--lora",
         action="append",
@@ -49,6 +60,7 @@ def add_model_flags(parser):
 
 def add_recipe_flags(parser):
     """A flag for every field of Recipe; one that is not given stays None: the preset's holds."""
+    parser.add_argument("--download", action="store_true", help=DOWNLOAD)
     groups = {}
     for f in fields(Recipe):
         options = {key: f.metadata[key] for key in ("help", "choices") if f.metadata[key]}
@@ -111,6 +123,7 @@ def run(main):
     It ends at once, without the interpreter's tear-down: XLA's threads may still be at work, and
     would crash in it.
     """
+    guard_streams()
     watch_signals()
     # Transformers says at import that torch is missing, which is as intended.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -120,16 +133,19 @@ def run(main):
 
 def answer(main):
     """Call main(argv) -> exit code: 0 done, 2 the user's mistake, 1 not finite. A mistake is one
-    line on stderr."""
+    line on stderr, as is what the file system refuses."""
     try:
         return main(sys.argv[1:]) or 0
     except SystemExit as error:  # of --help
         return error.code or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell_error(error)
+        return 2
+    except OSError as error:
+        tell_error(describe_with_file(error))
         return 2
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell_error(error)
         return 1
     except Exception:
         traceback.print_exc()

@@ -4,22 +4,26 @@ Pillow's `open(path).convert("RGB")` turns 16-bit grey white, ignores the camera
 noise under alpha, waits for ever on a pipe and only warns of a picture that fills the memory.
 """
 
+import errno
 import io
 import os
 import re
 import stat
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 
 from vcloze_jax.config import UserError
+from vcloze_jax.inputs.checks import describe_error
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 MAX_PIXELS = 2**26  # 8192 x 8192, 256 MiB as Pillow holds it
+TURNS = b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"  # keywords of text that may turn a PNG
+LARGE = 2**20  # bytes of such text
 URL = re.compile(r"(^|/)[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 
 
@@ -43,25 +47,41 @@ def check_file(path: str | Path) -> Path:
     return Path(path)
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """Decode the first frame of a picture to RGB: turned as EXIF says, alpha over white.
+def open_picture(path: str | Path, ground: str = "white") -> Image.Image:
+    """Decode the first frame of a picture to RGB: turned as EXIF says, alpha over `ground`.
 
-    16-bit grey keeps its range (65535 becomes 255). Raises UserError naming the file.
+    16-bit grey keeps its range (65535 becomes 255); other metadata is ignored, broken or not.
+    Raises UserError naming the file.
     """
     path = check_file(path)
-    with _decoding(repr(str(path))), Image.open(path, formats=FORMATS) as picture:
-        return _to_upright_rgb(picture)
+    with _decoding(repr(str(path))):
+        try:
+            return _decode(path, ground)
+        except Image.DecompressionBombError:
+            raise
+        except Exception:
+            for turned in (True, False):
+                with suppress(Exception):
+                    return _decode(_strip_png(path, turned), ground)
+            raise
 
 
-def copy_picture(picture: Image.Image) -> Image.Image:
+def copy_picture(picture: Image.Image, ground: str = "white") -> Image.Image:
     """A picture in memory as `open_picture` would read it from a file."""
     with _decoding(f"a picture of mode {picture.mode}"):
-        return _to_upright_rgb(picture.copy())
+        return _to_upright_rgb(picture.copy(), ground)
 
 
 def to_mask(picture: Image.Image) -> np.ndarray:
-    """RGB to bool [h, w]: white (grey level of 128 or more) is True, to be generated."""
-    return np.asarray(picture.convert("L")) >= 128
+    """RGB to bool [h, w]: white (grey level of 128 or more) is True, to be generated.
+
+    Raises UserError if all of it is grey below that, which is neither white nor black.
+    """
+    levels = np.asarray(picture.convert("L"))
+    if 0 < levels.max() < 128:
+        reason = f"its brightest grey is {levels.max()}, and white begins at 128"
+        raise UserError(f"{reason}; paint white what is to be generated")
+    return levels >= 128
 
 
 @contextmanager
@@ -100,16 +120,38 @@ def save_text(path: str | Path, text: str) -> None:
     _save(Path(path), text.encode())
 
 
-def _save(path: Path, content: bytes) -> None:
-    # Beside the final file, because os.replace is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def check_writable(folder: Path, name: str, flag: str = "--out") -> None:
+    """Prove that a file `name` can be saved in a folder, which is made if need be, and leave
+    nothing behind. Raises UserError naming the folder as that of `flag`."""
+    file = folder / name
+    made = [above for above in file.parents if not os.path.exists(above)]
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _draft(file).write_bytes(b"\0")
+    except (OSError, RecursionError) as error:  # of mkdir, where the path is of a thousand parts
+        long = getattr(error, "errno", 0) == errno.ENAMETOOLONG
+        remedy = "shorten the name" if long else "choose another folder"
+        raise UserError(f"{flag} {folder}: {describe_error(error)}; {remedy}") from None
+    finally:
+        for undo in (_draft(file).unlink, *(above.rmdir for above in made)):
+            with suppress(OSError):
+                undo()
+
+
+def _save(path: Path, content: bytes) -> None:
+    try:
+        _draft(path).write_bytes(content)
+        os.replace(_draft(path), path)
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be written: {describe_error(error)}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            _draft(path).unlink()
+
+
+def _draft(path: Path) -> Path:
+    # Beside the final file, because os.replace is atomic only within one file system.
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 @contextmanager
@@ -125,35 +167,57 @@ def _decoding(name: str) -> Iterator[None]:
         raise UserError(f"{name} cannot be read: {describe_error(error)}; save it anew") from None
 
 
-def _to_upright_rgb(picture: Image.Image) -> Image.Image:
+def _decode(file: Path | io.BytesIO, ground: str) -> Image.Image:
+    with Image.open(file, formats=FORMATS) as picture:
+        return _to_upright_rgb(picture, ground)
+
+
+def _strip_png(path: Path, turned: bool) -> io.BytesIO:
+    """A PNG with no more chunks than its pixels need, and, if `turned`, those that may turn it:
+    Pillow refuses the whole picture for text or a profile that is large or broken."""
+    with path.open("rb") as file:
+        kept = io.BytesIO()
+        kept.write(file.read(8))
+        if kept.getvalue() != b"\x89PNG\r\n\x1a\n":
+            raise ValueError("no PNG")
+        while len(head := file.read(8)) == 8 and kept.tell() < 8 * MAX_PIXELS:
+            size, kind = int.from_bytes(head[:4]) + 4, head[4:]  # with the checksum
+            if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+                kept.write(head + file.read(size))
+            elif turned and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") and size < LARGE:
+                body = file.read(size)
+                kept.write(head + body if kind == b"eXIf" or body.startswith(TURNS) else b"")
+            else:
+                file.seek(size, os.SEEK_CUR)
+    kept.seek(0)
+    return kept
+
+
+def _to_upright_rgb(picture: Image.Image, ground: str) -> Image.Image:
     if picture.width * picture.height > MAX_PIXELS:
         raise Image.DecompressionBombError
     picture.load()
-    ImageOps.exif_transpose(picture, in_place=True)
-    return _to_rgb(picture)
+    with suppress(Exception):  # EXIF that cannot be read says nothing
+        ImageOps.exif_transpose(picture, in_place=True)
+    return _to_rgb(picture, ground)
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def _to_rgb(picture: Image.Image, ground: str) -> Image.Image:
     if picture.mode[0] in "IF":
-        return _from_deep_grey(picture).convert("RGB")
+        return _from_deep_grey(picture, ground).convert("RGB")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        sheet = Image.new("RGB", picture.size, "white")
+        sheet = Image.new("RGB", picture.size, ground)
         sheet.paste(picture, mask=picture.getchannel("A"))
         return sheet
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def _from_deep_grey(picture: Image.Image) -> Image.Image:
+def _from_deep_grey(picture: Image.Image, ground: str) -> Image.Image:
     grey = np.asarray(picture)
     if picture.mode == "F" or grey.min() < 0 or grey.max() > 65535:
         raise ValueError("more than 16 bits per pixel")  # where is its white?
     levels = np.rint(grey / np.float32(257)).astype(np.uint8)
-    levels[grey == picture.info.get("transparency", -1)] = 255  # the grey that a PNG calls clear
+    clear = grey == picture.info.get("transparency", -1)  # the grey that a PNG calls clear
+    levels[clear] = ImageColor.getcolor(ground, "L")
     return Image.fromarray(levels)
-
-
-def describe_error(error: Exception) -> str:
-    """What an exception of a library says, on one line."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())

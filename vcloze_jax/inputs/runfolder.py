@@ -3,16 +3,21 @@
 import fcntl
 import json
 import os
+import re
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
 from vcloze_jax.config import PRESETS, Recipe, UserError
 from vcloze_jax.inputs.checks import parse_json
-from vcloze_jax.inputs.pictures import save_text
+from vcloze_jax.inputs.pictures import check_writable, describe_error, save_text
 
 FREE = tuple(f.name for f in fields(Recipe) if f.metadata["free"])
 OLDEST = {"preset", "data", "seed", "steps"}  # entries that every run has written
+# What the library that writes checkpoints takes for a pattern, a separator or a cloud's address, or
+# cannot spell at all.
+NOT_LITERAL = re.compile(r"[*?\[\\\ud800-\udfff]|^/(gs|s3|az|hf)/|(gs|s3|az|hf):/")
+LONGEST = "/".join(["checkpoints" * 9] * 2)  # as long as a path inside a run can be
 ORIGINS = ("weights", "lora", "data", "dtype")  # known by their content, wherever it lies
 
 
@@ -31,13 +36,21 @@ class RunFolder:
         self.held = None
 
     def compare(self, recipe):
-        """Raise UserError if this is not a run's folder, or of another run, naming what differs;
-        what `ORIGINS` names is compared by content, in `compare_origins`."""
-        if not self.config.exists():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        """Raise UserError if this cannot be a run's folder, or is of another run, naming what
+        differs; what `ORIGINS` names is compared by content, in `compare_origins`."""
+        if found := NOT_LITERAL.search(str(self.checkpoints.absolute())):
+            raise UserError(
+                f"--out {self.path}: no checkpoint can be kept where the path holds {found[0]!r}; "
+                "choose another folder"
+            )
+        begun = os.path.exists(self.config)
+        if not begun and os.path.exists(self.path):
+            if not self.path.is_dir() or any(self.path.iterdir()):
                 raise UserError(
                     f"{self.path}: not a run of train.py, and not empty; choose another --out"
                 )
+        check_writable(self.path, LONGEST)
+        if not begun:
             return
         old, new = read_identity(self.config), asdict(recipe)
         for key in new:
@@ -83,15 +96,19 @@ class RunFolder:
         """Be the only process that writes this run, until `unlock` or the process's end, however
         that comes. Raises UserError."""
         if self.path.is_dir() and self.held is None:
-            self.held = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
             try:
+                self.held = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
                 fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 self.unlock()
                 raise UserError(
                     f"--out {self.path}: another train.py writes this run; stop it first, or "
                     "choose another folder"
                 ) from None
+            except OSError as error:
+                self.unlock()
+                reason = f"cannot be locked: {describe_error(error)}"
+                raise UserError(f"--out {self.path}: {reason}; choose another folder") from None
 
     def unlock(self):
         """Let others write this run."""
@@ -128,5 +145,8 @@ class Log:
         save_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, record):
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {describe_error(error)}") from None

@@ -21,6 +21,7 @@ from vcloze_jax.inputs.checks import (
     check_share,
     check_text,
     check_type,
+    describe_error,
     error_context,
     parse_json,
     read_key,
@@ -29,8 +30,8 @@ from vcloze_jax.inputs.checks import (
 )
 from vcloze_jax.inputs.pictures import (
     check_file,
+    check_writable,
     copy_picture,
-    describe_error,
     open_picture,
     quiet_decoders,
     to_mask,
@@ -42,6 +43,8 @@ OPTIONAL = (*PROMPTS, "task", "latents", "upsampling")  # null means absent
 KEYS = ("image", *OPTIONAL, *NUMBERS)
 UPSAMPLING = ("width", "height", "strength", "num_inference_steps", "latents")
 MAX_BYTES = 2**22  # of a spec file
+MAX_SPECS = 1024  # of one command
+MAX_PICTURES = 1024  # of one grid, all of which are held at once
 MAX_SIDE = 4096  # of a picture that is painted
 SIDE = 1024  # an upsampled target whose size nobody asked for has an area of at most SIDE²
 LATENT_WIDTH = 64  # channels of a packed token: 16 of the VAE, 2 x 2 pixels
@@ -56,7 +59,10 @@ def read_specs(paths: list[str | Path], preset: Preset) -> list[Spec]:
     for path in map(Path, paths):
         with error_context(path):
             content = parse_json(_read_bytes(path))
-            if not isinstance(content, list):
+            many = isinstance(content, list)
+            if (count := len(specs) + (len(content) if many else 1)) > MAX_SPECS:
+                raise UserError(f"grid {count} of at most {MAX_SPECS} at once; split them up")
+            if not many:
                 specs.append(read_spec(content, preset, path.stem, path))
                 continue
             if not content:
@@ -69,21 +75,22 @@ def read_specs(paths: list[str | Path], preset: Preset) -> list[Spec]:
 
 
 def check_outputs(out: Path, specs: list[Spec]) -> None:
-    """Make the folder. Raises UserError where an output would replace an input."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; choose another folder") from None
+    """Make the folder. Raises UserError where an output cannot be written, or would replace an
+    input."""
+    names = [name for spec in specs for name in output_names(spec.name, len(spec.grid.targets))]
+    check_writable(out, max(names, key=lambda name: len(os.fsencode(name))))
+    out.mkdir(parents=True, exist_ok=True)
     inputs = set()
     for spec in specs:
         cells = (cell for row in spec.resolved["image"] for cell in row if cell)
         inputs.add(spec.source.resolve())
         for cell in cells:
             inputs.update(map(Path, cell.values() if isinstance(cell, dict) else [cell]))
-    for spec in specs:
-        for name in output_names(spec.name, len(spec.grid.targets)):
-            if (out / name).resolve() in inputs:
-                raise UserError(f"--out {out}: {name} is an input; choose another")
+    for name in names:
+        if (out / name).resolve() in inputs:
+            raise UserError(f"--out {out}: {name} is an input; choose another")
+        if (out / name).is_dir():
+            raise UserError(f"--out {out}: {name} is a folder; choose another")
 
 
 def output_names(name: str, targets: int) -> list[str]:
@@ -192,6 +199,9 @@ def open_cells(rows: list, folder: Path) -> tuple[list, list]:
     for r, row in enumerate(rows):
         with error_context(f"image[{r}]"):
             check_type(row, list)
+    if (count := sum(cell is not None for row in rows for cell in row)) > MAX_PICTURES:
+        raise UserError(f"image: {count} pictures of at most {MAX_PICTURES}; use fewer cells")
+    for r, row in enumerate(rows):
         resolved.append([])
         opened.append([])
         for i, cell in enumerate(row):
@@ -206,20 +216,25 @@ def _open_cell(cell, folder: Path) -> tuple:
     if cell is None:
         return None, None
     if isinstance(cell, str | os.PathLike | Image.Image):
-        return _open_picture(cell, folder)
+        return _open_picture(cell, "white", folder)
     if not isinstance(cell, dict) or cell.keys() != {"image", "mask"}:
         raise UserError('a cell is a path, null or {"image": path, "mask": path}')
-    (path, picture), (mask_path, mask) = (
-        read_key(cell, key, None, _open_picture, folder) for key in ("image", "mask")
-    )
-    return {"image": path, "mask": mask_path}, (picture, to_mask(mask))
+    path, picture = read_key(cell, "image", None, _open_picture, "white", folder)
+    mask_path, mask = read_key(cell, "mask", None, _open_mask, folder)
+    return {"image": path, "mask": mask_path}, (picture, mask)
 
 
-def _open_picture(picture, folder: Path) -> tuple[str, Image.Image]:
+def _open_picture(picture, ground: str, folder: Path) -> tuple[str, Image.Image]:
     if isinstance(picture, Image.Image):
-        return f"{picture.width}x{picture.height}, in memory", copy_picture(picture)
+        return f"{picture.width}x{picture.height}, in memory", copy_picture(picture, ground)
     path = resolve_path(picture, folder)
-    return path, open_picture(path)
+    return path, open_picture(path, ground)
+
+
+def _open_mask(picture, folder: Path) -> tuple[str, np.ndarray]:
+    path, levels = _open_picture(picture, "black", folder)  # where it is clear, nothing is drawn
+    with error_context(repr(path)):
+        return path, to_mask(levels)
 
 
 def _picture_of(cell: Cell) -> Image.Image | None:

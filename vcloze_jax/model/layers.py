@@ -1,6 +1,6 @@
 """The parts of the MMDiT: Dense with its LoRA branch, norms, streams and blocks.
 
-Shapes: B batch, N image tokens, T text tokens, L = T + N, D width, H heads, K head dim.
+Shapes: B batch, S image tokens, T text tokens, L = T + S, D width, H heads, K head dim, R rank.
 Source: black-forest-labs/flux:src/flux/modules/layers.py. Weights may be of any dtype; a layer
 computes in the dtype of its input, with norms, angles and softmax in float32.
 """
@@ -121,6 +121,7 @@ class MLPEmbedder(nnx.Module):
         return self.out_layer(jax.nn.silu(self.in_layer(x)))
 
     def sinusoid(self, t):
+        """t float32 [B] -> [B, D]."""
         return self(timestep_embedding(t))
 
 
@@ -139,12 +140,12 @@ class Stream(nnx.Module):
         self.mlp_out = Dense(c.mlp_ratio * c.width, c.width, split=ROWS, **dense)
 
     def before(self, x, shift, scale):
-        """x [B, N, D] -> q, k, v, each [B, N, H, K]."""
+        """x [B, S, D] -> q, k, v, each [B, S, H, K]."""
         q, k, v = split_heads(self.qkv(modulate(x, shift, scale)), self.heads)
         return self.q_norm(q), self.k_norm(k), v
 
     def after(self, x, attn, gate1, shift2, scale2, gate2):
-        """Close the residuals of attention and MLP around x [B, N, D]."""
+        """Close the residuals of attention and MLP around x [B, S, D]; the others are [B, 1, D]."""
         x = x + gate1 * self.proj(attn)
         h = jax.nn.gelu(self.mlp_in(modulate(x, shift2, scale2)), approximate=True)
         return x + gate2 * self.mlp_out(h)
@@ -158,7 +159,7 @@ class DoubleBlock(nnx.Module):
         self.txt = Stream(c, rngs=rngs)
 
     def __call__(self, img, txt, img_mod, txt_mod, pe, lengths=None):
-        """img [B, N, D], txt [B, T, D], mods [B, 6D]; pe covers text, then image."""
+        """img [B, S, D], txt [B, T, D], mods [B, 6D]; pe covers text, then image."""
         img_mod, txt_mod = chunks(img_mod, 6), chunks(txt_mod, 6)
         img_qkv = self.img.before(img, *img_mod[:2])
         txt_qkv = self.txt.before(txt, *txt_mod[:2])
@@ -204,7 +205,7 @@ class LastLayer(nnx.Module):
         self.linear = Dense(c.width, c.out_channels, std=0.0, rank=c.rank, rngs=rngs)
 
     def __call__(self, x, mod):
-        """x [B, N, D], mod [B, 2D] -> [B, N, out_channels]."""
+        """x [B, S, D], mod [B, 2D] -> [B, S, out_channels]."""
         return self.linear(modulate(x, *chunks(mod, 2)))
 
 
@@ -219,6 +220,7 @@ def split_heads(qkv, heads):
 
 
 def stack(make, layers, rngs):
-    """`layers` modules as one, with a leading layer axis on every weight."""
+    """`layers` modules as one, with a leading layer axis on every weight. Modules are pytrees: vmap
+    makes them, scan runs them."""
     keys = jax.random.split(rngs.params(), layers)
     return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)

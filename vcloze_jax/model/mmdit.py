@@ -55,11 +55,11 @@ class Flux(nnx.Module):
         return Modulation(each(img), each(txt), each(single), self.final.mod(vec))
 
     def __call__(self, img, txt, mod, pe, lengths=None):
-        """img [B, N, in_channels], txt [B, T, text_width], pe of T + N tokens -> [B, N, out].
+        """img [B, S, in_channels], txt [B, T, text_width], pe of T + S tokens -> [B, S, out].
 
         `lengths` int32 [B] counts the real tokens, text included, where img is padded.
         """
-        img = self.img_in(img)  # B N D
+        img = self.img_in(img)  # B S D
         txt = self.txt_in(txt)  # B T D
         T = txt.shape[1]
 

@@ -76,7 +76,7 @@ def attention(q, k, v, lengths=None):
 
 
 def timestep_embedding(t, dim=256):
-    """Sinusoid of t float32 [B] (0 .. 1; guidance likewise) -> float32 [B, dim], cosines first.
+    """Sinusoid of t float32 [B], time in 0 .. 1 or guidance -> float32 [B, dim], cosines first.
 
     The argument 1000 * t is rounded to float32 before it meets the frequencies, as the reference
     does: a float64 sinusoid moves a tiny model's output by 6e-4 at guidance 30. So do frequencies

@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from vcloze_jax.config import UserError
+from vcloze_jax.inputs.checks import describe_error, describe_with_file
 
 
 class _Damaged(Exception):
@@ -36,7 +37,7 @@ def check_space(folder: str | Path, state) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise UserError(f"{folder}: cannot hold checkpoints: {_line(error)}") from None
+        raise UserError(f"{folder}: cannot hold checkpoints: {describe_error(error)}") from None
     if free < need:
         sizes = f"{free / 1e6:,.1f} MB are free, two checkpoints take {need / 1e6:,.1f} MB"
         raise UserError(f"{folder}: {sizes}; free some space")
@@ -85,7 +86,8 @@ def save(folder: str | Path, step: int, state, *, keep: int = 2) -> None:
                 _remove(folder / str(old))
     except Exception as error:  # a full disk has many classes in orbax
         clean(folder)
-        raise UserError(f"{folder}: step {step} cannot be saved: {_line(error)}") from error
+        reason = describe_error(error)
+        raise UserError(f"{folder}: step {step} cannot be saved: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)
 
@@ -102,7 +104,7 @@ def restore(folder: str | Path, like) -> tuple[int, object]:
         try:
             state = _read(Path(folder).absolute() / str(step), like)
         except (OSError, _Damaged) as error:
-            damages.append(f"step {step}: {_line(error)}")
+            damages.append(f"step {step}: {describe_with_file(error)}")
         else:
             for damage in damages:
                 print(f"warning: {folder}: {damage}; going back to step {step}", file=sys.stderr)
@@ -176,7 +178,3 @@ def _steps(folder: str | Path) -> list[int]:
 
 def _remove(step: Path) -> None:
     shutil.rmtree(step.rename(f"{step}.old.tmp"))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())  # the storage layer's messages have several

@@ -4,15 +4,57 @@ import hashlib
 import json
 import math
 import os
+import re
+import tempfile
 from pathlib import Path
 
 from vcloze_jax.config import FLUX_FILL, PRESETS, UserError
+from vcloze_jax.inputs.checks import describe_error
 
 MINI = Path(__file__).parents[1] / "mini"  # shipped weights: the base, lora.safetensors beside it
 LORA = MINI / "lora.safetensors"
 DIGESTED = ".safetensors", ".sft", ".json", ".model"
 LARGE, HEADER, BLOCK = 2**26, 2**20, 2**16  # bytes
 BLOCKS = 64  # of a large file, beside its header
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def find_weights(weights, download=False) -> Path:
+    """The folder on this machine that --weights names: a folder, one of Hugging Face's cache
+    ("models--OWNER--NAME"), or the id OWNER/NAME of a repository in that cache, which `download`
+    fetches first. Raises UserError."""
+    path = Path(weights)
+    if (path / "snapshots").is_dir():
+        return find_snapshot(path)
+    if path.exists() or not HUB_ID.fullmatch(name := str(weights)):
+        return path
+    from huggingface_hub import constants, snapshot_download  # slow to import
+
+    licence = f"accept its licence at https://huggingface.co/{name} (FLUX.1's is non-commercial)"
+    if download:
+        try:
+            return Path(snapshot_download(name))
+        except Exception as error:  # of the network, of the hub, of the disk
+            reason = f"{name}: not downloaded ({describe_error(error)})"
+            raise UserError(f"{reason}; {licence}, and log in: hf auth login") from error
+    path = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
+    if not (path / "snapshots").is_dir():
+        raise UserError(
+            f"{name}: there is no such folder, nor is it in Hugging Face's cache; {licence}, then: "
+            f"hf download {name}"
+        )
+    return find_snapshot(path)
+
+
+def find_snapshot(path):
+    """The folder of the files in one of Hugging Face's cache: that of its main branch, or the only
+    one. Raises UserError."""
+    main, snapshots = path / "refs" / "main", sorted((path / "snapshots").glob("[!.]*"))
+    if main.is_file() and (found := path / "snapshots" / main.read_text().strip()) in snapshots:
+        return found
+    if len(snapshots) == 1:
+        return snapshots[0]
+    raise UserError(f"{path}: holds {len(snapshots)} snapshots; give the folder of one")
 
 
 def named_model(weights, lora):
@@ -22,7 +64,7 @@ def named_model(weights, lora):
         return MINI, [(LORA, 1.0)]
     lora = [lora] if isinstance(lora, str | Path) else lora or []
     pairs = [file_and_scale(str(x)) if isinstance(x, str | Path) else x for x in lora]
-    return Path(weights or MINI), pairs
+    return find_weights(weights or MINI), pairs
 
 
 def file_and_scale(text):
@@ -40,9 +82,12 @@ def file_and_scale(text):
 
 
 def cache_folder():
-    """Where compiled programs and text embeddings are kept between runs."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "vcloze_jax"
+    """Where compiled programs and text embeddings are kept between runs: $XDG_CACHE_HOME if it is
+    absolute, as its specification has it, else the home; of a process without one, temporary."""
+    for folder in os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"):
+        if os.path.isabs(folder):
+            return Path(folder, "vcloze_jax")
+    return Path(tempfile.gettempdir(), f"vcloze_jax_{os.getuid()}")
 
 
 def named_preset(folder):

@@ -13,7 +13,8 @@ from pathlib import Path
 from ports.diagnose import PortError, refuse_entries
 from ports.locate import SIZES, describe_file, locate
 from ports.tables.folder import PARTS, SCHEDULER_FIXED, SHIFT, STATIC
-from vcloze_jax.config import PRESETS, FluxConfig, Preset, UserError, VAEConfig
+from vcloze_jax.config import PRESETS, CLIPConfig, FluxConfig, Preset, UserError, VAEConfig
+from vcloze_jax.inputs.checks import describe_error, describe_with_file
 from vcloze_jax.storage.places import named_preset
 
 
@@ -22,8 +23,10 @@ def error_context(path):
     """Errors of ports and of files become the user's, with the path in front."""
     try:
         yield
-    except (PortError, OSError) as error:
+    except PortError as error:
         raise UserError(f"{path}: {error}") from error
+    except OSError as error:
+        raise UserError(describe_with_file(error, path)) from error
 
 
 def load_preset(folder: Path) -> Preset:
@@ -38,9 +41,14 @@ def load_preset(folder: Path) -> Preset:
         raise UserError(f"{folder}: there is no such folder")
     preset = named_preset(folder)
     configs = {field: read_config(folder, field, getattr(preset, field)) for field in PARTS}
+    for field, read in (("t5", configs["flux"].text_width), ("clip", configs["flux"].vec_width)):
+        if (width := configs[field].width) != read:
+            reason = f"its {PARTS[field].name} is {width} wide, its transformer reads {read}"
+            raise UserError(f"{folder}: {reason}; take both from one model")
     file, limit = folder / "tokenizer_2" / "tokenizer_config.json", preset.t5.max_length
-    length = typed(file, "model_max_length", read_json(file).get("model_max_length", limit), limit)
-    configs["t5"] = replace(configs["t5"], max_length=min(length, limit))
+    names = {"model_max_length": "max_length"}
+    told = read_fields(file, names, preset.t5) if file.is_file() else {}
+    configs["t5"] = replace(configs["t5"], max_length=min(told.get("max_length", limit), limit))
     file = folder / "scheduler" / "scheduler_config.json"
     flow = read_flow(file, preset.flow) if file.is_file() else preset.flow
     return replace(preset, flow=flow, **configs)
@@ -76,7 +84,7 @@ def read_config(folder: Path, field: str, default):
     else:
         file = folder
         with error_context(folder):
-            ours = SIZES[field](*locate(folder, part)) if field in SIZES else {}
+            ours = SIZES[field](*locate(folder, part))
     if field == "flux":
         ours.setdefault("out_channels", ours.get("in_channels", default.in_channels))
         head_dim = ours.pop("head_dim", default.head_dim)
@@ -92,7 +100,7 @@ def read_config(folder: Path, field: str, default):
 
 def find_faults(c):
     """What of a model's sizes cannot be, in words."""
-    if isinstance(c, FluxConfig) and c.width % c.heads:
+    if isinstance(c, FluxConfig | CLIPConfig) and c.width % c.heads:
         yield f"width {c.width} is not divisible by {c.heads} heads"
     elif isinstance(c, FluxConfig) and sum(c.axes_dim) != c.head_dim:
         yield f"axes_dim {c.axes_dim} must sum to the head dim {c.head_dim}"
@@ -130,7 +138,7 @@ def read_json(file):
     try:
         entries = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({error})") from error
+        raise UserError(f"{file}: cannot be read as JSON ({describe_error(error)})") from error
     if not isinstance(entries, dict):
         raise UserError(f"{file}: holds no JSON object")
     return entries

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from ports import engine
 from vcloze_jax import conditioning
 from vcloze_jax.config import CLIPConfig, T5Config, UserError
+from vcloze_jax.inputs.checks import describe_error
 from vcloze_jax.programs import timed
 
 LIMIT = 256  # files, 1 GiB of FLUX's; the oldest go first
@@ -147,14 +149,23 @@ class Tokenizers:
 
 def load_tokenizer(cls, folder, vocab):
     """A tokenizer of `transformers` from its folder, never from the network; see Tokenizers."""
-    # Where its files are missing, transformers makes an empty tokenizer and says nothing.
-    if not any((folder / name).is_file() for name in cls.vocab_files_names.values()):
-        files = " or ".join(cls.vocab_files_names.values())
+    known = cls.vocab_files_names.values()
+    names = [name for name in known if (folder / name).is_file()]
+    if not names:  # transformers would make an empty tokenizer and say nothing
+        files = " or ".join(known)
         raise UserError(f"{folder}: no {files}; take the folder from the model that you load")
+    if names == ["spiece.model"] and find_spec("sentencepiece") is None:
+        raise UserError(
+            f"{folder}: spiece.model is read with sentencepiece: pip install sentencepiece, or put "
+            "the tokenizer.json of the same model beside it"
+        )
+    # Without a config T5Tokenizer adds a hundred tokens to those that tokenizer.json lists.
+    bare = "tokenizer.json" in names and not (folder / "tokenizer_config.json").is_file()
+    options = {"extra_ids": 0} if bare and cls.__name__.startswith("T5") else {}
     try:
-        tokenizer = cls.from_pretrained(folder, local_files_only=True)
+        tokenizer = cls.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # tokenizers raises bare Exception on a broken file
-        reason = str(error).splitlines()[0]
+        reason = f"{' and '.join(names)}: {describe_error(error)}"
         raise UserError(f"{folder}: not a tokenizer ({reason}); fetch it again") from error
     if len(tokenizer) > vocab:
         raise UserError(

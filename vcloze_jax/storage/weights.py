@@ -1,8 +1,8 @@
 """Weights from disk to the mesh and back; with preset.py and adapters.py what knows `ports`.
 
 A weights folder is laid out as diffusers': model_index.json, a folder per model with config.json
-and safetensors, tokenizers. Transformer and autoencoder may instead be single files of Black Forest
-Labs' (ports/locate.py).
+and safetensors, tokenizers. A model may instead be a single file, as Black Forest Labs and ComfyUI
+have them (ports/locate.py).
 """
 
 import json

@@ -1,0 +1,159 @@
+"""Laws of what a run tells and where it lives: no character, reader, name or home ends it.
+
+Each command is a process, as a user has it.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import train
+from vcloze_jax.config import UserError
+from vcloze_jax.inputs import cli
+from vcloze_jax.inputs.runfolder import RunFolder
+from vcloze_jax.storage import checkpoint
+from vcloze_jax.storage.places import cache_folder
+
+ROOT = Path(__file__).parents[1]
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def shell(folder, line, **variables):
+    """Run a line of bash in `folder`, where $P is Python and $S sample.py."""
+    known = {"P": sys.executable, "S": str(ROOT / "sample.py"), "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line],
+        cwd=folder,
+        env=os.environ | known | variables,
+        capture_output=True,
+        timeout=60,
+    )
+
+
+# --- standard output and error ---
+
+
+@pytest.mark.parametrize("variables", [{"PYTHONIOENCODING": "ascii"}, ASCII])
+@pytest.mark.parametrize("line", ["$P $S --help", "$P $S --list-tasks", "$P -m ports --help"])
+def test_any_character_is_printed(tmp_path, variables, line):
+    """A terminal that knows only ASCII is told all the same."""
+    done = shell(tmp_path, line, **variables, XDG_CACHE_HOME="/tmp/模型")
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.isascii()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize("name", ["模型.json", "a\nb.json", "a\x1b[31mb.json", "\u202egnp.json"])
+def test_a_mistake_is_one_line(tmp_path, encoding, name):
+    """Whatever a file is called, its mistake is one line without control characters."""
+    (tmp_path / name).write_text("{}")
+    done = shell(tmp_path, f"$P $S --grid '{name}'", PYTHONIOENCODING=encoding)
+    text = done.stderr.decode(encoding)
+    assert done.returncode == 2 and text.endswith(
+        ".json: image: missing; give rows of cells, the query last\n"
+    )
+    assert text.startswith("error: ") and text[:-1].isprintable()
+
+
+@pytest.mark.parametrize("ending", ["| true", "> /dev/full", ">&-", "2>&1 | true", ">&- 2>&- <&-"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_nobody_has_to_read(tmp_path, ending, unbuffered):
+    """A reader that is gone, a disk that is full, a stream that is closed: the run ends as ever."""
+    line = f"$P $S --list-tasks {ending}"
+    done = shell(tmp_path, line, PYTHONUNBUFFERED=unbuffered)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_closed_streams_are_nobodys_file(tmp_path):
+    """What is printed where standard output was closed goes into no file that is opened later."""
+    code = "from vcloze_jax.inputs.terminal import guard_streams; guard_streams()\n"
+    code += "file = open('data', 'w'); print('x' * 9999); file.write('data')"
+    shell(tmp_path, f'$P -c "{code}" >&- 2>&-')
+    assert (tmp_path / "data").read_text() == "data"
+
+
+# --- names of folders ---
+
+NAMES = (
+    *("fox [v2]", "[!a]", "a*b", "a?b", "a\\b", "gs:", "logs:", "a\udcffb"),  # not taken literally
+    *(
+        "{}",
+        "{a,b}",
+        "%d%s",
+        "a%20b",
+        "a b",
+        " a ",
+        "'",
+        '"',
+        "#",
+        "&",
+        ";",
+        "a:b",
+        "s3:",
+        "$HOME",
+        "~",
+    ),
+    *(
+        "-a",
+        "--out",
+        "模型",
+        "e\u0301",
+        "a\nb",
+        "\x1b[0m",
+        "1",
+        "1.tmp",
+        "ocdbt.process_0",
+        "n" * 250,
+    ),
+)
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_any_name_is_a_name(tmp_path, name):
+    """A run lives in a folder of any name, beside others that it might match as a pattern; or the
+    name is refused before anything is done."""
+    run, recipe = RunFolder(tmp_path / name), cli.read_recipe(train.parse([]))
+    state = {"a": jnp.arange(4.0), "b": np.float32(3)}
+    try:
+        run.compare(recipe)
+    except UserError as error:
+        assert "no checkpoint can be kept where the path holds" in str(error)
+        assert not list(tmp_path.iterdir())
+        return
+    run.create(recipe, {})
+    for step in (1, 2, 3):
+        checkpoint.save(run.checkpoints, step, state)
+    step, restored = checkpoint.resume(run.checkpoints, state)
+    assert step == 3 and np.array_equal(restored["a"], state["a"])
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["2", "3"]
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    run.unlock()
+
+
+# --- homes ---
+
+
+@pytest.mark.parametrize("home", [None, "relative", ""])
+@pytest.mark.parametrize("cache", [None, "relative", "~", "", "/absolute"])
+def test_the_cache_is_never_here(monkeypatch, home, cache):
+    """The cache lies where XDG says, if that is absolute; a process without a home makes none of
+    its own in the working folder."""
+
+    def nobody(_):
+        raise KeyError("no entry")
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    for name, value in (("HOME", home), ("XDG_CACHE_HOME", cache)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    folder = cache_folder()
+    assert folder.is_absolute() and "relative" not in folder.parts and "~" not in folder.parts
+    assert (folder == Path("/absolute/vcloze_jax")) == (cache == "/absolute")
+    monkeypatch.setenv("HOME", "/home/fox")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_folder() == Path("/home/fox/.cache/vcloze_jax")
