@@ -79,7 +79,7 @@ def run_folder(argv) -> str:
     parser = argparse.ArgumentParser("python -m ports", description=__doc__)
     parser.add_argument("source", type=find_weights, metavar="SRC", help="a weights folder")
     parser.add_argument("--out", type=Path, metavar="DST", required=True, help="a new folder")
-    dtypes = engine.DTYPES.values()
+    dtypes = tuple(dict.fromkeys(engine.DTYPES.values()))
     parser.add_argument("--dtype", choices=dtypes, help="of all tensors (default: the source's)")
     args = parser.parse_args(argv)
     rounded = write_folder(args.source, args.out, args.dtype)

@@ -192,7 +192,7 @@ def test_two_adapters_in_one(tmp_path, tree):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"init_lora_weights": "eva"}])
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}])
 def test_what_peft_writes_is_read(tmp_path, tree, changes):
     """The adapter_config.json of the installed PEFT, whatever it writes by default."""
     peft = pytest.importorskip("peft")
