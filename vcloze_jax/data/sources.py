@@ -93,7 +93,9 @@ def draw_group(source: Source, seed: int, number: int, size: int) -> list[Exampl
     """The group of that number: `size` grids of one shape, a function of (seed, number).
 
     Any can be asked for at any time; the shape is drawn apart from the grids, so that all hosts
-    agree.
+    agree. A step of two groups of 8 is not measurably noisier than one of 16 grids that each had
+    a shape of its own: on mini the variance of its gradient is 0.94 ± 0.04 of theirs where training
+    begins, and 0.99 ± 0.01 where it ends (benchmarks/gradient_variance.py).
     """
     shape = source.shape(random_generator("shape", seed, number))
     members = range(number * size, (number + 1) * size)
