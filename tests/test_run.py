@@ -97,7 +97,7 @@ def test_nothing_is_compiled_later(home, tmp_path, capsys):
         run = flags(home, tmp_path / "run", steps=steps, preview_every=2, save_every=2, profile=1)
         assert train.main(run) == 0
         assert (tmp_path / "run/profile").exists()
-        assert f"\nno programs were compiled after step {first}\n" in capsys.readouterr().out
+        assert f"\nprograms compiled after step {first}: none\n" in capsys.readouterr().out
 
 
 def test_speed(unbroken):

@@ -46,19 +46,19 @@ class RunWriter:
         total = trainer.recipe.steps
         self.bar = tqdm(total=total, initial=trainer.step, unit="step", dynamic_ncols=True)
         self.profile = Profile(run.path / "profile", profile, trainer.step)
-        self.annotate, self.watches = self.profile.annotate, ExitStack()
+        self.annotate, self.ending = self.profile.annotate, ExitStack()
+        self.ending.enter_context(closing(self.bar))
+        self.ending.enter_context(closing(self.profile))
         if tensorboard:
-            told = tell_tensorboard(run.path / "tensorboard", trainer.step)
-            self.watches.enter_context(told)
+            folder = run.path / "tensorboard"
+            self.ending.enter_context(tell_tensorboard(folder, trainer.step))
         self.first, self.programs = None, 0  # step of this process, and programs at its end
 
     def __enter__(self):
-        for each in (closing(self.bar), closing(self.profile)):
-            self.watches.enter_context(each)
         return self
 
-    def __exit__(self, kind, *error):
-        self.watches.__exit__(kind, *error)
+    def __exit__(self, kind, *_):
+        self.ending.close()
         if kind is FloatingPointError and self.trainer.step:
             self.save()
 
@@ -85,7 +85,7 @@ class RunWriter:
             f"{spent['programs']} programs in {spent['seconds']:.0f} s; a micro-batch takes "
             f"{plan.si(largest, 'B')} beside weights and state"
         )
-        self.watches.enter_context(self.stop)
+        self.ending.enter_context(self.stop)
 
     def write(self, sent, seconds):
         """The metrics of a step, into the log, the bar, and to whoever listens to JAX."""
@@ -149,7 +149,7 @@ class RunWriter:
         recipe, step = self.trainer.recipe, self.trainer.step
         if self.first:
             count = spent["programs"] - self.programs
-            print(f"{count or 'no'} programs were compiled after step {self.first}")
+            print(f"programs compiled after step {self.first}: {count or 'none'}")
         if step < recipe.steps:
             print(f"{self.run.path}: stopped at step {step}, saved; the same command resumes")
             return self.stop.code
