@@ -155,7 +155,7 @@ def test_forty_signals(home, tmp_path):
         if phase != "start":
             command.wait_for(phase)
         time.sleep(rng.uniform(0, 4 if phase == "start" else 0.3))
-        sent = command.send(number) + 0.2  # as much time as a thread may need to be heard
+        sent = command.send(number) + 0.5  # as much time as a thread may need to be heard
         assert_stopped(command, number)
         for name in ("ask", "save"):
             assert sum(when > sent for when in command.times(name)) <= 1, (phase, name)

@@ -75,12 +75,8 @@ class RunWriter:
         group = self.trainer.recipe.group
         groups = draw_validation(self.source.held_out(), group, VALIDATION)
         self.questions = self.trainer.ask_fixed(groups)
-        if self.trainer.recipe.rank:
-            self.bases = self.paint(self.trainer.base_models())
         if self.trainer.step == 0:
             self.preview()
-        else:
-            self.trainer.validate(self.questions)  # compiled, too
         print(
             f"{spent['programs']} programs in {spent['seconds']:.0f} s; a micro-batch takes "
             f"{plan.si(largest, 'B')} beside weights and state"
@@ -111,6 +107,7 @@ class RunWriter:
         """Paint what is learnt, beside the base and the truth; measure it on held-out grids."""
         columns = {}
         if self.trainer.recipe.rank:
+            self.bases = self.bases or self.paint(self.trainer.base_models())
             columns["base"] = self.bases
         columns["adapter" if columns else "model"] = self.paint(self.trainer.models())
         if self.stopped():
@@ -145,7 +142,8 @@ class RunWriter:
         checkpoint.save(self.run.checkpoints, self.trainer.step, self.trainer.state)
 
     def conclude(self):
-        """Say how the run ended -> the exit code."""
+        """Say how the run ended -> the exit code. Of programs only those of the first preview may
+        have come late, in a run that went on."""
         recipe, step = self.trainer.recipe, self.trainer.step
         if self.first:
             count = spent["programs"] - self.programs
