@@ -25,13 +25,8 @@ def parse(argv):
     accept = "go on with a run although these are not those that it was begun with"
     add("--accept", nargs="+", choices=ORIGINS, default=[], help=accept)
     add("--tensorboard", action=cli.PackageFlag, const="tensorboardX", help="into RUN/tensorboard")
-    add(
-        "--profile",
-        type=cli.positive_int,
-        default=0,
-        metavar="STEPS",
-        help="trace so many into RUN/profile",
-    )
+    trace = "trace so many steps into RUN/profile"
+    add("--profile", type=cli.positive_int, default=0, metavar="STEPS", help=trace)
     cli.add_recipe_flags(parser)
     return parser.parse_args(argv)
 
@@ -61,15 +56,14 @@ def main(argv):
     if args.plan or args.check:
         return 0
     try:
-        told = dict(tensorboard=args.tensorboard, profile=args.profile)
-        return learn(run, origins, preset, folder, mesh, source, **told)
+        watchers = dict(tensorboard=args.tensorboard, profile=args.profile)
+        return learn(run, origins, preset, folder, mesh, source, **watchers)
     finally:
         run.unlock()
 
 
-def learn(run, origins, preset, folder, mesh, source, **told):
-    """Load the models, take up the run where it stands, and train to its last step or a signal;
-    `told` says to RunWriter who watches."""
+def learn(run, origins, preset, folder, mesh, source, **watchers):
+    """Load the models, take up the run where it stands, and train to its last step or a signal."""
     from vcloze_jax.runwriter import RunWriter
     from vcloze_jax.storage import checkpoint
     from vcloze_jax.storage.models import load_for_training
@@ -86,10 +80,9 @@ def learn(run, origins, preset, folder, mesh, source, **told):
         print(f"{run.path}: finished at step {trainer.step}; a larger --steps goes on")
         return 0
 
-    per_step = recipe.batch // recipe.group
-    span = trainer.step * per_step, recipe.steps * per_step
+    span = (step * recipe.batch // recipe.group for step in (trainer.step, recipe.steps))
     groups = draw_groups(source, recipe.seed, recipe.group, *span)
-    with RunWriter(run, trainer, source, folder, **told) as writer:
+    with RunWriter(run, trainer, source, folder, **watchers) as writer:
         writer.prepare()
         train(trainer, groups, writer)
     return writer.conclude()

@@ -46,19 +46,19 @@ class RunWriter:
         total = trainer.recipe.steps
         self.bar = tqdm(total=total, initial=trainer.step, unit="step", dynamic_ncols=True)
         self.profile = Profile(run.path / "profile", profile, trainer.step)
-        self.annotate, self.watches = self.profile.annotate, ExitStack()
+        self.annotate, self.ending = self.profile.annotate, ExitStack()
+        self.ending.enter_context(closing(self.bar))
+        self.ending.enter_context(closing(self.profile))
         if tensorboard:
-            told = tell_tensorboard(run.path / "tensorboard", trainer.step)
-            self.watches.enter_context(told)
+            folder = run.path / "tensorboard"
+            self.ending.enter_context(tell_tensorboard(folder, trainer.step))
         self.first, self.programs = None, 0  # step of this process, and programs at its end
 
     def __enter__(self):
-        for each in (closing(self.bar), closing(self.profile)):
-            self.watches.enter_context(each)
         return self
 
-    def __exit__(self, kind, *error):
-        self.watches.__exit__(kind, *error)
+    def __exit__(self, kind, *_):
+        self.ending.close()
         if kind is FloatingPointError and self.trainer.step:
             self.save()
 
@@ -75,17 +75,13 @@ class RunWriter:
         group = self.trainer.recipe.group
         groups = draw_validation(self.source.held_out(), group, VALIDATION)
         self.questions = self.trainer.ask_fixed(groups)
-        if self.trainer.recipe.rank:
-            self.bases = self.paint(self.trainer.base_models())
         if self.trainer.step == 0:
             self.preview()
-        else:
-            self.trainer.validate(self.questions)  # compiled, too
         print(
             f"{spent['programs']} programs in {spent['seconds']:.0f} s; a micro-batch takes "
             f"{plan.si(largest, 'B')} beside weights and state"
         )
-        self.watches.enter_context(self.stop)
+        self.ending.enter_context(self.stop)
 
     def write(self, sent, seconds):
         """The metrics of a step, into the log, the bar, and to whoever listens to JAX."""
@@ -111,6 +107,7 @@ class RunWriter:
         """Paint what is learnt, beside the base and the truth; measure it on held-out grids."""
         columns = {}
         if self.trainer.recipe.rank:
+            self.bases = self.bases or self.paint(self.trainer.base_models())
             columns["base"] = self.bases
         columns["adapter" if columns else "model"] = self.paint(self.trainer.models())
         if self.stopped():
@@ -145,11 +142,12 @@ class RunWriter:
         checkpoint.save(self.run.checkpoints, self.trainer.step, self.trainer.state)
 
     def conclude(self):
-        """Say how the run ended -> the exit code."""
+        """Say how the run ended -> the exit code. Of programs only those of the first preview may
+        have come late, in a run that went on."""
         recipe, step = self.trainer.recipe, self.trainer.step
         if self.first:
             count = spent["programs"] - self.programs
-            print(f"{count or 'no'} programs were compiled after step {self.first}")
+            print(f"programs compiled after step {self.first}: {count or 'none'}")
         if step < recipe.steps:
             print(f"{self.run.path}: stopped at step {step}, saved; the same command resumes")
             return self.stop.code

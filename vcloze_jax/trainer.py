@@ -196,8 +196,8 @@ def train(trainer, groups, run):
     work; preview, save and stop where that is due.
 
     `run` does what has to do with files: write(sent, seconds), preview(), save(); its stopped() is
-    asked before every micro-batch, and a step is sent within its annotate(step). All steps that
-    were sent are written and saved in the end.
+    asked before every micro-batch, its annotate(step) is around its sending. All steps that were
+    sent are written and saved in the end.
     """
     recipe, sent, saved, saved_at = trainer.recipe, None, trainer.step, time.monotonic()
     while trainer.step < recipe.steps and not run.stopped():
