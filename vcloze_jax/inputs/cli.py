@@ -175,7 +175,7 @@ def answer(main):
 def leave(code):
     """End the process now."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RuntimeError):  # it may be at work in this very thread
             stream.flush()
     os._exit(code)
 
