@@ -44,19 +44,19 @@ def run_lora(argv) -> str:
         ending = f"--to {args.to} writes a file that ends in {naming.ending}"
         raise UserError(f"--out {args.out}: {ending}")
     try:
-        step = args.file.resolve().name
-        if args.file.is_dir() and step.isdecimal():
-            count = export_checkpoint(args.file, step, naming, args.out)
-        else:
-            count = export.convert_adapter(args.file, naming, args.out)
+        convert = export_checkpoint if args.file.is_dir() else export.convert_adapter
+        count = convert(args.file, naming, args.out)
     except (PortError, OSError) as error:
         raise UserError(f"{args.file}: {error}") from error
     return f"{args.out}: {count} linear layers in {naming.title} naming"
 
 
-def export_checkpoint(folder: Path, step: str, naming: Naming, out: Path) -> int:
+def export_checkpoint(folder: Path, naming: Naming, out: Path) -> int:
     """Write the adapter that a run had learnt by a step, its average where it has one, as
     `write_adapter` says; UserError if the folder is not a step of a run that has an adapter."""
+    step = folder.resolve().name
+    if not step.isdecimal():
+        raise UserError(f"{folder}: neither a file nor a checkpoint; name a RUN/checkpoints/STEP")
     from vcloze_jax.storage.checkpoint import load_group  # JAX from here on
 
     average = load_group(folder, "average/flux/")
