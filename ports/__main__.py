@@ -48,11 +48,9 @@ def run_lora(argv) -> str:
         ending = f"--to {args.to} writes a file that ends in {naming.ending}"
         raise UserError(f"--out {args.out}: {ending}")
     try:
-        step = args.file.resolve().name
-        if args.file.is_dir() and step.isdecimal():
-            count = export_checkpoint(args.file, step, naming, args.out)
-        else:
-            count = export.convert_adapter(args.file, naming, args.out)
+        is_step = args.file.is_dir() and args.file.resolve().name.isdecimal()
+        convert = export_checkpoint if is_step else export.convert_adapter
+        count = convert(args.file, naming, args.out)
     except PortError as error:
         raise UserError(f"{args.file}: {error}") from error
     except OSError as error:
@@ -60,7 +58,7 @@ def run_lora(argv) -> str:
     return f"{args.out}: {count} linear layers in {naming.title} naming"
 
 
-def export_checkpoint(folder: Path, step: str, naming: Naming, out: Path) -> int:
+def export_checkpoint(folder: Path, naming: Naming, out: Path) -> int:
     """Write the adapter that a run had learnt by a step, its average where it has one, as
     `write_adapter` says; UserError if the folder is not a step of a run that has an adapter."""
     from vcloze_jax.storage.checkpoint import load_group  # JAX from here on
@@ -70,7 +68,7 @@ def export_checkpoint(folder: Path, step: str, naming: Naming, out: Path) -> int
     if not any(path.endswith("/lora_a") for path in arrays):
         raise UserError(f"{folder}: of a run that trains every weight; it has no adapter")
     norms = {path: array for path, array in arrays.items() if path.endswith("/scale")}
-    note = {"step": step, "weights": "average" if average else "last"}
+    note = {"step": folder.resolve().name, "weights": "average" if average else "last"}
     return export.write_adapter(out, naming, export.to_branches(arrays), norms, note)
 
 
