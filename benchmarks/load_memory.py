@@ -63,7 +63,7 @@ def load(folder, width, devices, dtype):
     mesh = make_mesh(dict(data=1, fsdp=devices, tensor=1))
     cls, place = weights.MODULES["flux"], partial(shardings, mesh=mesh, root="flux/")
     jax.block_until_ready(jax.device_put(np.zeros(1), mesh.devices.flat[0]))
-    weights.plan(cls, config(width), folder)
+    weights.match_files(cls, config(width), folder)
     before = resident("VmRSS")
     model = weights.load(cls, config(width), folder, dtype, place)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(model))

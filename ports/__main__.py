@@ -108,7 +108,7 @@ def write_folder(source: Path, out: Path, dtype: str | None = None) -> int:
             if not (part_of / file).exists():
                 weights.write_json(part_of / file, entries)
         for field, (module, part) in weights.MODELS.items():
-            file, _, _, leaves = weights.plan(module, getattr(preset, field), source)
+            file, _, _, leaves = weights.match_files(module, getattr(preset, field), source)
             tensors = engine.convert_leaves(part.table, leaves, file)
             target = part_of / part.folder
             rounded += engine.write_shards(target, part.stem, tensors, dtype, 5 * 10**9)

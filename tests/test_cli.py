@@ -49,7 +49,7 @@ def call(monkeypatch, capsys):
             if not jax:
                 patch.setitem(sys.modules, "jax", None)
             patch.setattr(sys, "argv", ["command", *argv.split()])
-            code = cli.answer(main)
+            code = cli.exit_code(main)
         return code, *capsys.readouterr()
 
     return call

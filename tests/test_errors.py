@@ -40,7 +40,7 @@ def test_no_traceback_of_the_file_system(monkeypatch, capsys):
         raise FULL
 
     monkeypatch.setattr(cli.sys, "argv", ["sample.py"])
-    assert cli.answer(main) == 2
+    assert cli.exit_code(main) == 2
     error = capsys.readouterr().err
     assert (
         error.startswith("error: out/a.png: No space left on device (") and error.count("\n") == 1

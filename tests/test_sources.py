@@ -12,7 +12,7 @@ from PIL import Image
 
 from vcloze_jax.config import UserError
 from vcloze_jax.data.graph import NEAR, NODES, TRAIN, draw_fill, draw_sample
-from vcloze_jax.data.sources import SOURCES, draw_group, draw_groups, draw_shape, open_source
+from vcloze_jax.data.sources import SOURCES, draw_group, draw_groups, draw_of_shape, open_source
 from vcloze_jax.prompts import CONTENT_PREFIXES
 
 NAMES = ["graphemoji", "graphemoji:gray->fluent_flat", "graphemoji-fill", "own.jsonl"]
@@ -119,7 +119,7 @@ def test_groups_depend_on_seed_and_number_only(sources, name):
     draw_group(grids, 0, 0, 2)
     same(draw_group(grids, 3, 7, 4), first)
     groups = [draw_group(grids, 3, i, 4) for i in range(20)]
-    shapes = {draw_shape(grids, shape).grid.shape for shape in grids.shapes()}
+    shapes = {draw_of_shape(grids, shape).grid.shape for shape in grids.shapes()}
     assert all(len({example.grid.shape for example in group}) == 1 for group in groups)
     assert {group[0].grid.shape for group in groups} <= shapes
     others = [*groups, *(draw_group(grids, 4, i, 4) for i in range(20))]

@@ -84,7 +84,7 @@ def other_tasks(source, task, subjects):
     return {"unlike": others[-1], "alike": others[0]}
 
 
-def ask(source, task, shown, setting, subject):
+def pose_question(source, task, shown, setting, subject):
     """The grid and prompt that ask `task` of one subject, whose examples are those of `shown`."""
     examples = [(subject + step) % len(source.names) for step in STRIDES[: setting.examples]]
     nodes = [[*shown.conditions, shown.target]] * setting.examples
@@ -120,7 +120,7 @@ def measure(painter, source, task, subjects, steps, progress):
     others = other_tasks(source, task, subjects)
     for setting in SETTINGS:
         shown = others.get(setting.wrong, task)
-        questions = [ask(source, task, shown, setting, subject) for subject in subjects]
+        questions = [pose_question(source, task, shown, setting, subject) for subject in subjects]
         guidance = painter.preset.guidance_scale
         jobs = [
             Spec(grid, prompt, steps, guidance, i) for i, (grid, prompt) in enumerate(questions)
@@ -145,7 +145,7 @@ def scores(out, target):
     return {"rmse": float(rmse(out, target).mean()), "ssim": float(np.mean(ssim(out, target)))}
 
 
-def summarise(table):
+def summarise_table(table):
     """What the table should show, as shares and a fall, each of one number."""
     trained = [row for row in table.values() if row["group"] == "trained"]
     zero, two = ([r["settings"][name]["rmse"] for r in trained] for name in ("0", "2"))
@@ -243,7 +243,7 @@ def main(argv):
             table[name] = {"group": group} | row
             sheet = contact_sheet(source, task, cells, subjects)
             save_png(args.out / f"{name.replace('->', '_to_')}.png", sheet)
-    summary = summarise(table)
+    summary = summarise_table(table)
     text = markdown(table, summary)
     save_text(args.out / "table.md", text)
     save_text(args.out / "table.json", json.dumps({"summary": summary, "tasks": table}, indent=1))

@@ -8,10 +8,10 @@ import jax
 from tqdm import tqdm
 
 from vcloze_jax import plan
-from vcloze_jax.data.sources import draw_shape, draw_validation
+from vcloze_jax.data.sources import draw_of_shape, draw_validation
 from vcloze_jax.grid import Spec
 from vcloze_jax.inputs.cli import Stop
-from vcloze_jax.inputs.metrics import draw_curves, flatten_record, summarise
+from vcloze_jax.inputs.metrics import draw_curves, flatten_record, summarise_step
 from vcloze_jax.inputs.pictures import save_png
 from vcloze_jax.inputs.runfolder import Log
 from vcloze_jax.inputs.sheet import compose_columns, stack_sheets
@@ -68,7 +68,7 @@ class RunWriter:
     def prepare(self):
         """Compile what the run needs, and show it as it begins. There is nothing to save until
         then: a signal ends the process."""
-        examples = [draw_shape(self.source, shape) for shape in self.source.shapes()]
+        examples = [draw_of_shape(self.source, shape) for shape in self.source.shapes()]
         bar = tqdm(examples, "compiling", unit="shape", leave=False)
         largest = self.trainer.compile(bar)
         self.measure([example.grid.tokens for example in examples], 1)  # counts, remembered
@@ -88,7 +88,7 @@ class RunWriter:
         if self.first is None:
             self.first, self.programs = sent.step, spent["programs"]
         speed = self.measure([tokens for _, _, tokens in sent.kinds], seconds)
-        record = summarise(sent, seconds, self.trainer.recipe.loss_region, speed)
+        record = summarise_step(sent, seconds, self.trainer.recipe.loss_region, speed)
         self.log.write(record)
         tell_listeners("train", record)
         shown = "loss", "grad_norm", "grids_per_second", "tflops", "mfu"

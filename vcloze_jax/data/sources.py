@@ -113,7 +113,7 @@ def draw_groups(
     return iter(groups.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
-def draw_shape(source: Source, shape: Hashable) -> Example:
+def draw_of_shape(source: Source, shape: Hashable) -> Example:
     """A grid of that shape, always the same."""
     return source.example(random_generator("preview", 0, 0), shape)
 

@@ -138,7 +138,7 @@ def check_recipe(recipe):
 
 
 def run(main):
-    """Run main(argv) and end the process with what `answer` says.
+    """Run main(argv) and end the process with what `exit_code` says.
 
     It ends at once, without the interpreter's tear-down: XLA's threads may still be at work, and
     would crash in it.
@@ -148,10 +148,10 @@ def run(main):
     # Transformers says at import that torch is missing, which is as intended.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "programs"))
-    leave(answer(main))
+    leave(exit_code(main))
 
 
-def answer(main):
+def exit_code(main):
     """Call main(argv) -> exit code: 0 done, 2 the user's mistake, 1 not finite. A mistake is one
     line on stderr, as is what the file system refuses."""
     try:
@@ -196,7 +196,7 @@ class Stop:
     def __exit__(self, *_):
         Stop.entered = None
 
-    def ask(self, number):
+    def note(self, number):
         """Note a signal, and say what will happen; False if that was asked before."""
         if self.code is not None and number == signal.SIGINT:
             return False
@@ -222,7 +222,7 @@ def watch_signals():
         while True:
             number = os.read(reader, 1)[0]
             stop = Stop.entered  # read once: it is the other thread's to change
-            if not (stop and stop.ask(number)):
+            if not (stop and stop.note(number)):
                 leave(128 + number)
 
     for number in SIGNALS:

@@ -14,7 +14,7 @@ from vcloze_jax.inputs.pictures import save_figure
 BINS = 10  # of time, of one tenth each, from the picture to noise
 
 
-def summarise(sent, seconds, region, speed):
+def summarise_step(sent, seconds, region, speed):
     """What a step told that the Trainer sent and waited for -> its record, all numbers as JSON
     holds them; `speed` is what else depends on the time that it took."""
     losses = {r: np.concatenate([np.asarray(x[r]) for x in sent.losses]) for r in sent.losses[0]}

@@ -12,7 +12,7 @@ from ports.tables import mmdit
 from ports.tables.namings import NAMINGS
 from vcloze_jax.config import FluxConfig, UserError
 from vcloze_jax.model.mmdit import Flux
-from vcloze_jax.storage.preset import error_context
+from vcloze_jax.storage.preset import translate_errors
 from vcloze_jax.storage.weights import abstract, shapes
 
 
@@ -25,7 +25,7 @@ def open_for(config: FluxConfig, file: Path) -> Adapter:
 def check(file: Path, config: FluxConfig):
     """Everything that can be wrong with an adapter for this model without reading a tensor. Says so
     where it was made for another base."""
-    with error_context(file):
+    with translate_errors(file):
         if open_for(config, file).narrow:
             others = f"with zeros for the other {config.in_channels - mmdit.LATENT}"
             print(f"lora: {file}: made for FLUX.1-dev, of {mmdit.LATENT} input channels; {others}")
@@ -34,7 +34,7 @@ def check(file: Path, config: FluxConfig):
 def load(file: Path, config: FluxConfig) -> dict:
     """An adapter of any naming as a tree of ours, float32 on the host, of scale 1: to `fold`, or
     where `fit` agrees, to go on training. It holds only the layers that the file changes."""
-    with error_context(file):
+    with translate_errors(file):
         return unflatten_dict(dict(read_arrays(open_for(config, file))), sep="/")
 
 

@@ -19,7 +19,7 @@ from vcloze_jax.storage.places import named_preset
 
 
 @contextmanager
-def error_context(path):
+def translate_errors(path):
     """Errors of ports and of files become the user's, with the path in front."""
     try:
         yield
@@ -32,7 +32,7 @@ def error_context(path):
 def load_preset(folder: Path) -> Preset:
     """The preset that a weights folder names, with all sizes that its files give. UserError if it
     is no weights folder of a kind that we read, or a file or entry cannot be ours."""
-    with error_context(folder):
+    with translate_errors(folder):
         if folder.is_file():
             raise UserError(
                 f"{folder}: {describe_file(folder)}; give the folder that holds all models"
@@ -58,7 +58,7 @@ def read_flow(file, default):
     """The FlowConfig of a scheduler's config. A static shift s is a dynamic one between log s and
     log s. UserError for a scheduler that is not ours."""
     entries = read_json(file)
-    with error_context(file):
+    with translate_errors(file):
         refuse_entries(entries, {*SHIFT, *STATIC}, SCHEDULER_FIXED, "_.*")
     if typed(file, STATIC[0], entries.get(STATIC[0], True), True):
         flow = replace(default, **read_fields(file, SHIFT, default))
@@ -78,12 +78,12 @@ def read_config(folder: Path, field: str, default):
     part = PARTS[field]
     file = folder / part.folder / "config.json"
     if file.is_file():
-        with error_context(file):
+        with translate_errors(file):
             refuse_entries(read_json(file), part.config, part.fixed, part.harmless)
         ours = read_fields(file, part.config, default)
     else:
         file = folder
-        with error_context(folder):
+        with translate_errors(folder):
             ours = SIZES[field](*locate(folder, part))
     if field == "flux":
         ours.setdefault("out_channels", ours.get("in_channels", default.in_channels))
@@ -93,12 +93,12 @@ def read_config(folder: Path, field: str, default):
     if field == "clip" and ours.get("eos") == 2:  # transformers: then it pools at the highest id
         ours["eos"] = ours.get("vocab", default.vocab) - 1
     config = replace(default, **ours)
-    for fault in find_faults(config):
+    for fault in find_size_faults(config):
         raise UserError(f"{file}: {fault}")
     return config
 
 
-def find_faults(c):
+def find_size_faults(c):
     """What of a model's sizes cannot be, in words."""
     if isinstance(c, FluxConfig | CLIPConfig) and c.width % c.heads:
         yield f"width {c.width} is not divisible by {c.heads} heads"

@@ -22,7 +22,7 @@ from vcloze_jax.model.lora import split
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.text import CLIPTextEncoder, T5Encoder
 from vcloze_jax.model.vae import VAE
-from vcloze_jax.storage.preset import error_context, load_preset
+from vcloze_jax.storage.preset import load_preset, translate_errors
 
 # field of Preset -> module, and its part of a weights folder
 MODULES = {"flux": Flux, "vae": VAE, "t5": T5Encoder, "clip": CLIPTextEncoder}
@@ -45,13 +45,13 @@ def shapes(tree):
     return {path: leaf.shape for path, leaf in flat(tree).items()}
 
 
-def plan(module, config, folder):
+def match_files(module, config, folder):
     """-> the open source of a module's files, graphdef, shapes of its base, its planned leaves."""
     part = next(part for cls, part in MODELS.values() if cls is module)
     graphdef, _, base = abstract(module, config)
-    with error_context(folder):
+    with translate_errors(folder):
         source, table = locate(folder, part)
-    with error_context(source.path):
+    with translate_errors(source.path):
         return source, graphdef, base, engine.plan(table, shapes(base), source)
 
 
@@ -59,7 +59,7 @@ def check(folder: Path) -> Preset:
     """Everything of a weights folder that can be wrong without reading a tensor, but tokenizers."""
     preset = load_preset(folder)
     for field, (module, _) in MODELS.items():
-        plan(module, getattr(preset, field), folder)
+        match_files(module, getattr(preset, field), folder)
     return preset
 
 
@@ -76,7 +76,7 @@ def check_fill(folder: Path) -> Preset:
 
 def summary(folder: Path, preset: Preset) -> str:
     """What a checked weights folder is, by its content, in one line."""
-    source, _, base, _ = plan(Flux, preset.flux, folder)
+    source, _, base, _ = match_files(Flux, preset.flux, folder)
     layout = "diffusers' layout" if source.path.is_dir() else "BFL's single files"
     channels = preset.flux.in_channels
     name = preset.name
@@ -94,10 +94,10 @@ def load(module: type, config, folder: Path, dtype="float32", sharding=None):
     maps the tree of shapes to one of Shardings; None: the default device. Raises UserError as
     `check` does, and for NaN.
     """
-    source, graphdef, base, leaves = plan(module, config, folder)
+    source, graphdef, base, leaves = match_files(module, config, folder)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     places = jax.tree.leaves(sharding(base)) if sharding else [one] * len(leaves)
-    with error_context(source.path):
+    with translate_errors(source.path):
         arrays = [
             stream(leaf, source, dtype, place) for leaf, place in zip(leaves, places, strict=True)
         ]
