@@ -115,3 +115,14 @@ def test_limit(tmp_path, monkeypatch):
     for identity in "abcd":
         reader(Encoders(), tmp_path, identity)(["c"])
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_memory():
+    """Within a process, encoders that stay as they are read a prompt once, with the same bits."""
+    encoders = Encoders()
+    read = reader(encoders)
+    read.cache = textreader.TextMemory()
+    assert same(read(["a b", "c"]), read(["c", "a b"])) and (encoders.loads, encoders.calls) == (
+        1,
+        2,
+    )

@@ -20,7 +20,7 @@ from vcloze_jax.programs import spent
 from vcloze_jax.sharding import compute_dtype
 from vcloze_jax.storage import checkpoint
 from vcloze_jax.storage.models import save_trained
-from vcloze_jax.storage.textreader import TextReader
+from vcloze_jax.storage.textreader import TextMemory, TextReader
 from vcloze_jax.watchers import Profile, tell_tensorboard
 
 VALIDATION = 3  # groups of held-out grids
@@ -166,5 +166,7 @@ def make_painter(trainer):
     """A Painter of the models that it is given, which reads their prompts with them."""
     painter = Painter(trainer.preset, None, None, trainer.mesh)
     encoders = lambda: painter.models.encoders()  # noqa: E731
-    painter.read_texts = TextReader(trainer.tokenizers, encoders, compute_dtype(trainer.mesh))
+    memory = TextMemory() if "t5" in trainer.frozen else None
+    dtype = compute_dtype(trainer.mesh)
+    painter.read_texts = TextReader(trainer.tokenizers, encoders, dtype, memory)
     return painter

@@ -63,9 +63,8 @@ class LazyModels:
         and inodes stay or change with the way in which files are copied."""
         preset, files = self.preset, []
         for name in ("t5", "clip"):
-            source = weights.match_files(weights.MODULES[name], getattr(preset, name), self.folder)[
-                0
-            ]
+            module, config = weights.MODULES[name], getattr(preset, name)
+            source = weights.match_files(module, config, self.folder)[0]
             files.append(places.digest_files(source.path))
         mesh = dict(self.mesh.shape), self.mesh.devices.flat[0].device_kind
         dtype, versions = compute_dtype(self.mesh), (__version__, jax.__version__)

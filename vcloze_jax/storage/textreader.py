@@ -41,8 +41,8 @@ class TextReader:
     """Reads prompts one at a time, so that none depends on the others.
 
     `load_encoders()` -> (T5Encoder, CLIPTextEncoder) is called when a prompt is new, and what it
-    gives is held no longer than the reading lasts. `cache` is a TextCache, or None where weights
-    change under it.
+    gives is held no longer than the reading lasts. `cache` is a TextCache, a TextMemory, or None
+    where weights change under it.
     """
 
     def __init__(self, tokenizers, load_encoders, dtype, cache=None):
@@ -56,17 +56,27 @@ class TextReader:
         for prompt, *ids, unread in zip(prompts, *self.tokenizers(prompts), strict=True):
             t5_ids, clip_ids = (row[None] for row in ids)
             seconds = Counter()
-            embeddings = self.cache and self.cache.read(t5_ids, clip_ids)
+            embeddings = None if self.cache is None else self.cache.read(t5_ids, clip_ids)
             if embeddings is None:
                 with timed(seconds, "load"):
                     encoders = encoders or self.load_encoders()
                 with timed(seconds, "text"):
                     encoded = self.encode(*encoders, t5_ids, clip_ids)
                     embeddings = [np.asarray(x)[0] for x in encoded]
-                if self.cache:
+                if self.cache is not None:
                     self.cache.write(t5_ids, clip_ids, embeddings)
             texts[prompt] = Text(*embeddings, unread, seconds)
         return texts
+
+
+class TextMemory(dict):
+    """What was read, while the process lives: of encoders that stay as they are."""
+
+    def read(self, t5_ids, clip_ids):
+        return self.get((t5_ids.tobytes(), clip_ids.tobytes()))
+
+    def write(self, t5_ids, clip_ids, embeddings):
+        self[t5_ids.tobytes(), clip_ids.tobytes()] = embeddings
 
 
 class TextCache:
