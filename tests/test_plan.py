@@ -152,7 +152,7 @@ def test_full_size():
     assert "fox_target0: 4096 image + 512 text tokens, bucket 4608, 12 steps of 84.7 TFLOP" in text
     assert "(flux 5.96 GB, vae 335 MB, activations " in text
     data = SimpleNamespace(shape=lambda rng: 3, example=lambda *_: SimpleNamespace(grid=grid))
-    recipe = SimpleNamespace(rank=256, from_scratch=False, micro_batch=8, batch=64)
+    recipe = replace(FLUX_FILL.recipe, micro_batch=8)
     text = plan.training(FLUX_FILL, recipe, data, mesh)
     assert "largest grid: rows of 1152x384, 1152x384, 1152x384; 5184 image" in text
     assert "learnt 631 MB, its gradients 1.26 GB, its moments 1.26 GB, activations " in text
