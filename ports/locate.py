@@ -68,6 +68,8 @@ def recognise_table(part: Part, source: Source) -> Table | None:
 
 def describe_file(file: Path) -> str:
     """What a file is, in words. PortError if it is broken."""
+    if file.suffix.lower() not in OPENED:
+        return describe_start(file) or UNKNOWN
     return describe_start(file) or describe_header(Source(file).header) or UNKNOWN
 
 

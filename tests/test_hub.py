@@ -1,7 +1,9 @@
 """Weights named by an id of Hugging Face: found in its cache, fetched only when asked."""
 
+from pathlib import Path
+
 import folders
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 from folders import PRESET
 
@@ -47,10 +49,27 @@ def test_an_id_is_its_snapshot(repository):
     there = repository / "snapshots/new"
     assert places.find_weights(ID) == places.find_weights(repository) == there
     assert places.find_weights(there) == there
+    assert places.find_weights(f"{ID}/") == there
     assert places.named_model(ID, None)[0] == there
     assert sample.parse(["--grid", "a.json", "--weights", ID]).weights == there
     assert train.parse(["--weights", ID]).weights == there
     assert weights.check(there) == PRESET
+
+
+@pytest.mark.parametrize(
+    "name", [f"https://huggingface.co/{ID}", f"hf://{ID}", "file:///weights", f"{ID}@main"]
+)
+def test_addresses_and_revisions_are_refused(cache, name):
+    """What is neither a folder nor an id says what to give instead, also once it is a Path."""
+    for spelled in (name, Path(name)):
+        with pytest.raises(UserError, match="is not read; give a folder, or the id OWNER/NAME"):
+            places.find_weights(spelled)
+
+
+def test_a_file_of_a_folder_is_not_called_broken(saved):
+    """A JSON file given for its folder is told so, not that it is a broken file of tensors."""
+    with pytest.raises(UserError, match="of a kind that is not known; give the folder that holds"):
+        weights.check(saved / "model_index.json")
 
 
 def test_snapshots_without_a_main_branch(repository):
@@ -69,7 +88,8 @@ def test_what_is_not_there_says_how_to_fetch_it(cache, monkeypatch):
         places.find_weights(ID)
     assert "\n" not in str(error.value)
     for name in (cache / "nowhere", "nowhere", "./runs/fox", "../fox", "a/b/c"):
-        assert str(places.find_weights(name)) == str(name).removeprefix("./")
+        found = places.find_weights(name)
+        assert found == places.find_weights(found) == Path(name).absolute()
     monkeypatch.chdir(cache)
     (cache / ID).mkdir(parents=True)
     assert str(places.find_weights(ID)) == ID

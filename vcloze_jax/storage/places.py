@@ -26,8 +26,13 @@ def find_weights(weights, download=False) -> Path:
     path = Path(weights)
     if (path / "snapshots").is_dir():
         return find_snapshot(path)
-    if path.exists() or not HUB_ID.fullmatch(name := str(weights)):
+    if not path.exists() and (odd := re.search(r"^[a-z]+:/|@", str(weights))):
+        kind = "a revision" if odd[0] == "@" else "an address"
+        raise UserError(f"{weights}: {kind} is not read; give a folder, or the id OWNER/NAME alone")
+    if path.exists():
         return path
+    if not HUB_ID.fullmatch(name := str(weights).rstrip("/")):
+        return path.absolute()  # so that "./a/b" is no id where it is asked for once more
     from huggingface_hub import constants, snapshot_download  # slow to import
 
     licence = f"accept its licence at https://huggingface.co/{name} (FLUX.1's is non-commercial)"
