@@ -228,9 +228,13 @@ def test_compiles(painters, tmp_path):
     """Grids of the same bucket and rows share their programs; another number of steps costs no
     more than its modulations."""
     painter = painters[1]
-    painter(jobs(tmp_path, BLANK))
+    painter(jobs(tmp_path, BLANK | {"content_prompt": f"{tmp_path}"}))  # which nothing remembers
     before = spent["programs"]
-    painter(jobs(tmp_path, BLANK | {"seed": 5, "guidance_scale": 2, "content_prompt": "an owl"}))
+    painter(
+        jobs(
+            tmp_path, BLANK | {"seed": 5, "guidance_scale": 2, "content_prompt": f"{tmp_path} owl"}
+        )
+    )
     assert spent["programs"] == before
     painter(jobs(tmp_path, BLANK | {"num_inference_steps": 3}))
     assert spent["programs"] - before <= 2  # the modulations, and those of a step

@@ -32,7 +32,8 @@ def find_weights(weights, download=False) -> Path:
     if path.exists():
         return path
     if not HUB_ID.fullmatch(name := str(weights).rstrip("/")):
-        return path.absolute()  # so that "./a/b" is no id where it is asked for once more
+        # "./a/b" is no id, also where it is asked for once more.
+        return path.absolute() if HUB_ID.fullmatch(str(path)) else path
     from huggingface_hub import constants, snapshot_download  # slow to import
 
     licence = f"accept its licence at https://huggingface.co/{name} (FLUX.1's is non-commercial)"
