@@ -36,7 +36,7 @@ def main(argv):
         for name, task in prompts.TASKS.items():
             print(f"{name} ({task.columns} columns): {task.prompt}")
         return
-    specs = read_specs(args.grid, places.named_preset(args.weights or places.MINI))
+    specs = read_specs(args.grid, places.named_preset(args.weights or places.MINI_FOLDER))
     check_outputs(args.out, specs)
 
     from vcloze_jax import plan
@@ -45,7 +45,9 @@ def main(argv):
     from vcloze_jax.storage import weights  # JAX from here on
 
     pipeline = Pipeline.load(args.weights, args.lora, args.mesh)
-    print(f"weights: {weights.summary(args.weights or places.MINI, pipeline.painter.preset)}")
+    print(
+        f"weights: {weights.summary(args.weights or places.MINI_FOLDER, pipeline.painter.preset)}"
+    )
     if args.plan:
         print(plan.sampling(pipeline.painter.preset, specs, pipeline.painter.mesh))
     if args.check or args.plan:

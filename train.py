@@ -47,7 +47,7 @@ def main(argv):
 
     mesh = make_mesh(parse_mesh(recipe.mesh) if recipe.mesh else None)
     micro_size(recipe, mesh)
-    folder = Path(args.weights or places.MINI)
+    folder = Path(args.weights or places.MINI_FOLDER)
     preset = check_for_training(folder, recipe)
     origins = describe_origins(folder, recipe, source.digest(), compute_dtype(mesh))
     run.compare_origins(recipe, origins, args.accept)

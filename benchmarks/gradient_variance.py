@@ -31,19 +31,21 @@ from vcloze_jax.storage.textreader import Tokenizers  # noqa: E402
 from vcloze_jax.trainer import Trainer, zeros_like  # noqa: E402
 
 RECIPE = replace(MINI.recipe, data="graphemoji", micro_batch=1)
-ADAPTERS = {"new": None, "shipped": str(places.LORA)}
+ADAPTERS = {"new": None, "shipped": str(places.MINI_LORA)}
 
 
 def load(preset, lora, mesh):
     """Mini's graphdefs, trainable and frozen trees, to go on from that adapter."""
-    return load_for_training(replace(preset, recipe=replace(RECIPE, lora=lora)), places.MINI, mesh)
+    return load_for_training(
+        replace(preset, recipe=replace(RECIPE, lora=lora)), places.MINI_FOLDER, mesh
+    )
 
 
 def grid_gradient(trainer, adapter, example, number):
     """The gradient at one grid, by its number in the run: float32 [parameters]."""
-    question = trainer.ask([example], [number], purpose_key(RECIPE.seed, "draws"))
-    args = adapter, trainer.frozen, zeros_like(adapter), question
-    _, grads = trainer.program("accumulate", question.x_t.shape, *args)(*args)
+    noisy = trainer.encode([example], [number], purpose_key(RECIPE.seed, "draws"))
+    args = adapter, trainer.frozen, zeros_like(adapter), noisy
+    _, grads = trainer.program("accumulate", noisy.x_t.shape, *args)(*args)
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(grads)])
 
 
@@ -73,9 +75,9 @@ def main():
     count = parser.parse_args().steps * RECIPE.batch // RECIPE.group
     mesh = make_mesh()
     source = open_source(RECIPE.data, RECIPE.resolution, RECIPE.caption_dropout)
-    preset = check_for_training(places.MINI, RECIPE)
+    preset = check_for_training(places.MINI_FOLDER, RECIPE)
     parts = load(preset, None, mesh)
-    trainer = Trainer(parts, preset, Tokenizers(places.MINI, preset.t5, preset.clip), mesh)
+    trainer = Trainer(parts, preset, Tokenizers(places.MINI_FOLDER, preset.t5, preset.clip), mesh)
     groups = [draw_group(source, RECIPE.seed, n, RECIPE.group) for n in range(count)]
     adapters = {name: load(preset, lora, mesh)[1] for name, lora in ADAPTERS.items()}
     print("adapter  as drawn  fully mixed  ratio          squared mean")

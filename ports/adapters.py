@@ -90,7 +90,7 @@ def open_adapter(path: Path, shapes: dict[str, tuple[int, ...]] | None = None) -
     with open(path, "rb") as file:
         start = file.read(9)
     pickled = re.match(PICKLE, start) and start[8:] != b"{"  # with which a JSON header begins
-    return check_adapter((torchfile if pickled else engine).Source(path), shapes)
+    return check_adapter((torchfile.TorchFile if pickled else engine.SafetensorsFile)(path), shapes)
 
 
 def check_adapter(source, shapes=None) -> Adapter:

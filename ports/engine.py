@@ -41,7 +41,7 @@ WRAPPERS = re.compile(
 )
 
 
-class Source:
+class SafetensorsFile:
     """A safetensors file, or a folder of one or of shards: headers now, tensors when asked for.
 
     `header` maps key, without WRAPPERS -> (shape, dtype as safetensors writes it). Raises PortError
@@ -123,7 +123,9 @@ def check_finite(tensor, key: str):
     return tensor
 
 
-def plan(table: Table, wanted: dict[str, tuple[int, ...]], source: Source) -> list[Leaf]:
+def plan_leaves(
+    table: Table, wanted: dict[str, tuple[int, ...]], source: SafetensorsFile
+) -> list[Leaf]:
     """Join the table to `wanted` (our path -> shape) and to the keys of a source; reads no tensor.
 
     Every key of the source is used once or ignored by a row, every leaf is filled once and every
@@ -143,7 +145,7 @@ def plan(table: Table, wanted: dict[str, tuple[int, ...]], source: Source) -> li
     return leaves
 
 
-def spell_table(table: Table, source: Source) -> Table:
+def spell_table(table: Table, source: SafetensorsFile) -> Table:
     """The table with names as this source has them: with its prefix or without, and a key's second
     name where it has only that."""
     if not any(key.startswith(table.prefix) for key in source.header):
@@ -152,7 +154,7 @@ def spell_table(table: Table, source: Source) -> Table:
     return table._replace(rows=tuple((ours, only.get(name, name)) for ours, name in table.rows))
 
 
-def find_fault(source: Source, key: str, expected: tuple[int, ...], dtypes=DTYPES) -> str:
+def find_fault(source: SafetensorsFile, key: str, expected: tuple[int, ...], dtypes=DTYPES) -> str:
     """What is wrong with a tensor of a source of which another shape may be expected, or ""."""
     shape, dtype = source.header.get(key, (None, None))
     if shape is None:
@@ -162,7 +164,9 @@ def find_fault(source: Source, key: str, expected: tuple[int, ...], dtypes=DTYPE
     return "" if dtype in dtypes else f"{key} is of type {dtype}, not {' or '.join(dtypes)}"
 
 
-def fetch(leaf: Leaf, source: Source, dtype=None, cut: tuple[slice, ...] = ()) -> np.ndarray:
+def fetch(
+    leaf: Leaf, source: SafetensorsFile, dtype=None, cut: tuple[slice, ...] = ()
+) -> np.ndarray:
     """Our array of a planned leaf in `dtype`, or in one that holds those of what is read; with a
     `cut`, a slice for each axis, that part of it, and no more is read. PortError if it holds NaN or
     infinity."""
@@ -210,7 +214,7 @@ def export_arrays(table: Table, arrays: Iterable) -> Iterator[tuple[str, np.ndar
             yield piece.key, leaf.to_foreign(array[piece.place]).reshape(piece.shape)
 
 
-def convert_leaves(table: Table, leaves: list[Leaf], source: Source) -> Iterator:
+def convert_leaves(table: Table, leaves: list[Leaf], source: SafetensorsFile) -> Iterator:
     """Planned leaves of a source -> foreign (key, array) pairs of another table; lazy, and no more
     in memory than one tensor."""
     for ours in leaves:

@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 
 from ports.diagnose import PortError, describe_header, describe_start, in_brackets, list_faults
-from ports.engine import Source, spell_table
+from ports.engine import SafetensorsFile, spell_table
 from ports.shards import list_variants
 from ports.tables import AXES, LEAVES, Part, Table, find_row
 
@@ -19,20 +19,20 @@ REFUSED = ".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".pt", ".pth"
 UNKNOWN = "of a kind that is not known"
 
 
-def locate(folder: Path, part: Part) -> tuple[Source, Table]:
+def locate(folder: Path, part: Part) -> tuple[SafetensorsFile, Table]:
     """A model's open source and the table that it is named by, spelled as it is there. PortError if
     it is not there, or in two files; files that are broken are named only if it is not there."""
     inside = folder / part.folder
     if list_variants(inside):
         try:
-            source = Source(inside)
+            source = SafetensorsFile(inside)
         except PortError as error:
             raise PortError(f"{part.folder}/: {error}") from error
         return source, recognise_table(part, source) or part.table
     found, others = [], []
     for file in list_files(folder, inside, OPENED):
         try:
-            source = Source(file)
+            source = SafetensorsFile(file)
         except (PortError, OSError) as error:
             others.insert(0, str(error))
             continue
@@ -59,7 +59,7 @@ def list_files(folder: Path, inside: Path, suffixes: tuple[str, ...]) -> list[Pa
     return [file for file in every if file.suffix.lower() in suffixes and file.is_file()]
 
 
-def recognise_table(part: Part, source: Source) -> Table | None:
+def recognise_table(part: Part, source: SafetensorsFile) -> Table | None:
     """The table by whose sign a source is one of `part`, spelled as there."""
     tables = (t for t in part.tables if any(re.fullmatch(t.sign, key) for key in source.header))
     table = next(tables, None)
@@ -70,10 +70,10 @@ def describe_file(file: Path) -> str:
     """What a file is, in words. PortError if it is broken."""
     if file.suffix.lower() not in OPENED:
         return describe_start(file) or UNKNOWN
-    return describe_start(file) or describe_header(Source(file).header) or UNKNOWN
+    return describe_start(file) or describe_header(SafetensorsFile(file).header) or UNKNOWN
 
 
-def flux_sizes(source: Source, table: Table) -> dict:
+def flux_sizes(source: SafetensorsFile, table: Table) -> dict:
     """Fields of our FluxConfig, and head_dim, from the shapes of its tensors."""
     in_channels, width = find_shape(source, table, "img_in/kernel", 2)
     (head_dim,) = find_shape(source, table, "double/img/q_norm/scale", 1)
@@ -93,7 +93,7 @@ def flux_sizes(source: Source, table: Table) -> dict:
     }
 
 
-def vae_sizes(source: Source, table: Table) -> dict:
+def vae_sizes(source: SafetensorsFile, table: Table) -> dict:
     """Fields of our VAEConfig from the shapes of its tensors; groups and scale leave no trace."""
     first = "encoder/down/{}/res/{}/conv1/bias".format
     levels = next(i for i in count() if first_key(table, first(i, 0)) not in source.header)
@@ -105,7 +105,7 @@ def vae_sizes(source: Source, table: Table) -> dict:
     }
 
 
-def t5_sizes(source: Source, table: Table) -> dict:
+def t5_sizes(source: SafetensorsFile, table: Table) -> dict:
     """Fields of our T5Config from the shapes of its tensors; max_distance leaves no trace."""
     vocab, width = find_shape(source, table, "embed", 2)
     buckets, heads = find_shape(source, table, "relative_bias", 2)
@@ -120,7 +120,7 @@ def t5_sizes(source: Source, table: Table) -> dict:
     }
 
 
-def clip_sizes(source: Source, table: Table) -> dict:
+def clip_sizes(source: SafetensorsFile, table: Table) -> dict:
     """Fields of our CLIPConfig from the shapes of its tensors; heads leave no trace. The end token
     is the last of the vocabulary."""
     vocab, width = find_shape(source, table, "embed", 2)
@@ -144,7 +144,7 @@ def first_key(table: Table, path: str) -> str:
     return parts[0][0].replace("{i}", "0") + LEAVES.get(leaf, ("",))[0]
 
 
-def find_shape(source: Source, table: Table, path: str, ndim: int) -> tuple[int, ...]:
+def find_shape(source: SafetensorsFile, table: Table, path: str, ndim: int) -> tuple[int, ...]:
     """Our shape of a leaf that is one tensor of the source, in each layer. PortError."""
     key = first_key(table, path)
     there, _ = source.header.get(key, ((), None))
@@ -157,7 +157,7 @@ def find_shape(source: Source, table: Table, path: str, ndim: int) -> tuple[int,
     return tuple(there[order.index(axis)] for axis in range(ndim))
 
 
-def count_layers(source: Source, table: Table, path: str) -> int:
+def count_layers(source: SafetensorsFile, table: Table, path: str) -> int:
     """How many layers of a stacked leaf the source counts: the highest number, plus one."""
     name = re.escape(find_row(table, path)[0][0][0]).replace(r"\{i\}", r"(\d{1,3})")
     found = (re.match(rf"{name}\.", key) for key in source.header)

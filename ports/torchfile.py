@@ -120,8 +120,8 @@ def check_opcodes(program: bytes) -> bytes:
     return bytes(checked)
 
 
-class Source:
-    """A state dict that torch.save wrote, as engine.Source shows a safetensors file.
+class TorchFile:
+    """A state dict that torch.save wrote, as engine.SafetensorsFile shows a safetensors file.
 
     PortError if it is cut or no state dict, if its pickle holds anything but tensors and numbers of
     BOOKKEEPING, or if it is of torch before 1.6, which wrote no zip.

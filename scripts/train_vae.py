@@ -78,7 +78,7 @@ def main(argv):
         return VAE(MINI.vae, rngs=nnx.Rngs(params=key))
 
     def init(key):
-        vae = weights.load(VAE, MINI.vae, places.MINI) if args.go_on else born(key)
+        vae = weights.load(VAE, MINI.vae, places.MINI_FOLDER) if args.go_on else born(key)
         params = nnx.to_pure_dict(nnx.state(vae))
         return params, tx.init(params)
 
@@ -128,7 +128,7 @@ def write(vae, pictures):
     moments = jax.jit(lambda x: vae.moments(to_model(x))[0])
     latents = np.concatenate([moments(part) for part in np.array_split(some, 32)])
     config = replace(MINI.vae, shift=float(latents.mean()), scale=float(1 / latents.std()))
-    weights.save_pipeline(places.MINI, replace(MINI, vae=config), {"vae": vae})
+    weights.save_pipeline(places.MINI_FOLDER, replace(MINI, vae=config), {"vae": vae})
 
 
 if __name__ == "__main__":

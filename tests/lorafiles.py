@@ -69,7 +69,7 @@ def renamed(file, to):
 def tensors(file):
     """{key: array} of a file of either kind."""
     if file.suffix == ".pth":
-        source = torchfile.Source(file)
+        source = torchfile.TorchFile(file)
         return {key: source.read(key) for key in source.header}
     return load_file(file)
 

@@ -82,7 +82,7 @@ def weights_folder(folder):
     for file in folder.glob("*/*.safetensors"):
         save_file({key: draw(key, x.shape) for key, x in load_file(file).items()}, file)
     for name in ("tokenizer", "tokenizer_2"):
-        shutil.copytree(places.MINI / name, folder / name)
+        shutil.copytree(places.MINI_FOLDER / name, folder / name)
     return folder
 
 

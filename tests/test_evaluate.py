@@ -72,7 +72,7 @@ def test_card_is_refused(card, content, message, monkeypatch):
 def test_shipped_card():
     """The card of mini can be written anew, and shows each task in each setting; what the README
     says of them is in it."""
-    card, readme = places.MINI / "README.md", Path(__file__).parents[1] / "README.md"
+    card, readme = places.MINI_FOLDER / "README.md", Path(__file__).parents[1] / "README.md"
     before, after = evaluate.split_card(card)
     table = card.read_text("utf-8")[len(before) : -len(after)]
     header, _, *rows = [line for line in table.splitlines() if line.startswith("|")]

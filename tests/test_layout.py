@@ -26,6 +26,7 @@ STORY = tuple(
 )
 LONGEST_STORY = 2400  # lines
 LONGEST_FILE = 320
+SAME = {"main", "parse", "load", "save", "check"}  # the same done to different things
 
 
 @cache
@@ -137,3 +138,14 @@ def test_rooms_and_doors_are_small():
                 names = [a.arg for a in node.args.posonlyargs + node.args.args]
                 count = len(set(names) - {"self", "cls"})
                 assert count <= 6, f"{name}: {node.name} takes {count}"
+
+
+def test_names_are_found_once():
+    """A search for a public function or class leads to one room."""
+    homes = {}
+    for name, file in modules().items():
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_":
+                homes.setdefault(node.name, []).append(name)
+    twice = {name: rooms for name, rooms in homes.items() if len(rooms) > 1}
+    assert set(twice) <= SAME, twice

@@ -26,7 +26,7 @@ SPECS = ("3_two_examples", "8_partly_masked")
 def pipeline():
     """The shipped folder as diffusers' own pipeline, all its parts in float32, with the adapter."""
     pytest.importorskip("diffusers"), pytest.importorskip("peft")
-    return reference.load(places.MINI, places.LORA)
+    return reference.load(places.MINI_FOLDER, places.MINI_LORA)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from vcloze_jax.devices import make_mesh
 from vcloze_jax.grid import PATCH, Grid, Row
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.sharding import put, shardings
-from vcloze_jax.step import Question, init_state, loss_fn, make_optimizer, make_step
+from vcloze_jax.step import NoisyBatch, init_state, loss_fn, make_optimizer, make_step
 from vcloze_jax.storage import weights
 
 # Region of the loss, whether blocks are recomputed, grids of a micro-batch.
@@ -37,15 +37,15 @@ WAYS = (
 )
 
 
-def ask(group, part):
-    """A part of a group as the Question that `step.ask` would make of it."""
+def add_noise(group, part):
+    """A part of a group as the NoisyBatch that `step.encode_batch` would make of it."""
     names = ("x", "noise", "t", "latent", "mask", "txt", "pooled")
     x, noise, t, latent, mask, *text = (jnp.asarray(group[name][part]) for name in names)
     sizes = [(PATCH * h, PATCH * w) for h, w in group["rows"]]
     grid = Grid(tuple(Row(np.zeros((*s, 3), np.uint8), np.zeros(s, bool)) for s in sizes), 1)
     pe = position_table([grid], injected.CONFIG, injected.TEXT, grid.tokens)
     context = Context(jnp.concatenate([latent, mask], -1), *text, jnp.ones(len(t)), pe)
-    return Question(*flow.interpolate(x, noise, t), mask.mean(-1), t, context)
+    return NoisyBatch(*flow.interpolate(x, noise, t), mask.mean(-1), t, context)
 
 
 def make(region, remat):
@@ -85,8 +85,8 @@ def train(region, remat, micro, options):
     run = {"losses": [], "norms": []}
     for step in range(injected.STEPS):
         parts, losses = [slice(i, i + micro) for i in range(0, 2, micro)], []
-        for question in (ask(group, part) for group in injected.groups(step) for part in parts):
-            found, grads = accumulate(state.trainable, frozen, grads, question)
+        for noisy in (add_noise(group, part) for group in injected.groups(step) for part in parts):
+            found, grads = accumulate(state.trainable, frozen, grads, noisy)
             losses.append(found[region])
         if step == 0:
             sums = weights.flat(grads["flux"])

@@ -178,6 +178,6 @@ def test_adapters_by_name():
     """An adapter is a path, "FILE:SCALE" or a pair; several are a list; none is mini's own."""
     pairs, named = [(Path("a"), 0.5), (Path("b"), 1.0)], places.named_model
     for lora in (["a:0.5", Path("b")], pairs):
-        assert named(None, lora) == (places.MINI, pairs)
+        assert named(None, lora) == (places.MINI_FOLDER, pairs)
     assert named("w", "b") == (Path("w"), pairs[1:]) and named("w", None)[1] == []
-    assert named(None, None) == (places.MINI, [(places.LORA, 1.0)])
+    assert named(None, None) == (places.MINI_FOLDER, [(places.MINI_LORA, 1.0)])

@@ -27,8 +27,8 @@ def test_round_trip_is_bit_identical(tmp_path, name, dtype):
     field, config, table = NAMINGS[name]
     mine = arrays(field, config, dtype)
     engine.write_shards(tmp_path, "model", engine.export_arrays(table, mine.items()), dtype)
-    source = engine.Source(tmp_path)
-    leaves = engine.plan(table, shapes(field, config), source)
+    source = engine.SafetensorsFile(tmp_path)
+    leaves = engine.plan_leaves(table, shapes(field, config), source)
     again = {leaf.path: engine.fetch(leaf, source) for leaf in leaves}
     assert again.keys() == mine.keys()
     for path, array in mine.items():
@@ -45,8 +45,8 @@ def test_a_cut_is_a_part_of_the_whole(tmp_path, name, monkeypatch):
     monkeypatch.setattr(engine, "BLOCK", 3)
     mine = arrays(field, config)
     engine.write_shards(tmp_path, "model", engine.export_arrays(table, mine.items()), "float32")
-    source, rng = engine.Source(tmp_path), np.random.default_rng(0)
-    for leaf in engine.plan(table, shapes(field, config), source):
+    source, rng = engine.SafetensorsFile(tmp_path), np.random.default_rng(0)
+    for leaf in engine.plan_leaves(table, shapes(field, config), source):
         for _ in range(3):
             edges = [sorted(rng.integers(0, n + 1, 2)) for n in leaf.shape]
             cut = tuple(slice(int(a), int(b)) for a, b in edges)
@@ -60,9 +60,11 @@ def test_no_more_than_the_cut_is_read(tmp_path):
     path, mine = "single/linear1/kernel", arrays("flux", FLUX)
     mine[path][0, :, :100] = np.nan
     engine.write_shards(tmp_path, "model", engine.export_arrays(mmdit.BFL, mine.items()), "float32")
-    source = engine.Source(tmp_path)
+    source = engine.SafetensorsFile(tmp_path)
     (leaf,) = (
-        leaf for leaf in engine.plan(mmdit.BFL, shapes("flux", FLUX), source) if leaf.path == path
+        leaf
+        for leaf in engine.plan_leaves(mmdit.BFL, shapes("flux", FLUX), source)
+        if leaf.path == path
     )
     for cut in (
         (slice(1, 3), slice(None), slice(None)),
@@ -92,7 +94,7 @@ def test_full_size_keys_are_covered(name, field, tensors):
     table = PARTS[field].tables[name.endswith("bfl")]
     wanted = shapes(field, getattr(FLUX_FILL, field))
     source = SimpleNamespace(header={key: (shape, "BF16") for key, shape in keys.items()})
-    leaves = engine.plan(table, wanted, source)
+    leaves = engine.plan_leaves(table, wanted, source)
     used = [piece.key for leaf in leaves for piece in leaf.pieces]
     assert len(used) == len(set(used)) and len(leaves) == len(wanted)
     ignored = set(keys) - set(used)
@@ -182,8 +184,8 @@ def test_shards(tmp_path):
         len(files) > 3 and files[-1].name == f"model-{len(files):05}-of-{len(files):05}.safetensors"
     )
     assert all(sum(x.nbytes for x in load_file(file).values()) <= 20_000 for file in files)
-    source = engine.Source(tmp_path)
-    for leaf in engine.plan(vae.DIFFUSERS, shapes("vae", PRESET.vae), source):
+    source = engine.SafetensorsFile(tmp_path)
+    for leaf in engine.plan_leaves(vae.DIFFUSERS, shapes("vae", PRESET.vae), source):
         np.testing.assert_array_equal(engine.fetch(leaf, source), mine[leaf.path])
     engine.write_shards(
         tmp_path, "model", engine.export_arrays(vae.DIFFUSERS, mine.items()), "float32"

@@ -33,7 +33,7 @@ def test_sizes_of_the_transformer_from_shapes(changes):
     config = replace(FLUX, **changes)
     for table in PARTS["flux"].tables:
         there = engine.export_arrays(table, arrays("flux", config).items())
-        source = engine.Source.__new__(engine.Source)
+        source = engine.SafetensorsFile.__new__(engine.SafetensorsFile)
         source.header = {key: (x.shape, "F32") for key, x in there}
         ours = SIZES["flux"](source, table)
         head_dim = ours.pop("head_dim")
@@ -44,7 +44,7 @@ def test_sizes_of_the_transformer_from_shapes(changes):
 def test_published_sizes_from_shapes():
     """By key lists alone, BFL's and those of the text encoders, FLUX.1-Fill's presets come out."""
     for field, name in (("flux", "flux_bfl"), ("vae", "vae_bfl"), ("t5", "t5"), ("clip", "clip")):
-        source = engine.Source.__new__(engine.Source)
+        source = engine.SafetensorsFile.__new__(engine.SafetensorsFile)
         source.header = {key: (shape, "BF16") for key, shape in key_list(name).items()}
         table = recognise_table(PARTS[field], source)
         ours, preset = SIZES[field](source, table), getattr(FLUX_FILL, field)

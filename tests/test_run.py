@@ -373,7 +373,7 @@ def test_from_scratch(home, tmp_path, monkeypatch):
 def changed(before, after):
     """Whether two folders of a model hold other arrays; bfloat16, as which they are written."""
     (old,), (new,) = (list(folder.glob("*.safetensors")) for folder in (before, after))
-    old, new = weights.engine.Source(old), weights.engine.Source(new)
+    old, new = weights.engine.SafetensorsFile(old), weights.engine.SafetensorsFile(new)
     assert old.header.keys() == new.header.keys()
     return any((old.read(key).astype("bfloat16") != new.read(key)).any() for key in old.header)
 

@@ -31,7 +31,7 @@ from vcloze_jax.model.lora import split
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.ops import rope_table
 from vcloze_jax.sharding import BATCH, batch_sharding, put, shardings, spec_of
-from vcloze_jax.step import Batch, ask, init_state, loss_fn, make_optimizer, make_step
+from vcloze_jax.step import Batch, encode_batch, init_state, loss_fn, make_optimizer, make_step
 from vcloze_jax.storage import weights
 
 MESHES = ("8", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2")
@@ -98,7 +98,7 @@ def test_meshes_that_are_refused(text):
 
 
 def test_meshes_are_made():
-    """Axes have the sizes asked for; without a wish it is one CPU device."""
+    """Axes have the sizes encoded for; without a wish it is one CPU device."""
     for text in MESHES:
         assert dict(make_mesh(parse_mesh(text)).shape) == parse_mesh(text)
     assert make_mesh().size == 1
@@ -275,7 +275,7 @@ def host_batch():
 @cache
 def step(text):
     """Loss and gradients of a step on a mesh, what it takes to go on with the update, and the
-    collectives of the programs that ask and that learn."""
+    collectives of the programs that encode and that learn."""
     mesh = make_mesh(parse_mesh(text))
     graphdefs, adapter, base = tiny()
     adapter, base = put(adapter, mesh), put(base, mesh)
@@ -287,17 +287,17 @@ def step(text):
     loss = partial(loss_fn, region="target", **statics)
     accumulate, update = make_step(tx, loss, places, 0.9)
     zeros = jax.device_put(jax.tree.map(jnp.zeros_like, adapter), places.trainable)
-    asking = jax.jit(partial(ask, preset=PRESET, **statics))
+    encode = jax.jit(partial(encode_batch, preset=PRESET, **statics))
     with jax.set_mesh(mesh):
-        asked = compiled(asking, base, batch, jax.random.key(0))
-        question = asked(base, batch, jax.random.key(0))
-        learned = compiled(accumulate, adapter, base, zeros, question)
-        losses, grads = learned(adapter, base, zeros, question)
+        encoded = compiled(encode, base, batch, jax.random.key(0))
+        noisy = encoded(base, batch, jax.random.key(0))
+        learned = compiled(accumulate, adapter, base, zeros, noisy)
+        losses, grads = learned(adapter, base, zeros, noisy)
     host = by_path(jax.tree.map(np.asarray, grads))
     state = jax.jit(init, out_shardings=places)(adapter)
     value = float(losses["target"].mean())
     args = update, state, grads, [losses["target"]], np.float32(0.1)
-    return value, host, args, collectives(asked), collectives(learned)
+    return value, host, args, collectives(encoded), collectives(learned)
 
 
 def compiled(f, *args):
@@ -335,8 +335,8 @@ def test_weights_are_gathered_and_sums_added():
     """On every mesh that is all that the devices of a step exchange, also where it encodes
     pictures: nothing changes its place."""
     for text in (MESHES[0], MESHES[2]):
-        *_, asked, learned = step(text)
-        for found in (asked, learned):
+        *_, encoded, learned = step(text)
+        for found in (encoded, learned):
             kinds = {kind for kind, _ in found}
             assert kinds <= {"all-gather", "all-reduce", "reduce-scatter"}, found
         assert "all-gather" in dict(learned)
@@ -423,24 +423,26 @@ def test_regions_of_the_loss(monkeypatch):
     monkeypatch.setattr(flow, "masked_loss", lambda out, target, weight: weight)
     graphdefs, adapter, base = tiny()
     statics = dict(graphdefs=graphdefs, dtype=jnp.float32)
-    ask_one = jax.jit(partial(ask, preset=PRESET, **statics), compiler_options=quick())
-    question = ask_one(base, Batch(*host_batch()), jax.random.key(0))
+    encode_one = jax.jit(partial(encode_batch, preset=PRESET, **statics), compiler_options=quick())
+    noisy = encode_one(base, Batch(*host_batch()), jax.random.key(0))
     loss = partial(loss_fn, region="target", **statics)
-    _, weight = jax.jit(loss, compiler_options=quick())(adapter, base, question)
+    _, weight = jax.jit(loss, compiler_options=quick())(adapter, base, noisy)
     np.testing.assert_array_equal(weight["grid"], np.ones((8, 4)))
     expected = np.zeros((8, 4))
     expected[:, 3] = 1 - np.arange(8) / 16
     np.testing.assert_allclose(weight["target"], expected, rtol=1e-6)
 
 
-def test_questions_are_drawn_for_each_grid_alone():
+def test_noise_is_drawn_for_each_grid_alone():
     """What is drawn for a grid depends on its number in the run, not on the grids beside it."""
     graphdefs, _, base = tiny()
-    ask_some = partial(ask, graphdefs=graphdefs, preset=PRESET, dtype=jnp.float32)
+    encode_some = partial(encode_batch, graphdefs=graphdefs, preset=PRESET, dtype=jnp.float32)
     rows, *ids, numbers, pe = host_batch()
-    whole = ask_some(base, Batch(rows, *ids, numbers, pe), jax.random.key(0))
+    whole = encode_some(base, Batch(rows, *ids, numbers, pe), jax.random.key(0))
     part = [(pixels[2:4], None if mask is None else mask[2:4]) for pixels, mask in rows]
-    half = ask_some(base, Batch(part, *(x[2:4] for x in ids), numbers[2:4], pe), jax.random.key(0))
+    half = encode_some(
+        base, Batch(part, *(x[2:4] for x in ids), numbers[2:4], pe), jax.random.key(0)
+    )
     for name in ("t", "velocity", "x_t"):
         here, there = getattr(half, name), getattr(whole, name)[2:4]
         np.testing.assert_allclose(here, there, rtol=0, atol=1e-5)  # the encoder's sums

@@ -140,7 +140,7 @@ def test_tasks_do_not_depend_on_rows_or_position(source):
         drawn.append((shape, tuple(sample.nodes[-1])))
         return sample
 
-    watched = replace(source, draw_sample=spy)
+    watched = replace(source, choose_sample=spy)
     for number in range(1100):
         draw_group(watched, 0, number, 2)
     near = {(a, b) for a in NEAR for b in NEAR}

@@ -38,7 +38,7 @@ def learn(*args, learn=train.learn, **options):
     from vcloze_jax.runwriter import RunWriter
     from vcloze_jax.trainer import Trainer
 
-    for cls, name in (Trainer, "compile"), (Trainer, "send"), (Trainer, "ask"):
+    for cls, name in (Trainer, "compile"), (Trainer, "send"), (Trainer, "encode"):
         tell(cls, name)
     for name in ("preview", "save", "write"):
         tell(RunWriter, name)
@@ -157,7 +157,7 @@ def test_forty_signals(home, tmp_path):
         time.sleep(rng.uniform(0, 4 if phase == "start" else 0.3))
         sent = command.send(number) + 0.5  # as much time as a thread may need to be heard
         assert_stopped(command, number)
-        for name in ("ask", "save"):
+        for name in ("encode", "save"):
             assert sum(when > sent for when in command.times(name)) <= 1, (phase, name)
     assert train.main(flags(home, out, **recipe)) == 0
     assert train.main(flags(home, tmp_path / "unbroken", **recipe)) == 0

@@ -31,7 +31,7 @@ def file(tmp_path):
 
 
 def read(file):
-    source = torchfile.Source(file)
+    source = torchfile.TorchFile(file)
     return {key: source.read(key) for key in source.header}
 
 
@@ -150,7 +150,7 @@ RAW = {
 def test_other_programs_are_refused(file, kind):
     """Opcodes beyond those of data, calls of what is no name and programs that fail are errors."""
     with pytest.raises(PortError):
-        torchfile.Source(repacked(file, op(RAW[kind])))
+        torchfile.TorchFile(repacked(file, op(RAW[kind])))
 
 
 def one_tensor(offset=0, shape=(3, 4), strides=(4, 1), size=12, key="0", kind="Float"):
@@ -222,7 +222,7 @@ def test_what_lies_beside_tensors(file, kind):
     """Anything else beside tensors says what it is, and a checkpoint which entry to save alone."""
     entries, words = BESIDE[kind]
     with pytest.raises(PortError, match=words) as error:
-        torchfile.Source(repacked(file, table(**entries)))
+        torchfile.TorchFile(repacked(file, table(**entries)))
     assert "\n" not in str(error.value)
 
 
@@ -260,7 +260,7 @@ def test_tensors_stay_inside_their_storage(file, kind):
     """No shape, stride or offset reaches beyond the bytes that are there, and none makes memory out
     of nothing."""
     with pytest.raises(PortError):
-        torchfile.Source(repacked(file, one_tensor(**VIEWS[kind])))
+        torchfile.TorchFile(repacked(file, one_tensor(**VIEWS[kind])))
 
 
 def test_damaged_files(file):
@@ -275,11 +275,11 @@ def test_damaged_files(file):
     ):
         file.write_bytes(whole)
         with pytest.raises(PortError):
-            torchfile.Source(repacked(file, **change))
+            torchfile.TorchFile(repacked(file, **change))
     for length in (0, 4, 40, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:length])
         with pytest.raises(PortError):
-            torchfile.Source(file)
+            torchfile.TorchFile(file)
     at = whole.index(STATE["img_in.lora_A.weight"].tobytes())
     file.write_bytes(whole[: at + 5] + b"\xff" + whole[at + 6 :])
     with pytest.raises(PortError, match="img_in.lora_A.weight is damaged"):

@@ -138,7 +138,7 @@ def weights_folder(folder, seed=0):
     }
     weights.save_pipeline(folder, TINY, modules, "float32")
     for name in ("tokenizer", "tokenizer_2"):
-        shutil.copytree(places.MINI / name, folder / name)
+        shutil.copytree(places.MINI_FOLDER / name, folder / name)
     return folder
 
 

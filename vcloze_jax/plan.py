@@ -146,8 +146,8 @@ def weights_on_device(preset, names, mesh, dtype):
 
 def on_device(tree, mesh, root, dtype):
     """Bytes of a tree of shapes on one device of the mesh."""
-    leaves, places = jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, mesh, f"{root}/"))
-    counts = (math.prod(s.shard_shape(x.shape)) for x, s in zip(leaves, places, strict=True))
+    leaves, layout = jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, mesh, f"{root}/"))
+    counts = (math.prod(s.shard_shape(x.shape)) for x, s in zip(leaves, layout, strict=True))
     return sum(counts) * jnp.dtype(dtype).itemsize
 
 
@@ -194,8 +194,8 @@ def training_speed(preset, tokens, seconds, mesh):
 def flux_temporaries(preset, grids, tokens, mesh, learning=False):
     """Of `flux_program` for so many grids at once, as the mesh runs it."""
 
-    def place(tree, dtype, places):
-        return jax.tree.map(lambda x, s: x.update(dtype=dtype, sharding=s), tree, places)
+    def place(tree, dtype, layout):
+        return jax.tree.map(lambda x, s: x.update(dtype=dtype, sharding=s), tree, layout)
 
     dtype = compute_dtype(mesh)
     program, learnt, frozen, inputs = flux_program(preset, grids, tokens, learning)

@@ -74,7 +74,7 @@ class RunWriter:
         self.measure([example.grid.tokens for example in examples], 1)  # counts, remembered
         group = self.trainer.recipe.group
         groups = draw_validation(self.source.held_out(), group, VALIDATION)
-        self.questions = self.trainer.ask_fixed(groups)
+        self.fixed = self.trainer.fixed_batches(groups)
         if self.trainer.step == 0:
             self.preview()
         print(
@@ -119,7 +119,7 @@ class RunWriter:
             sheets.append(compose_columns(title, spec.grid, painted))
         step = self.trainer.step
         save_png(self.run.previews / f"{step:06d}.png", stack_sheets(sheets))
-        loss, effect = self.trainer.validate(self.questions)
+        loss, effect = self.trainer.validate(self.fixed)
         record = {"step": step, "loss": loss, "adapter_effect": effect}
         self.validation.write(record)
         tell_listeners("validation", record)

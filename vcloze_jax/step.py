@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     pe: tuple  # cos, sin float32 [1, T + S, 1, K/2], on the host: it is the same for all
 
 
-class Question(NamedTuple):
+class NoisyBatch(NamedTuple):
     """A micro-batch as the MMDiT is asked: the noisy grids, what it reads, what it should say."""
 
     x_t: jax.Array  # float32 [B, S, 64]
@@ -66,8 +66,8 @@ def make_batch(examples, numbers, tokenizers, preset, mesh, masks_every_row=Fals
     return Batch(*jax.device_put(arrays, batch_sharding(mesh)), pe)
 
 
-def ask(frozen, batch, key, *, graphdefs, preset, dtype):
-    """Batch -> Question: pictures and text encoded, noise added at times drawn for each grid alone.
+def encode_batch(frozen, batch, key, *, graphdefs, preset, dtype):
+    """Pictures and text encoded, noise added at times that are drawn for each grid alone.
 
     A program of its own: nothing of it is differentiated.
     """
@@ -84,41 +84,41 @@ def ask(frozen, batch, key, *, graphdefs, preset, dtype):
     if recipe.time_shift:
         t = flow.shift_time(t, x.shape[1], preset.flow)
     guidance = flow.draw_guidance(for_guidance, recipe.guidance_range)
-    text = batch.t5_ids, batch.clip_ids  # where the encoders are learnt, `answer` encodes
+    text = batch.t5_ids, batch.clip_ids  # where the encoders are learnt, `predict_velocity` encodes
     if models.t5:
         text = conditioning.encode_text(models.t5, models.clip, *text, dtype)
     x_t, velocity = flow.interpolate(x, noise, t)
-    return Question(x_t, velocity, share, t, Context(condition, *text, guidance, batch.pe))
+    return NoisyBatch(x_t, velocity, share, t, Context(condition, *text, guidance, batch.pe))
 
 
-def answer(trainable, frozen, question, *, graphdefs, dtype):
+def predict_velocity(trainable, frozen, noisy, *, graphdefs, dtype):
     """The forward pass of a training step: the MMDiT's velocity [B, S, 64]."""
-    models, context = merge_models(graphdefs, trainable, frozen), question.context
+    models, context = merge_models(graphdefs, trainable, frozen), noisy.context
     if "t5" in trainable:
         ids = context.txt, context.pooled
         txt, pooled = conditioning.encode_text(models.t5, models.clip, *ids, dtype)
         context = context._replace(txt=txt, pooled=pooled)
-    mod = models.flux.modulation(question.t, context.guidance, context.pooled)
-    return conditioning.velocity(models.flux, question.x_t, mod, context)
+    mod = models.flux.modulation(noisy.t, context.guidance, context.pooled)
+    return conditioning.velocity(models.flux, noisy.x_t, mod, context)
 
 
-def loss_fn(trainable, frozen, question, *, region, **statics):
+def loss_fn(trainable, frozen, noisy, *, region, **statics):
     """Masked flow-matching loss of a micro-batch (paper, section 3) -> the mean over its grids,
     and each grid's own by region, float32 [B]."""
-    out, share = answer(trainable, frozen, question, **statics), question.share
+    out, share = predict_velocity(trainable, frozen, noisy, **statics), noisy.share
     losses = {
-        "target": flow.masked_loss(out, question.velocity, share),
-        "grid": flow.masked_loss(out, question.velocity, jnp.ones_like(share)),
+        "target": flow.masked_loss(out, noisy.velocity, share),
+        "grid": flow.masked_loss(out, noisy.velocity, jnp.ones_like(share)),
     }
     return losses[region].mean(), losses
 
 
-def validate(trainable, frozen, question, **options):
+def validate(trainable, frozen, noisy, **options):
     """Mean loss, and the part of the velocities that an adapter makes, as a share of their norm."""
-    loss, _ = loss_fn(trainable, frozen, question, **options)
+    loss, _ = loss_fn(trainable, frozen, noisy, **options)
     del options["region"]
     nothing = jax.tree.map(jnp.zeros_like, trainable)
-    out, bare = (answer(w, frozen, question, **options) for w in (trainable, nothing))
+    out, bare = (predict_velocity(w, frozen, noisy, **options) for w in (trainable, nothing))
     return jnp.stack([loss, jnp.linalg.norm(out - bare) / jnp.linalg.norm(out)])
 
 
@@ -155,22 +155,22 @@ def init_state(trainable, tx, ema):
     return State(trainable, tx.init(trainable), average, jnp.int32(0), jnp.bool_(False))
 
 
-def make_step(tx, loss, places, ema=0.0, skip=0):
+def make_step(tx, loss, layout, ema=0.0, skip=0):
     """`accumulate`, which adds a micro-batch's gradient to a sum, and `update`, which applies its
     mean, both jitted.
 
-    The frozen weights are an argument, never state. `places` is the State of shardings: all stays
+    The frozen weights are an argument, never state. `layout` is the State of shardings: all stays
     where it is, losses everywhere. A step whose loss or gradient is not finite changes nothing;
     after `skip` of them nothing changes any more, until the loop reads it.
     """
 
-    @partial(jax.jit, donate_argnums=2, out_shardings=(places.skipped, places.trainable))
-    def accumulate(trainable, frozen, grads, question):
+    @partial(jax.jit, donate_argnums=2, out_shardings=(layout.skipped, layout.trainable))
+    def accumulate(trainable, frozen, grads, noisy):
         gradient = jax.value_and_grad(loss, has_aux=True)
-        (_, losses), new = gradient(trainable, frozen, question)
+        (_, losses), new = gradient(trainable, frozen, noisy)
         return losses, jax.tree.map(jnp.add, grads, new)
 
-    @partial(jax.jit, donate_argnums=(0, 1), out_shardings=(places, places.trainable, None))
+    @partial(jax.jit, donate_argnums=(0, 1), out_shardings=(layout, layout.trainable, None))
     def update(state, grads, losses, rate):
         mean = jax.tree.map(lambda g: g / len(losses), grads)  # of as many micro-batches
         norms = group_norms(mean)

@@ -14,7 +14,7 @@ import numpy as np
 from vcloze_jax.config import UserError, flag
 from vcloze_jax.sharding import compute_dtype, shardings
 from vcloze_jax.step import (
-    ask,
+    encode_batch,
     init_state,
     learning_rate,
     loss_fn,
@@ -75,17 +75,17 @@ class Trainer:
         loss = partial(loss_fn, region=recipe.loss_region, **statics)
         tx = make_optimizer(recipe.clip, recipe.weight_decay)
         init = partial(init_state, tx=tx, ema=recipe.ema)
-        places = shardings(jax.eval_shape(init, trainable), mesh)
-        accumulate, update = make_step(tx, loss, places, recipe.ema, recipe.skip_nonfinite)
+        layout = shardings(jax.eval_shape(init, trainable), mesh)
+        accumulate, update = make_step(tx, loss, layout, recipe.ema, recipe.skip_nonfinite)
         self.jitted = {
-            "ask": jax.jit(partial(ask, preset=preset, **statics)),
+            "encode": jax.jit(partial(encode_batch, preset=preset, **statics)),
             "accumulate": accumulate,
             "update": update,
             "validate": jax.jit(partial(validate, region=recipe.loss_region, **statics)),
         }
         self.programs, self.rate, self.micro = {}, learning_rate(recipe), micro_size(recipe, mesh)
-        self.state = jax.jit(init, out_shardings=places)(trainable)
-        self.grads = jax.jit(zeros_like, out_shardings=places.trainable)(trainable)
+        self.state = jax.jit(init, out_shardings=layout)(trainable)
+        self.grads = jax.jit(zeros_like, out_shardings=layout.trainable)(trainable)
         self.step, self.ended = 0, 0.0
 
     @property
@@ -114,9 +114,9 @@ class Trainer:
         later; returns the bytes that the largest program takes beside its inputs."""
         key, largest = purpose_key(0, "validation"), 0
         for example in examples:
-            question = self.ask([example] * self.micro, range(self.micro), key)
-            args = self.state.trainable, self.frozen, self.grads, question
-            program = self.program("accumulate", question.x_t.shape, *args)
+            noisy = self.encode([example] * self.micro, range(self.micro), key)
+            args = self.state.trainable, self.frozen, self.grads, noisy
+            program = self.program("accumulate", noisy.x_t.shape, *args)
             largest = max(largest, program.memory_analysis().temp_size_in_bytes)
         everywhere = self.state.skipped.sharding
         losses = [jax.device_put(np.zeros(self.micro, np.float32), everywhere)]
@@ -124,11 +124,11 @@ class Trainer:
         self.program("update", (), self.state, self.grads, losses, np.float32(0))
         return largest
 
-    def ask(self, examples, numbers, key):
-        """Grids of one shape, by their numbers in the run -> Question on the mesh."""
+    def encode(self, examples, numbers, key):
+        """Grids of one shape, by their numbers in the run -> NoisyBatch on the mesh."""
         batch = self.make_batch(examples, numbers)
         args = self.frozen, batch, key
-        return self.program("ask", tuple(pixels.shape for pixels, _ in batch.rows), *args)(*args)
+        return self.program("encode", tuple(pixels.shape for pixels, _ in batch.rows), *args)(*args)
 
     def send(self, groups, stopped=lambda: False):
         """Send the next optimizer step to the devices -> Sent; None if `stopped()` between two
@@ -142,12 +142,12 @@ class Trainer:
                 if stopped():
                     return None
                 numbers = range(first + i, first + i + self.micro)
-                question = self.ask(group[i : i + self.micro], numbers, key)
-                args = self.state.trainable, self.frozen, self.grads, question
-                program = self.program("accumulate", question.x_t.shape, *args)
+                noisy = self.encode(group[i : i + self.micro], numbers, key)
+                args = self.state.trainable, self.frozen, self.grads, noisy
+                program = self.program("accumulate", noisy.x_t.shape, *args)
                 loss, self.grads = program(*args)
                 losses.append(loss)
-                times.append(question.t)
+                times.append(noisy.t)
         rate = np.float32(self.rate(self.step))
         args = self.state, self.grads, [loss[recipe.loss_region] for loss in losses], rate
         self.state, self.grads, norms = self.program("update", (), *args)(*args)
@@ -170,19 +170,19 @@ class Trainer:
         start, self.ended = max(sent.start, self.ended), time.perf_counter()
         return self.ended - start
 
-    def ask_fixed(self, groups):
-        """Groups of examples -> Questions with always the same times and noise."""
+    def fixed_batches(self, groups):
+        """Groups of examples -> NoisyBatches with always the same times and noise."""
         key, size = purpose_key(0, "validation"), self.micro
         parts = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
         return [
-            self.ask(part, range(i * size, (i + 1) * size), key) for i, part in enumerate(parts)
+            self.encode(part, range(i * size, (i + 1) * size), key) for i, part in enumerate(parts)
         ]
 
-    def validate(self, questions):
-        """Mean loss over some questions, and by how much what is learnt changes the velocities, as
+    def validate(self, batches):
+        """Mean loss over some batches, and by how much what is learnt changes the velocities, as
         a share of their size; of an adapter, which is nothing where it begins."""
         trees = self.learnt, self.frozen
-        values = [self.program("validate", q.x_t.shape, *trees, q)(*trees, q) for q in questions]
+        values = [self.program("validate", b.x_t.shape, *trees, b)(*trees, b) for b in batches]
         loss, effect = np.mean([np.asarray(value) for value in values], 0)
         return float(loss), float(effect)
 

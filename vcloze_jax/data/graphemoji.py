@@ -157,8 +157,8 @@ class GraphEmojiGrids:
     """A Source: grids of a split's subjects, whose pictures are read when the first is wanted."""
 
     split: str = "train"
-    draw_shape: Callable = graph.draw_shape  # rng -> (rows, columns)
-    draw_sample: Callable = graph.draw_sample  # rng, (rows, columns), names, size -> Sample
+    choose_shape: Callable = graph.draw_shape  # rng -> (rows, columns)
+    choose_sample: Callable = graph.draw_sample  # rng, (rows, columns), names, size -> Sample
     all_shapes: tuple[tuple[int, int], ...] = graph.list_shapes(graph.TRAIN)
     masks_every_row: bool = False
     content: str = ""  # its tasks in words
@@ -184,7 +184,7 @@ class GraphEmojiGrids:
 
     def shape(self, rng: np.random.Generator) -> tuple[int, int]:
         """Rows and columns, which the members of a group share."""
-        return self.draw_shape(rng)
+        return self.choose_shape(rng)
 
     def shapes(self) -> list[tuple[int, int]]:
         """All rows and columns that are drawn."""
@@ -196,7 +196,7 @@ class GraphEmojiGrids:
         for number in range(2):
             rng = random_generator("preview", 0, number)
             columns = self.shape(rng)[1]
-            drawn = self.draw_sample(rng, (3, columns), self.names, SIZE)
+            drawn = self.choose_sample(rng, (3, columns), self.names, SIZE)
             for rows in (1, 2, 3):
                 nodes, subjects = drawn.nodes[-rows:], drawn.subjects[-rows:]
                 examples.append(self.picture(graph.ask_last(nodes, subjects, self.names)))
@@ -204,7 +204,7 @@ class GraphEmojiGrids:
 
     def example(self, rng: np.random.Generator, shape: tuple[int, int]) -> Example:
         """Draw one example of that shape."""
-        return self.picture(self.draw_sample(rng, shape, self.names, SIZE))
+        return self.picture(self.choose_sample(rng, shape, self.names, SIZE))
 
     def picture(self, sample: graph.Sample) -> Example:
         """Look the sample's cells up."""

@@ -64,8 +64,8 @@ class Dense(nnx.Module):
         if len(self.into + self.out) > 2:  # at rest it is not split part by part
             kernel = gathered(kernel)
         rows, columns = self.split.weight
-        places = *[None] * (len(self.into) - 1), rows, *[None] * (len(self.out) - 1), columns
-        return placed(kernel.reshape(*self.into, *self.out), *places)
+        axes = *[None] * (len(self.into) - 1), rows, *[None] * (len(self.out) - 1), columns
+        return placed(kernel.reshape(*self.into, *self.out), *axes)
 
 
 @jax.custom_vjp

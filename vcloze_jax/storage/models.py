@@ -111,34 +111,36 @@ def load_for_training(preset, folder, mesh):
     Trainable, in float32: the adapter; with rank 0 the MMDiT; from scratch the text encoders too.
     The rest is frozen, in the compute dtype, and comes from the weights folder. Raises UserError.
     """
-    recipe, key = preset.recipe, purpose_key(preset.recipe.seed, "init")
+    recipe = preset.recipe
     adapter = recipe.lora and load_start(preset)  # first, since it may be refused
-    scratch = ("flux", "t5", "clip") if recipe.from_scratch else ()
+    learnt = ("flux", "t5", "clip") if recipe.from_scratch else () if recipe.rank else ("flux",)
     ranked = replace(preset, flux=replace(preset.flux, rank=recipe.rank))
     graphdefs, trainable, frozen = {}, {}, {}
-    for number, name in enumerate(weights.MODULES):
-        module, config = weights.MODULES[name], getattr(ranked, name)
-        graphdefs[name], _, _ = weights.abstract(module, config)
-        init = partial(init_learnt, module, config)
-        place = partial(shardings, mesh=mesh, root=f"{name}/")
-        learnt = name in scratch or name == "flux" and (not recipe.rank)
-        if name not in scratch:
-            dtype = "float32" if learnt else compute_dtype(mesh)
-            tree = nnx.to_pure_dict(nnx.state(load_model(name, preset, folder, dtype, mesh)))
-            (trainable if learnt else frozen)[name] = tree
-        if name in scratch or name == "flux" and recipe.rank and not adapter:
-            places = place(jax.eval_shape(init, key))
-            draw = jax.jit(init, out_shardings=places)
-            trainable[name] = draw(jax.random.fold_in(key, number))
-    if adapter:
-        trainable["flux"] = put(adapter, mesh, "flux/")
+    for name, module in weights.MODULES.items():
+        graphdefs[name], _, _ = weights.abstract(module, getattr(ranked, name))
+        if recipe.from_scratch and name in learnt:
+            trainable[name] = draw_weights(name, ranked, mesh)
+            continue
+        dtype = "float32" if name in learnt else compute_dtype(mesh)
+        tree = nnx.to_pure_dict(nnx.state(load_model(name, preset, folder, dtype, mesh)))
+        (trainable if name in learnt else frozen)[name] = tree
+    if recipe.rank:
+        start = put(adapter, mesh, "flux/") if adapter else draw_weights("flux", ranked, mesh)
+        trainable["flux"] = start
     return graphdefs, trainable, frozen
 
 
-def init_learnt(module, config, key):
-    """New weights of a model: its adapter's, or without one all."""
-    _, adapter, base = split(module(config, rngs=nnx.Rngs(params=key)))
-    return adapter or base
+def draw_weights(name, preset, mesh):
+    """New weights of a model, drawn on the mesh: its adapter's, or where it has none all."""
+
+    def draw(key):
+        _, adapter, base = split(weights.MODULES[name](config, rngs=nnx.Rngs(params=key)))
+        return adapter or base
+
+    config, number = getattr(preset, name), list(weights.MODULES).index(name)
+    key = jax.random.fold_in(purpose_key(preset.recipe.seed, "init"), number)
+    layout = shardings(jax.eval_shape(draw, key), mesh, root=f"{name}/")
+    return jax.jit(draw, out_shardings=layout)(key)
 
 
 def load_start(preset):

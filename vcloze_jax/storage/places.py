@@ -11,8 +11,10 @@ from pathlib import Path
 from vcloze_jax.config import FLUX_FILL, PRESETS, UserError
 from vcloze_jax.inputs.checks import describe_error
 
-MINI = Path(__file__).parents[1] / "mini"  # shipped weights: the base, lora.safetensors beside it
-LORA = MINI / "lora.safetensors"
+MINI_FOLDER = (
+    Path(__file__).parents[1] / "mini"
+)  # shipped weights: the base, lora.safetensors beside it
+MINI_LORA = MINI_FOLDER / "lora.safetensors"
 DIGESTED = ".safetensors", ".sft", ".json", ".model"
 LARGE, HEADER, BLOCK = 2**26, 2**20, 2**16  # bytes
 BLOCKS = 64  # of a large file, beside its header
@@ -67,10 +69,10 @@ def named_model(weights, lora):
     """Weights folder and adapters [(file, scale)] that those flags name, or their absence; an
     adapter may also be a path, or "FILE:SCALE"."""
     if not lora and not weights:
-        return MINI, [(LORA, 1.0)]
+        return MINI_FOLDER, [(MINI_LORA, 1.0)]
     lora = [lora] if isinstance(lora, str | Path) else lora or []
     pairs = [file_and_scale(str(x)) if isinstance(x, str | Path) else x for x in lora]
-    return find_weights(weights or MINI), pairs
+    return find_weights(weights or MINI_FOLDER), pairs
 
 
 def file_and_scale(text):

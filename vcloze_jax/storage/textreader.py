@@ -93,7 +93,7 @@ class TextCache:
     def read(self, t5_ids: np.ndarray, clip_ids: np.ndarray):
         """[txt, pooled] of these ids as they were written, or None."""
         try:
-            source = engine.Source(self.file(t5_ids, clip_ids))
+            source = engine.SafetensorsFile(self.file(t5_ids, clip_ids))
             embeddings = [source.read("txt"), source.read("pooled")]
             return embeddings if source.metadata["sha256"] == digest(embeddings) else None
         except (OSError, KeyError, engine.PortError):

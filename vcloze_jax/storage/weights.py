@@ -52,7 +52,7 @@ def match_files(module, config, folder):
     with translate_errors(folder):
         source, table = locate(folder, part)
     with translate_errors(source.path):
-        return source, graphdef, base, engine.plan(table, shapes(base), source)
+        return source, graphdef, base, engine.plan_leaves(table, shapes(base), source)
 
 
 def check(folder: Path) -> Preset:
@@ -96,10 +96,10 @@ def load(module: type, config, folder: Path, dtype="float32", sharding=None):
     """
     source, graphdef, base, leaves = match_files(module, config, folder)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    places = jax.tree.leaves(sharding(base)) if sharding else [one] * len(leaves)
+    layout = jax.tree.leaves(sharding(base)) if sharding else [one] * len(leaves)
     with translate_errors(source.path):
         arrays = [
-            stream(leaf, source, dtype, place) for leaf, place in zip(leaves, places, strict=True)
+            stream(leaf, source, dtype, place) for leaf, place in zip(leaves, layout, strict=True)
         ]
     return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(base), arrays))
 
