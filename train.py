@@ -80,7 +80,8 @@ def learn(run, origins, preset, folder, mesh, source, **watchers):
         print(f"{run.path}: finished at step {trainer.step}; a larger --steps goes on")
         return 0
 
-    span = (step * recipe.batch // recipe.group for step in (trainer.step, recipe.steps))
+    first, last = trainer.step * recipe.batch, recipe.steps * recipe.batch  # grid
+    span = first // recipe.group, last // recipe.group
     groups = draw_groups(source, recipe.seed, recipe.group, *span)
     with RunWriter(run, trainer, source, folder, **watchers) as writer:
         writer.prepare()

@@ -27,7 +27,7 @@ class Models(NamedTuple):
     t5: T5Encoder | None
     clip: CLIPTextEncoder | None
 
-    def encoders(self):
+    def text_encoders(self):
         """T5 and CLIP."""
         return self.t5, self.clip
 
@@ -36,8 +36,8 @@ class Context(NamedTuple):
     """What the MMDiT reads beside the noisy tokens, the same for the loss and for sampling."""
 
     condition: jax.Array  # [B, S, 320]: latent of the blanked grid | mask
-    txt: jax.Array  # [B, T, text_width]
-    pooled: jax.Array  # [B, vec_width]
+    txt: jax.Array  # [B, T, text_width]; before the text is encoded its ids, int32 [B, T]
+    pooled: jax.Array  # [B, vec_width]; or ids
     guidance: jax.Array  # float32 [B]
     pe: tuple[jax.Array, jax.Array]  # cos, sin float32 [B or 1, T + S, 1, K/2]
     lengths: jax.Array | None = None  # int32 [B], real tokens, text included; None: no padding
@@ -96,7 +96,7 @@ def encode_training(vae, rows, fill, keys, dtype=jnp.float32):
     posteriors = encode_each(vae, [*clean, *blanked.values()])
     of_clean = posteriors[: len(rows)]
     of_blanked = dict(zip(blanked, posteriors[len(rows) :], strict=True))
-    of_condition = [of_blanked.get(i, clean) for i, clean in enumerate(of_clean)]
+    of_condition = [of_blanked.get(i, posterior) for i, posterior in enumerate(of_clean)]
     mean, std = posterior_tokens(vae, of_clean)  # B S 64
     condition_mean, condition_std = posterior_tokens(vae, of_condition)
     draw = jax.vmap(lambda key: jax.random.normal(key, (2, *mean.shape[1:]), dtype))
@@ -129,14 +129,14 @@ def encode_each(vae, pictures):
     return [posteriors[i] for i in range(len(pictures))]
 
 
-def position_table(grids, config, text_tokens, bucket):
-    """RoPE tables of text and image tokens, padded to `bucket`: float32 [B, T + bucket, 1, K/2].
+def position_table(grids, config, text_tokens, size):
+    """RoPE tables of text and image tokens, padded to `size`: float32 [B, T + size, 1, K/2].
 
     Text stands at (0, 0, 0); so does padding, which nobody attends to.
     """
-    ids = np.zeros((len(grids), text_tokens + bucket, 3), np.float32)
-    for row, grid in zip(ids, grids, strict=True):
-        row[text_tokens : text_tokens + grid.tokens] = grid.ids()
+    ids = np.zeros((len(grids), text_tokens + size, 3), np.float32)
+    for of_grid, grid in zip(ids, grids, strict=True):
+        of_grid[text_tokens : text_tokens + grid.tokens] = grid.ids()
     return rope_table(ids, config.axes_dim, config.theta)
 
 

@@ -53,7 +53,7 @@ class Grid:
 
     @property
     def query(self) -> Row:
-        """The last row, the only one with masked pixels."""
+        """The last row, the only one of which sampling masks anything."""
         return self.rows[-1]
 
     @property

@@ -41,7 +41,7 @@ class Canvas:
 
     @property
     def targets(self):
-        """The painted cells in column order, uint8 [h, w, 3] each, upsampled if asked for."""
+        """The painted cells in column order, uint8 [h, w, 3] each, of the last pass made so far."""
         if self.second_passes:
             return [canvas.pixels for canvas in self.second_passes]
         return self.spec.grid.cut(self.pixels)
@@ -88,11 +88,11 @@ class Painter:
         for canvas in canvases:
             canvas.seconds = Counter(canvas.seconds)  # a text may be that of several
             self.encode(canvas)
-        for size, members, fill in self.batches(canvases):
+        for size, members, copies in self.batches(canvases):
             label = f"{len(members)} x {size} tokens"
             label += ", upsampling" if members[0].spec.strength else ""
             steps = progress(range(len(members[0].times) - 1), label)
-            self.denoise(members, fill, size, steps)
+            self.denoise(members, copies, size, steps)
         for canvas in canvases:
             self.decode(canvas)
 
@@ -214,9 +214,9 @@ def euler_step(flux, x, mod, context, t, t_next):
     return flow.euler(x, conditioning.velocity(flux, x, mod, context), t, t_next)
 
 
-def decode_row(vae, z, h, w):
-    """Latent tokens [B, S, 64] of one row of h x w latent pixels -> pictures [B, 8h, 8w, 3]."""
-    return vae.decode(unpack(z, h, w))
+def decode_row(vae, z, rows, columns):
+    """Tokens [B, S, 64] of so many latent rows and columns -> picture [B, 8 rows, 8 columns, 3]."""
+    return vae.decode(unpack(z, rows, columns))
 
 
 def pad(x, size):

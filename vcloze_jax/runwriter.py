@@ -28,7 +28,7 @@ SILENT, PATIENCE = 1e-3, 200  # share of the velocities, and steps before that i
 
 
 class RunWriter:
-    """Writes a run into its folder: the `run` of the training loop.
+    """Writes a run into its folder: the `writer` of the training loop.
 
     From `prepare` until it is left, a signal asks for a halt. `folder` is that of the weights;
     `tensorboard` says whether to write for it, `profile` how many steps to trace.
@@ -87,7 +87,7 @@ class RunWriter:
         """The metrics of a step, into the log, the bar, and to whoever listens to JAX."""
         if self.first is None:
             self.first, self.programs = sent.step, spent["programs"]
-        speed = self.measure([tokens for _, _, tokens in sent.kinds], seconds)
+        speed = self.measure([tokens for _, _, tokens in sent.grids], seconds)
         record = summarise_step(sent, seconds, self.trainer.recipe.loss_region, speed)
         self.log.write(record)
         tell_listeners("train", record)
@@ -165,7 +165,7 @@ def tell_listeners(what, record):
 def make_painter(trainer):
     """A Painter of the models that it is given, which reads their prompts with them."""
     painter = Painter(trainer.preset, None, None, trainer.mesh)
-    encoders = lambda: painter.models.encoders()  # noqa: E731
+    encoders = lambda: painter.models.text_encoders()  # noqa: E731
     memory = TextMemory() if "t5" in trainer.frozen else None
     dtype = compute_dtype(trainer.mesh)
     painter.read_texts = TextReader(trainer.tokenizers, encoders, dtype, memory)

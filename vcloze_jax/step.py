@@ -84,8 +84,8 @@ def encode_batch(frozen, batch, key, *, graphdefs, preset, dtype):
     if recipe.time_shift:
         t = flow.shift_time(t, x.shape[1], preset.flow)
     guidance = flow.draw_guidance(for_guidance, recipe.guidance_range)
-    text = batch.t5_ids, batch.clip_ids  # where the encoders are learnt, `predict_velocity` encodes
-    if models.t5:
+    text = batch.t5_ids, batch.clip_ids
+    if models.t5:  # where the encoders are learnt, `predict_velocity` encodes
         text = conditioning.encode_text(models.t5, models.clip, *text, dtype)
     x_t, velocity = flow.interpolate(x, noise, t)
     return NoisyBatch(x_t, velocity, share, t, Context(condition, *text, guidance, batch.pe))

@@ -44,7 +44,7 @@ class Sent(NamedTuple):
     step: int
     start: float  # when it was sent, in seconds of time.perf_counter
     lr: float
-    kinds: list[tuple[str, int, int]]  # of every grid: its task's kind, how many rows and tokens
+    grids: list[tuple[str, int, int]]  # of each its task's kind, how many rows and tokens
     times: list[jax.Array]  # float32 [B] of every micro-batch
     losses: list[dict[str, jax.Array]]  # by region, float32 [B]
     norms: dict[str, jax.Array]  # of the gradient, by kind of block
@@ -55,21 +55,15 @@ class Sent(NamedTuple):
 class Trainer:
     """What is learnt: its State on the mesh, and the programs that change it.
 
-    `parts` is (graphdefs, trainable, frozen) by model, the trees pure dicts; only the trainable
-    ones change. `step` counts the steps sent.
+    `parts` is (graphdefs, trainable, frozen) by model, the trees pure dicts. With a rank only flux
+    is trainable, its lora_a, lora_b and lora_bias; the base, flux too, is frozen. `step` counts the
+    steps sent.
     """
 
     def __init__(self, parts, preset, tokenizers, mesh, masks_every_row=False):
         self.graphdefs, trainable, self.frozen = parts
         self.preset, self.recipe, self.mesh = preset, preset.recipe, mesh
-        self.tokenizers = tokenizers
-        self.make_batch = partial(
-            make_batch,
-            tokenizers=tokenizers,
-            preset=preset,
-            mesh=mesh,
-            masks_every_row=masks_every_row,
-        )
+        self.tokenizers, self.masks_every_row = tokenizers, masks_every_row
         recipe = preset.recipe
         statics = dict(graphdefs=self.graphdefs, dtype=compute_dtype(mesh))
         loss = partial(loss_fn, region=recipe.loss_region, **statics)
@@ -126,18 +120,19 @@ class Trainer:
 
     def encode(self, examples, numbers, key):
         """Grids of one shape, by their numbers in the run -> NoisyBatch on the mesh."""
-        batch = self.make_batch(examples, numbers)
+        how = self.tokenizers, self.preset, self.mesh, self.masks_every_row
+        batch = make_batch(examples, numbers, *how)
         args = self.frozen, batch, key
         return self.program("encode", tuple(pixels.shape for pixels, _ in batch.rows), *args)(*args)
 
     def send(self, groups, stopped=lambda: False):
         """Send the next optimizer step to the devices -> Sent; None if `stopped()` between two
-        micro-batches: the part that was done is dropped."""
+        micro-batches: the part that was done is lost, and the Trainer sends no more."""
         start, recipe = time.perf_counter(), self.recipe
-        key, kinds, times, losses = purpose_key(recipe.seed, "draws"), [], [], []
+        key, grids, times, losses = purpose_key(recipe.seed, "draws"), [], [], []
         for first in range(self.step * recipe.batch, (self.step + 1) * recipe.batch, recipe.group):
             group = next(groups)
-            kinds += [(x.kind, len(x.grid.rows), x.grid.tokens) for x in group]
+            grids += [(x.kind, len(x.grid.rows), x.grid.tokens) for x in group]
             for i in range(0, recipe.group, self.micro):
                 if stopped():
                     return None
@@ -145,15 +140,15 @@ class Trainer:
                 noisy = self.encode(group[i : i + self.micro], numbers, key)
                 args = self.state.trainable, self.frozen, self.grads, noisy
                 program = self.program("accumulate", noisy.x_t.shape, *args)
-                loss, self.grads = program(*args)
-                losses.append(loss)
+                by_region, self.grads = program(*args)
+                losses.append(by_region)
                 times.append(noisy.t)
         rate = np.float32(self.rate(self.step))
-        args = self.state, self.grads, [loss[recipe.loss_region] for loss in losses], rate
+        args = self.state, self.grads, [each[recipe.loss_region] for each in losses], rate
         self.state, self.grads, norms = self.program("update", (), *args)(*args)
         self.step += 1
         counts = jnp.copy(self.state.skipped), jnp.copy(self.state.failed)  # the state is donated
-        return Sent(self.step, start, float(rate), kinds, times, losses, norms, *counts)
+        return Sent(self.step, start, float(rate), grids, times, losses, norms, *counts)
 
     def wait(self, sent):
         """Wait for a step -> the seconds that it took. FloatingPointError if it is one more that is
@@ -191,20 +186,20 @@ def zeros_like(tree):
     return jax.tree.map(jnp.zeros_like, tree)
 
 
-def train(trainer, groups, run):
+def train(trainer, groups, writer):
     """The loop: send a step to the devices, write what is known of the one before it while they
     work; preview, save and stop where that is due.
 
-    `run` does what has to do with files: write(sent, seconds), preview(), save(); its stopped() is
-    asked before every micro-batch, its annotate(step) is around its sending. All steps that were
+    `writer` does what has to do with files: write(sent, seconds), preview(), save(); stopped() is
+    asked before every micro-batch, annotate(step) is around its sending. All steps that were
     sent are written and saved in the end.
     """
     recipe, sent, saved, saved_at = trainer.recipe, None, trainer.step, time.monotonic()
-    while trainer.step < recipe.steps and not run.stopped():
-        with run.annotate(trainer.step + 1):
-            before, sent = sent, trainer.send(groups, run.stopped)
+    while trainer.step < recipe.steps and not writer.stopped():
+        with writer.annotate(trainer.step + 1):
+            before, sent = sent, trainer.send(groups, writer.stopped)
         if before:
-            run.write(before, trainer.wait(before))
+            writer.write(before, trainer.wait(before))
         if sent is None:
             break
         last, minutes = sent.step == recipe.steps, (time.monotonic() - saved_at) / 60
@@ -212,14 +207,14 @@ def train(trainer, groups, run):
         save_is_due = last or sent.step % recipe.save_every == 0
         save_is_due |= 0 < recipe.save_minutes < minutes
         if preview_is_due or save_is_due:
-            run.write(sent, trainer.wait(sent))
+            writer.write(sent, trainer.wait(sent))
             sent = None
         if preview_is_due:
-            run.preview()
+            writer.preview()
         if save_is_due:
-            run.save()
+            writer.save()
             saved, saved_at = trainer.step, time.monotonic()
     if sent:
-        run.write(sent, trainer.wait(sent))
+        writer.write(sent, trainer.wait(sent))
     if saved < trainer.step:
-        run.save()
+        writer.save()

@@ -32,8 +32,8 @@ def summarise_step(sent, seconds, region, speed):
         "skipped": int(sent.skipped),
         "loss_by_region": {name: float(each.mean()) for name, each in losses.items()},
         "loss_by_time": mean_by(np.minimum(bins, BINS - 1).tolist(), loss),
-        "loss_by_examples": mean_by([rows - 1 for _, rows, _ in sent.kinds], loss),
-        "loss_by_kind": mean_by([kind for kind, _, _ in sent.kinds], loss),
+        "loss_by_examples": mean_by([rows - 1 for _, rows, _ in sent.grids], loss),
+        "loss_by_kind": mean_by([kind for kind, _, _ in sent.grids], loss),
         "grad_norm_by_block": norms,
     }
 

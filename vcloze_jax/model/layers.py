@@ -25,7 +25,7 @@ def uniform(key, shape, bound):
 
 
 class Dense(nnx.Module):
-    """y = x W + b + (x A) B + b_B, with the LoRA branch (A, B, b_B) only where rank > 0.
+    """y = x W + bias + (x A) B + b_B, with the LoRA branch (A, B, b_B) only where rank > 0.
 
     Features may have several axes, as q, k and v do: x [..., *into] -> [..., *out]; weights are
     stored flat, [in, out]. `split` says where weights and output are on a mesh while the layer
@@ -73,7 +73,7 @@ def lora_branch(x, a, b, bias):
     """(x A) B + b_B: x [..., *into], A [*into, R], B [R, *out], b_B [*out] -> [..., *out].
 
     A and B are cast to the dtype of x, then gathered. Their gradients are float32, whatever that
-    dtype, from the sums over tokens on; autodiff would cast rounded ones.
+    dtype, from the sums over tokens and devices on; autodiff would cast rounded ones.
     """
     return lora_forward(x, a, b, bias)[0]
 

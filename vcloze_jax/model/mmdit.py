@@ -50,14 +50,15 @@ class Flux(nnx.Module):
         if self.config.guidance_embed:
             vec = vec + self.guidance_in.sinusoid(guidance)
         vec = jax.nn.silu(vec).astype(pooled.dtype)
-        each = jax.vmap(lambda mod: mod(vec))
+        each = jax.vmap(lambda layer: layer(vec))
         img, txt, single = self.double.img.mod, self.double.txt.mod, self.single.mod
         return Modulation(each(img), each(txt), each(single), self.final.mod(vec))
 
     def __call__(self, img, txt, mod, pe, lengths=None):
         """img [B, S, in_channels], txt [B, T, text_width], pe of T + S tokens -> [B, S, out].
 
-        `lengths` int32 [B] counts the real tokens, text included, where img is padded.
+        `mod` is a `modulation`; `lengths` int32 [B] counts the real tokens, text included, where
+        img is padded.
         """
         img = self.img_in(img)  # B S D
         txt = self.txt_in(txt)  # B T D
