@@ -99,6 +99,7 @@ def check_adapter(source, shapes=None) -> Adapter:
     shapes = infer_shapes(source, naming) if shapes is None else shapes
     kernels = [p for p in shapes if p.endswith("/kernel")]
     kernels = [lay_out(naming.modules, path, shapes[path]) for path in kernels]
+    kernels = [lay_out(naming.modules, kernel.path, kernel.matrix) for kernel in kernels]
     linear = [(kernel, find_factors(source, naming, kernel)) for kernel in kernels]
     norms, config = find_norms(source, naming, shapes), read_lora_config(source)
     faults, used, every = [], set(), [one for _, found in linear for one in found]
@@ -247,7 +248,7 @@ def read_norms(adapter: Adapter, dtype=None) -> dict[str, np.ndarray]:
 def read_arrays(adapter: Adapter) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (our path, float32 array): lora_a, lora_b, lora_bias of each layer that the file
     changes, with alpha / r already in lora_b and lora_bias, so that the scale of what we return is
-    1; and the norms that it replaces."""
+    1; and the norms that it replaces. Inputs are one axis, and outputs."""
     for path, shape, layers in read_branches(adapter):
         *stack, fan_in, fan_out = shape
         merged = {

@@ -30,7 +30,7 @@ NUMBERS = DTYPES | {  # what a scalar beside the matrices, an alpha, may be besi
 }  # fmt: skip
 SCALES = "scale_weight", "weight_scale"  # ComfyUI's and ModelOpt's: weight * scale is meant
 EIGHT_BIT_NOTES = r"(.*\.)?(scaled_fp8|comfy_quant|scale_input|input_scale)"  # for 8-bit products
-BLOCK = 128  # outputs of a matrix copied at once: it stays in the cache while it is transposed
+BLOCK = 2**19  # numbers copied at once: they stay in the cache while they are transposed
 
 # What tools that wrap a model leave in its keys: PEFT (before modules, around a base layer, and the
 # name of an adapter), torch.compile (whose dots kohya's naming makes "_"), DDP, FSDP.
@@ -183,7 +183,8 @@ def fetch(
     dtype = dtype or np.result_type(*(DTYPES[source.header[key][1]] for key in keys))
     array = np.empty([len(span) for span in wanted], dtype)
     for key, place, both in touched:
-        tensor = leaf.to_ours(source.map(key)).reshape([len(span) for span in place])
+        sizes = [len(span) for span in place]
+        tensor = leaf.to_ours(source.map(key), sizes[-len(leaf.axes) :]).reshape(sizes)
         copy_blocks(tensor[shift(both, place)], array[shift(both, wanted)], key)
     return array
 
@@ -199,11 +200,15 @@ def shift(spans, origin) -> tuple[slice, ...]:
 
 
 def copy_blocks(tensor, array, key):
-    """tensor -> array in its dtype, block by block along the axis that is slowest in the file."""
+    """tensor -> array in its dtype, block by block along the axes that are slowest in the file."""
+    if tensor.size <= BLOCK:
+        array[...] = check_finite(tensor.astype(array.dtype), key)
+        return
     axis = max(range(tensor.ndim), key=lambda i: (tensor.shape[i] > 1, tensor.strides[i]))
-    for start in range(0, tensor.shape[axis], BLOCK):
-        block = (slice(None),) * axis + (slice(start, start + BLOCK),)
-        array[block] = check_finite(tensor[block].astype(array.dtype), key)
+    step = max(1, BLOCK * tensor.shape[axis] // tensor.size)
+    for start in range(0, tensor.shape[axis], step):
+        block = (slice(None),) * axis + (slice(start, start + step),)
+        copy_blocks(tensor[block], array[block], key)
 
 
 def export_arrays(table: Table, arrays: Iterable) -> Iterator[tuple[str, np.ndarray]]:
@@ -211,7 +216,7 @@ def export_arrays(table: Table, arrays: Iterable) -> Iterator[tuple[str, np.ndar
     for path, array in arrays:
         leaf = lay_out(table, path, array.shape)
         for piece in leaf.pieces:
-            yield piece.key, leaf.to_foreign(array[piece.place]).reshape(piece.shape)
+            yield piece.key, leaf.to_foreign(array[piece.place], piece.shape)
 
 
 def convert_leaves(table: Table, leaves: list[Leaf], source: SafetensorsFile) -> Iterator:
@@ -221,7 +226,7 @@ def convert_leaves(table: Table, leaves: list[Leaf], source: SafetensorsFile) ->
         leaf = lay_out(table, ours.path, ours.shape)
         for piece in leaf.pieces:
             array = fetch(ours, source, cut=piece.place)
-            yield piece.key, leaf.to_foreign(array).reshape(piece.shape)
+            yield piece.key, leaf.to_foreign(array, piece.shape)
 
 
 def save_tensors(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]):

@@ -34,7 +34,7 @@ from ports.adapters import (
 from ports.diagnose import PortError
 from ports.engine import export_arrays, save_tensors
 from ports.loraconfig import METADATA
-from ports.tables import lay_out
+from ports.tables import is_stacked, lay_out, mmdit
 from ports.tables.namings import NAMINGS, Naming
 
 
@@ -84,7 +84,9 @@ def to_branches(arrays: dict[str, np.ndarray]) -> Iterator[Tuned]:
         if path.endswith("/lora_a"):
             module = path.removesuffix("lora_a")
             b, bias = arrays[f"{module}lora_b"], arrays[f"{module}lora_bias"]
-            *stack, fan_in, rank = a.shape
+            stack = a.shape[: is_stacked(mmdit.DIFFUSERS, f"{module}kernel")]
+            a, b = a.reshape(*stack, -1, a.shape[-1]), b.reshape(*stack, a.shape[-1], -1)
+            bias, (fan_in, rank) = bias.reshape(*stack, -1), a.shape[-2:]
             span, layers = slice(0, b.shape[-1]), {}
             for layer in range(*stack) if stack else [None]:
                 at = () if layer is None else layer

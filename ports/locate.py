@@ -12,7 +12,7 @@ from pathlib import Path
 from ports.diagnose import PortError, describe_header, describe_start, in_brackets, list_faults
 from ports.engine import SafetensorsFile, spell_table
 from ports.shards import list_variants
-from ports.tables import AXES, LEAVES, Part, Table, find_row
+from ports.tables import LEAVES, Part, Table, find_row, order_axes
 
 OPENED = ".safetensors", ".sft"
 REFUSED = ".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".pt", ".pth"
@@ -141,7 +141,7 @@ SIZES = {"flux": flux_sizes, "vae": vae_sizes, "t5": t5_sizes, "clip": clip_size
 def first_key(table: Table, path: str) -> str:
     """The foreign key of our leaf, or of the first part and layer of it."""
     parts, leaf, _ = find_row(table, path)
-    return parts[0][0].replace("{i}", "0") + LEAVES.get(leaf, ("",))[0]
+    return parts[0][0].replace("{i}", "0") + LEAVES.get(leaf, "")
 
 
 def find_shape(source: SafetensorsFile, table: Table, path: str, ndim: int) -> tuple[int, ...]:
@@ -152,9 +152,8 @@ def find_shape(source: SafetensorsFile, table: Table, path: str, ndim: int) -> t
         found = f"is {in_brackets(there)}" if there else "is missing"
         raise PortError(f"{key} {found}; the model's sizes are told by it")
     _, leaf, _ = find_row(table, path)
-    _, transposed = LEAVES.get(leaf, ("", False))
-    order = AXES[ndim] if transposed else range(ndim)
-    return tuple(there[order.index(axis)] for axis in range(ndim))
+    axes = sum(order_axes(leaf, ndim, inputs=int(ndim != 4)), ())
+    return tuple(there[axes.index(axis)] for axis in range(ndim))
 
 
 def count_layers(source: SafetensorsFile, table: Table, path: str) -> int:

@@ -1,5 +1,6 @@
 """Where every array lives on the mesh: one table from a path to a PartitionSpec."""
 
+import math
 import re
 from typing import NamedTuple
 
@@ -14,36 +15,41 @@ BATCH = P(("data", "fsdp"))
 
 
 class Split(NamedTuple):
-    """How the tensor axis splits a layer: its weight [in, out], and the last axis of its output.
-
-    That is while it computes. At rest fsdp splits an axis of the weight, too.
+    """What the mesh splits while a layer computes: an entry for each axis of its inputs, of its
+    outputs, and of what it returns. Weights at rest are split over fsdp, too.
     """
 
-    weight: tuple = (None, None)
-    output: str | None = None
-
-    @property
-    def at_rest(self):
-        rows, columns = self.weight
-        return P(rows, "fsdp") if rows else P("fsdp", columns)
+    inputs: tuple = (None,)
+    outputs: tuple = (None,)
+    result: tuple = (None,)
 
 
 # Columns, then rows: what is between them stays where it is, and one sum over tensor ends them.
-COLUMNS = Split((None, "tensor"), "tensor")
-ROWS = Split(("tensor", None))
-JOINED = Split((None, "tensor"))  # as columns, but the output, short and soon cut up, is whole
+# Heads are columns, too; q, k, v and the parts of an MLP beside them are an axis of their own.
+COLUMNS = Split((None,), ("tensor",), ("tensor",))
+ROWS = Split(("tensor",))
+TO_HEADS = Split((None,), (None, "tensor", None), (None, "tensor", None))
+FROM_HEADS = Split(("tensor", None))
+FROM_PARTS = Split((None, "tensor", None))
+JOINED = Split((None,), ("tensor",), (None,))  # short, and soon cut up
 WHOLE = Split()
 
 # Path of one layer's leaf -> its spec; the first match wins, the layer axis is never split.
 # The same paths name the adapter, and inside the optimizer state its moments.
 TABLE = (
     (r"^vae/", P()),  # 84 M parameters at most, and convolutions of 3 channels
-    (r"/(qkv|mlp_in|linear1|mod|q|k|v|wi_0|wi_1|fc1)/kernel$", COLUMNS.at_rest),
-    (r"/(proj|mlp_out|linear2|o|wo|fc2)/kernel$", ROWS.at_rest),
-    (r"/kernel$", WHOLE.at_rest),
-    (r"/lora_a$", P("fsdp", None)),
+    (r"/(qkv|linear1)/kernel$", P("fsdp", None, "tensor", None)),
+    (r"/(qkv|linear1)/lora_b$", P(None, None, "tensor", "fsdp")),
+    (r"/proj/kernel$", P("tensor", None, "fsdp")),
+    (r"/proj/lora_a$", P("tensor", "fsdp", None)),
+    (r"/linear2/kernel$", P(None, "tensor", None, "fsdp")),
+    (r"/linear2/lora_a$", P(None, "tensor", "fsdp", None)),
+    (r"/(mlp_in|mod|q|k|v|wi_0|wi_1|fc1)/kernel$", P("fsdp", "tensor")),
+    (r"/(mlp_in|mod)/lora_b$", P(None, ("tensor", "fsdp"))),
+    (r"/(mlp_out|o|wo|fc2)/kernel$", P("tensor", "fsdp")),
+    (r"/mlp_out/lora_a$", P(("tensor", "fsdp"), None)),
+    (r"/(kernel|lora_a|embed)$", P("fsdp", None)),
     (r"/lora_b$", P(None, "fsdp")),
-    (r"/embed$", P("fsdp", None)),
     (r"", P()),
 )
 
@@ -63,11 +69,13 @@ def shardings(tree, mesh, root=""):
         name = root + jax.tree_util.keystr(path, simple=True, separator="/")
         spec = spec_of(name)
         spec = P(*(None,) * (leaf.ndim - len(spec)), *spec)
-        for size, axis in zip(leaf.shape, spec, strict=False):
-            if axis is not None and size % mesh.shape[axis]:
+        for size, axes in zip(leaf.shape, spec, strict=False):
+            sizes = {axis: mesh.shape[axis] for axis in AXES if axis in (axes or ())}
+            if size % math.prod(sizes.values()):
+                over = " and ".join(f"{axis}={n}" for axis, n in sizes.items())
                 raise UserError(
-                    f"--mesh: {name} {leaf.shape}: {size} does not divide over "
-                    f"{axis}={mesh.shape[axis]}; choose a power of two"
+                    f"--mesh: {name} {leaf.shape}: {size} does not divide over {over}; choose a "
+                    "smaller power of two"
                 )
         return NamedSharding(mesh, spec)
 
@@ -91,9 +99,9 @@ def gathered(x):
     return placed(x, *[None] * x.ndim)
 
 
-def by_batch(x, last):
-    """x [B, ...], B over the batch axes of the mesh in use, its last axis over `last` or whole."""
-    return placed(x, *BATCH, *[None] * (x.ndim - 2), last)
+def by_batch(x, *last):
+    """x [B, ...], B over the batch axes of the mesh in use, its last axes over `last`."""
+    return placed(x, *BATCH, *[None] * (x.ndim - 1 - len(last)), *last)
 
 
 def put(tree, mesh, root=""):

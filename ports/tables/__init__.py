@@ -3,27 +3,32 @@
 A table has a row per weight: (our path, foreign name).
 
 * A path that names a module stands for its leaves, kernel, bias and scale (LEAVES below says how
-  a leaf is spelled, and which are transposed). A path that names a leaf has the foreign key in
+  a leaf is spelled). A path that names a leaf has the foreign key in
   full and is taken as it is.
 * `{name}` on both sides is one word of the path; `{3-name}` is a number that counts down from 3.
   `{i}` on the foreign side only counts the layers that we keep stacked on a leading axis.
+* A kernel is [in, *out] and a bias [*out]: outputs may have axes, of parts and of heads, which are
+  one axis of the file. Joining(path): our kernel is [*in, out].
 * `to_{q,k,v}` stands for three foreign names, which are our fused weight: they are joined on the
-  output axis. `name*4` among them is four times as wide as the others.
+  first output axis. `name*4` among them is four times as wide as the others.
 * Swapped(name): the two halves of the output axis are stored in the other order.
 * Pointwise(name): our linear layer is stored as a convolution of 1 x 1.
 
 The first row that matches a path is its row, so special rows stand before general ones.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-# leaf of ours -> (foreign suffix, whether a matrix of [in, out] is stored as [out, in])
-LEAVES = {"kernel": (".weight", True), "bias": (".bias", False), "scale": (".weight", False)}
-AXES = {2: (1, 0), 4: (3, 2, 0, 1)}  # [in, out] to [out, in], [h, w, in, out] to [out, in, h, w]
+LEAVES = {"kernel": ".weight", "bias": ".bias", "scale": ".weight"}  # and how a leaf is spelled
+
+
+class Joining(str):
+    """A path of ours whose kernel has all axes but the last for its inputs."""
 
 
 class Swapped(str):
@@ -86,20 +91,33 @@ class Leaf(NamedTuple):
     path: str
     shape: tuple[int, ...]
     pieces: list[Piece]
-    axes: tuple[int, ...]
+    order: list[tuple[int, ...]]  # see `order_axes`
     swapped: bool
 
-    def to_ours(self, tensor):
-        """A foreign tensor as one layer of ours, a view where nothing is swapped."""
-        tensor = tensor.reshape(tensor.shape[: len(self.axes)])  # Pointwise has two more
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Our axes but that of the layers, as they lie in the file, the slowest first."""
+        return sum(self.order, ())
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """The shape of a kernel of a linear layer, or of a stack, as [in, out]."""
+        one = self.shape[-len(self.axes) :]
+        flat = (math.prod(one[axis] for axis in group) for group in reversed(self.order))
+        return (*self.shape[: -len(one)], *flat)
+
+    def to_ours(self, tensor, shape):
+        """A foreign tensor in our `shape`, a layer's; a view where nothing is swapped."""
+        tensor = tensor.reshape([shape[axis] for axis in self.axes])
         tensor = tensor.transpose(np.argsort(self.axes))
         return np.roll(tensor, tensor.shape[-1] // 2, -1) if self.swapped else tensor
 
-    def to_foreign(self, array):
-        """The inverse of `to_ours`, contiguous; of one layer, or of a leaf that is not stacked."""
+    def to_foreign(self, array, shape):
+        """The inverse of `to_ours`, contiguous, in a foreign shape; of one layer, or of a leaf that
+        is not stacked."""
         array = array.reshape(array.shape[-len(self.axes) :])
         array = np.roll(array, array.shape[-1] // 2, -1) if self.swapped else array
-        return np.ascontiguousarray(array.transpose(self.axes))
+        return np.ascontiguousarray(array.transpose(self.axes)).reshape(shape)
 
 
 def nest_rows(prefixes: tuple[str, str, str], rows) -> list[tuple]:
@@ -127,7 +145,7 @@ def fill_name(name: str, word: str, value: str) -> str:
 
 
 def find_row(table: Table, path: str):
-    """-> parts [(foreign key or module, width)], leaf name ("" for a leaf row), the mark's class.
+    """-> parts [(foreign key or module, width)], leaf name ("" for a leaf row), the row's marks.
 
     KeyError without a row.
     """
@@ -140,26 +158,48 @@ def find_row(table: Table, path: str):
             for word, value in (whole or inside).groupdict().items():
                 parts = [(fill_name(part, word, value), width) for part, width in parts]
             parts = [(table.prefix + part, width) for part, width in parts]
-            return parts, "" if whole else leaf, type(foreign)
+            return parts, "" if whole else leaf, {type(ours), type(foreign)}
     raise KeyError(f"no row of the table is for {path}")
+
+
+def is_stacked(table: Table, path: str) -> bool:
+    """Whether our array has a leading axis of layers."""
+    return "{i}" in find_row(table, path)[0][0][0]
+
+
+def order_axes(leaf: str, ndim: int, inputs: int = 1) -> list[tuple[int, ...]]:
+    """Which of our axes, the slowest first, are each axis of a foreign tensor; the first of all is
+    the first output axis. `inputs`: how many of a kernel are inputs, 0 of a convolution."""
+    every = tuple(range(ndim))
+    if leaf not in LEAVES:
+        return [(axis,) for axis in every]
+    if leaf != "kernel":
+        return [every]
+    if not inputs:
+        return [(3,), (2,), (0,), (1,)]  # [h, w, in, out] is stored as [out, in, h, w]
+    return [every[inputs:], every[:inputs]]
 
 
 def lay_out(table: Table, path: str, shape: tuple[int, ...]) -> Leaf:
     """Where our array `path` of `shape` lies in the foreign naming; KeyError without a row."""
-    parts, leaf, mark = find_row(table, path)
-    suffix, transposed = LEAVES.get(leaf, ("", False))
+    parts, leaf, marks = find_row(table, path)
     stacked = "{i}" in parts[0][0]
     one = shape[1:] if stacked else shape
-    axes = AXES[len(one)] if transposed else tuple(range(len(one)))
-    unit = one[-1] // sum(width for _, width in parts)
+    inputs = len(one) - 1 if Joining in marks else int(stacked or len(one) != 4)
+    order = order_axes(leaf, len(one), inputs)
+    outputs = order[0][0]  # the axis that is divided
+    unit = one[outputs] // sum(width for _, width in parts)
     pieces, start = [], 0
     for part, width in parts:
         span = slice(start, start + unit * width)
         start = span.stop
-        there = tuple((*one[:-1], unit * width)[axis] for axis in axes)
-        there += (1, 1) if mark is Pointwise and leaf == "kernel" else ()
-        inside = (*(slice(0, n) for n in one[:-1]), span)
+        sizes = (*one[:outputs], unit * width, *one[outputs + 1 :])
+        there = tuple(math.prod(sizes[axis] for axis in group) for group in order)
+        there += (1, 1) if Pointwise in marks and leaf == "kernel" else ()
+        inside = [slice(0, n) for n in one]
+        inside[outputs] = span
         for i in range(shape[0]) if stacked else [None]:
-            place = (slice(i, i + 1), *inside) if stacked else inside
-            pieces.append(Piece(part.replace("{i}", str(i)) + suffix, there, i, place))
-    return Leaf(path, shape, pieces, axes, mark is Swapped)
+            place = (slice(i, i + 1), *inside) if stacked else (*inside,)
+            key = part.replace("{i}", str(i)) + LEAVES.get(leaf, "")
+            pieces.append(Piece(key, there, i, place))
+    return Leaf(path, shape, pieces, order, Swapped in marks)

@@ -5,7 +5,7 @@ huggingface/diffusers:src/diffusers/models/transformers/transformer_flux.py and
 scripts/convert_flux_to_diffusers.py (which also shows the swapped halves of the last modulation).
 """
 
-from ports.tables import Part, Swapped, Table, nest_rows, take_column
+from ports.tables import Joining, Part, Swapped, Table, nest_rows, take_column
 
 LATENT = 64  # channels of the noisy latent, which every base reads first
 
@@ -23,27 +23,27 @@ VECTOR = (
     ("guidance_in/out_layer", "guidance_in.out_layer", "guidance_embedder.linear_2"),
 )
 DOUBLE = (
-    ("img/mod",          "img_mod.lin",                    "norm1.linear"),
-    ("img/qkv",          "img_attn.qkv",                   "attn.to_{q,k,v}"),
-    ("img/q_norm/scale", "img_attn.norm.query_norm.scale", "attn.norm_q.weight"),
-    ("img/k_norm/scale", "img_attn.norm.key_norm.scale",   "attn.norm_k.weight"),
-    ("img/proj",         "img_attn.proj",                  "attn.to_out.0"),
-    ("img/mlp_in",       "img_mlp.0",                      "ff.net.0.proj"),
-    ("img/mlp_out",      "img_mlp.2",                      "ff.net.2"),
-    ("txt/mod",          "txt_mod.lin",                    "norm1_context.linear"),
-    ("txt/qkv",          "txt_attn.qkv",                   "attn.add_{q,k,v}_proj"),
-    ("txt/q_norm/scale", "txt_attn.norm.query_norm.scale", "attn.norm_added_q.weight"),
-    ("txt/k_norm/scale", "txt_attn.norm.key_norm.scale",   "attn.norm_added_k.weight"),
-    ("txt/proj",         "txt_attn.proj",                  "attn.to_add_out"),
-    ("txt/mlp_in",       "txt_mlp.0",                      "ff_context.net.0.proj"),
-    ("txt/mlp_out",      "txt_mlp.2",                      "ff_context.net.2"),
+    ("img/mod",           "img_mod.lin",                    "norm1.linear"),
+    ("img/qkv",           "img_attn.qkv",                   "attn.to_{q,k,v}"),
+    ("img/q_norm/scale",  "img_attn.norm.query_norm.scale", "attn.norm_q.weight"),
+    ("img/k_norm/scale",  "img_attn.norm.key_norm.scale",   "attn.norm_k.weight"),
+    (Joining("img/proj"), "img_attn.proj",                  "attn.to_out.0"),
+    ("img/mlp_in",        "img_mlp.0",                      "ff.net.0.proj"),
+    ("img/mlp_out",       "img_mlp.2",                      "ff.net.2"),
+    ("txt/mod",           "txt_mod.lin",                    "norm1_context.linear"),
+    ("txt/qkv",           "txt_attn.qkv",                   "attn.add_{q,k,v}_proj"),
+    ("txt/q_norm/scale",  "txt_attn.norm.query_norm.scale", "attn.norm_added_q.weight"),
+    ("txt/k_norm/scale",  "txt_attn.norm.key_norm.scale",   "attn.norm_added_k.weight"),
+    (Joining("txt/proj"), "txt_attn.proj",                  "attn.to_add_out"),
+    ("txt/mlp_in",        "txt_mlp.0",                      "ff_context.net.0.proj"),
+    ("txt/mlp_out",       "txt_mlp.2",                      "ff_context.net.2"),
 )
 SINGLE = (
-    ("mod",          "modulation.lin",        "norm.linear"),
-    ("linear1",      "linear1",               "{attn.to_q,attn.to_k,attn.to_v,proj_mlp*4}"),
-    ("linear2",      "linear2",               "proj_out"),
-    ("q_norm/scale", "norm.query_norm.scale", "attn.norm_q.weight"),
-    ("k_norm/scale", "norm.key_norm.scale",   "attn.norm_k.weight"),
+    ("mod",              "modulation.lin",        "norm.linear"),
+    ("linear1",          "linear1",               "{attn.to_q,attn.to_k,attn.to_v,proj_mlp*4}"),
+    (Joining("linear2"), "linear2",               "proj_out"),
+    ("q_norm/scale",     "norm.query_norm.scale", "attn.norm_q.weight"),
+    ("k_norm/scale",     "norm.key_norm.scale",   "attn.norm_k.weight"),
 )
 FINAL = (
     ("final/mod",    "final_layer.adaLN_modulation.1", Swapped("norm_out.linear")),

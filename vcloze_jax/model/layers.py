@@ -13,7 +13,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vcloze_jax.model.ops import attention, modulate, rope, timestep_embedding
-from vcloze_jax.sharding import COLUMNS, JOINED, ROWS, WHOLE, by_batch, gathered, placed
+from vcloze_jax.sharding import (
+    COLUMNS,
+    FROM_HEADS,
+    FROM_PARTS,
+    JOINED,
+    ROWS,
+    TO_HEADS,
+    WHOLE,
+    by_batch,
+    placed,
+)
 
 
 def as_shape(features):
@@ -27,9 +37,9 @@ def uniform(key, shape, bound):
 class Dense(nnx.Module):
     """y = x W + bias + (x A) B + b_B, with the LoRA branch (A, B, b_B) only where rank > 0.
 
-    Features may have several axes, as q, k and v do: x [..., *into] -> [..., *out]; weights are
-    stored flat, [in, out]. `split` says where weights and output are on a mesh while the layer
-    computes: left to itself, XLA reorders devices, and does it wrongly once in a while
+    Inputs and outputs may have several axes, as heads do: W [*into, *out], A [*into, R],
+    B [R, *out]. `split` says where weights and output are on a mesh while the layer computes: left
+    to itself, XLA reorders devices, and does it wrongly once in a while
     (benchmarks/wrong_matmul.py).
 
     No alpha: the branch has scale 1, its rank is clipped to min(in, out), A starts uniform in
@@ -38,60 +48,57 @@ class Dense(nnx.Module):
     """
 
     def __init__(self, into, out, *, split=WHOLE, rank=0, use_bias=True, std=None, rngs):
-        self.into, self.out, self.split = as_shape(into), as_shape(out), split
-        inputs, outputs = math.prod(self.into), math.prod(self.out)
+        into, out, self.split = as_shape(into), as_shape(out), split
+        inputs, outputs = math.prod(into), math.prod(out)
         bound = inputs**-0.5 if std is None else std * 3**0.5
-        self.kernel = nnx.Param(uniform(rngs.params(), (inputs, outputs), bound))
-        self.bias = nnx.Param(jnp.zeros(outputs)) if use_bias else None
+        self.kernel = nnx.Param(uniform(rngs.params(), (*into, *out), bound))
+        self.bias = nnx.Param(jnp.zeros(out)) if use_bias else None
         self.rank = min(rank, inputs, outputs)
         if self.rank:
-            self.lora_a = nnx.LoRAParam(uniform(rngs.params(), (inputs, self.rank), inputs**-0.5))
-            self.lora_b = nnx.LoRAParam(jnp.zeros((self.rank, outputs)))
-            self.lora_bias = nnx.LoRAParam(jnp.zeros(outputs))
+            self.lora_a = nnx.LoRAParam(uniform(rngs.params(), (*into, self.rank), inputs**-0.5))
+            self.lora_b = nnx.LoRAParam(jnp.zeros((self.rank, *out)))
+            self.lora_bias = nnx.LoRAParam(jnp.zeros(out))
 
     def __call__(self, x):
-        y = jnp.tensordot(x, self.kernel_at_work(x.dtype), len(self.into))
+        """x [..., *into] -> [..., *out]."""
+        inputs, outputs, result = self.split
+        kernel = placed(self.kernel.astype(x.dtype), *inputs, *outputs)
+        y = jnp.tensordot(x, kernel, len(inputs))
         if self.bias is not None:
-            y = y + self.bias.reshape(self.out).astype(x.dtype)
+            y = y + self.bias.astype(x.dtype)
         if self.rank:
-            a, b = self.lora_a.reshape(*self.into, -1), self.lora_b.reshape(-1, *self.out)
-            y = y + lora_branch(x, a, b, self.lora_bias.reshape(self.out))
-        return by_batch(y, self.split.output)
-
-    def kernel_at_work(self, dtype):
-        """W [*into, *out], gathered over fsdp, its last input or output axis split over tensor."""
-        kernel = self.kernel.astype(dtype)
-        if len(self.into + self.out) > 2:  # at rest it is not split part by part
-            kernel = gathered(kernel)
-        rows, columns = self.split.weight
-        axes = *[None] * (len(self.into) - 1), rows, *[None] * (len(self.out) - 1), columns
-        return placed(kernel.reshape(*self.into, *self.out), *axes)
+            y = y + lora_branch(
+                self.split, x, self.lora_a[...], self.lora_b[...], self.lora_bias[...]
+            )
+        return by_batch(y, *result)
 
 
-@jax.custom_vjp
-def lora_branch(x, a, b, bias):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def lora_branch(split, x, a, b, bias):
     """(x A) B + b_B: x [..., *into], A [*into, R], B [R, *out], b_B [*out] -> [..., *out].
 
-    A and B are cast to the dtype of x, then gathered. Their gradients are float32, whatever that
-    dtype, from the sums over tokens and devices on; autodiff would cast rounded ones.
+    A and B are cast to the dtype of x, then gathered over fsdp. Their gradients are float32,
+    whatever that dtype, from the sums over tokens and devices on; autodiff would cast rounded ones.
     """
-    return lora_forward(x, a, b, bias)[0]
+    return lora_forward(split, x, a, b, bias)[0]
 
 
-def lora_forward(x, a, b, bias):
-    a, b = gathered(a.astype(x.dtype)), gathered(b.astype(x.dtype))
+def lora_forward(split, x, a, b, bias):
+    a = placed(a.astype(x.dtype), *split.inputs, None)
+    b = placed(b.astype(x.dtype), None, *split.outputs)
     h = jnp.tensordot(x, a, a.ndim - 1)  # ... R
     return jnp.tensordot(h, b, 1) + bias.astype(x.dtype), (x, h, a, b)
 
 
-def lora_backward(saved, dy):
+def lora_backward(split, saved, dy):
     x, h, a, b = saved
     out = tuple(range(1 - b.ndim, 0))
-    dh = jnp.tensordot(dy, b, (out, out))  # ... R
+    dh = jnp.tensordot(dy, b, (out, tuple(range(1, b.ndim))))  # ... R
     dx = jnp.tensordot(dh, a, ([-1], [-1]))
     tokens = tuple(range(h.ndim - 1))
     of_weight = partial(jnp.tensordot, axes=(tokens, tokens), preferred_element_type=jnp.float32)
-    da, db = gathered(of_weight(x, dh)), gathered(of_weight(h, dy))
+    da = placed(of_weight(x, dh), *split.inputs, None)
+    db = placed(of_weight(h, dy), None, *split.outputs)
     return dx, da, db, dy.sum(tokens, jnp.float32)
 
 
@@ -129,23 +136,23 @@ class Stream(nnx.Module):
     """One side of a double block, image or text: its own weights around a shared attention."""
 
     def __init__(self, c, *, rngs):
-        dense = dict(rank=c.rank, rngs=rngs)
-        self.heads = c.heads
+        dense, heads = dict(rank=c.rank, rngs=rngs), (c.heads, c.head_dim)
         self.mod = Dense(c.width, 6 * c.width, split=JOINED, std=0.0, **dense)
-        self.qkv = Dense(c.width, (3, c.width), split=COLUMNS, **dense)
+        self.qkv = Dense(c.width, (3, *heads), split=TO_HEADS, **dense)
         self.q_norm = RMSNorm(c.head_dim)
         self.k_norm = RMSNorm(c.head_dim)
-        self.proj = Dense(c.width, c.width, split=ROWS, **dense)
+        self.proj = Dense(heads, c.width, split=FROM_HEADS, **dense)
         self.mlp_in = Dense(c.width, c.mlp_ratio * c.width, split=COLUMNS, **dense)
         self.mlp_out = Dense(c.mlp_ratio * c.width, c.width, split=ROWS, **dense)
 
     def before(self, x, shift, scale):
         """x [B, S, D] -> q, k, v, each [B, S, H, K]."""
-        q, k, v = split_heads(self.qkv(modulate(x, shift, scale)), self.heads)
+        q, k, v = jnp.moveaxis(self.qkv(modulate(x, shift, scale)), 2, 0)
         return self.q_norm(q), self.k_norm(k), v
 
     def after(self, x, attn, gate1, shift2, scale2, gate2):
-        """Close the residuals of attention and MLP around x [B, S, D]; the others are [B, 1, D]."""
+        """Close the residuals of attention and MLP around x [B, S, D]; attn is [B, S, H, K], the
+        others are [B, 1, D]."""
         x = x + gate1 * self.proj(attn)
         h = jax.nn.gelu(self.mlp_in(modulate(x, shift2, scale2)), approximate=True)
         return x + gate2 * self.mlp_out(h)
@@ -166,7 +173,7 @@ class DoubleBlock(nnx.Module):
         q, k, v = (
             jnp.concatenate(pair, 1) for pair in zip(txt_qkv, img_qkv, strict=True)
         )  # B L H K
-        attn = attention(rope(q, pe), rope(k, pe), v, lengths)  # B L D
+        attn = attention(rope(q, pe), rope(k, pe), v, lengths).reshape(v.shape)  # B L H K
         T = txt.shape[1]
         img = self.img.after(img, attn[:, T:], *img_mod[2:])
         txt = self.txt.after(txt, attn[:, :T], *txt_mod[2:])
@@ -177,22 +184,21 @@ class SingleBlock(nnx.Module):
     """Attention and MLP in parallel over the joined sequence."""
 
     def __init__(self, c, *, rngs):
-        dense = dict(rank=c.rank, rngs=rngs)
-        self.heads = c.heads
+        dense, heads = dict(rank=c.rank, rngs=rngs), (c.heads, c.head_dim)
         self.mod = Dense(c.width, 3 * c.width, split=JOINED, std=0.0, **dense)
-        self.linear1 = Dense(c.width, (3 + c.mlp_ratio, c.width), split=COLUMNS, **dense)
-        self.linear2 = Dense((1 + c.mlp_ratio, c.width), c.width, split=ROWS, **dense)
+        self.linear1 = Dense(c.width, (3 + c.mlp_ratio, *heads), split=TO_HEADS, **dense)
+        self.linear2 = Dense((1 + c.mlp_ratio, *heads), c.width, split=FROM_PARTS, **dense)
         self.q_norm = RMSNorm(c.head_dim)
         self.k_norm = RMSNorm(c.head_dim)
 
     def __call__(self, x, mod, pe, lengths=None):
         """x [B, L, D], mod [B, 3D] -> [B, L, D]."""
         shift, scale, gate = chunks(mod, 3)
-        h = self.linear1(modulate(x, shift, scale))  # B L 7 D
+        h = self.linear1(modulate(x, shift, scale))  # B L 7 H K
         qkv, mlp = jnp.split(h, [3], 2)
-        q, k, v = split_heads(qkv, self.heads)
+        q, k, v = jnp.moveaxis(qkv, 2, 0)
         q, k = rope(self.q_norm(q), pe), rope(self.k_norm(k), pe)
-        attn = attention(q, k, v, lengths)  # B L D
+        attn = attention(q, k, v, lengths).reshape(v.shape)  # B L H K
         h = jnp.concatenate([attn[:, :, None], jax.nn.gelu(mlp, approximate=True)], 2)
         return x + gate * self.linear2(h)
 
@@ -212,11 +218,6 @@ class LastLayer(nnx.Module):
 def chunks(mod, n):
     """[B, nD] -> n arrays [B, 1, D] that broadcast over tokens."""
     return jnp.split(mod[:, None], n, -1)
-
-
-def split_heads(qkv, heads):
-    """[B, L, 3, D] -> q, k, v [B, L, H, K]."""
-    return jnp.moveaxis(qkv.reshape(*qkv.shape[:3], heads, -1), 2, 0)
 
 
 def stack(make, layers, rngs):

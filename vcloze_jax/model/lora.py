@@ -5,6 +5,8 @@ The frozen base and the adapter are two trees; a model is their union. No functi
 which model it is.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -44,5 +46,8 @@ def fold_dense(dense, branch, scale):
         return (weight.astype(jnp.float32) + scale * delta).astype(weight.dtype)
 
     a, b = branch["lora_a"].astype(jnp.float32), branch["lora_b"].astype(jnp.float32)
-    kernel = add(dense["kernel"], jnp.matmul(a, b, precision="highest"))
+    product = partial(jnp.tensordot, axes=1, precision="highest")
+    if a.ndim + b.ndim - 2 > dense["kernel"].ndim:  # they have layers
+        product = jax.vmap(product)
+    kernel = add(dense["kernel"], product(a, b))
     return dense | dict(kernel=kernel, bias=add(dense["bias"], branch["lora_bias"]))

@@ -34,8 +34,21 @@ def check(file: Path, config: FluxConfig):
 def load(file: Path, config: FluxConfig) -> dict:
     """An adapter of any naming as a tree of ours, float32 on the host, of scale 1: to `fold`, or
     where `fit` agrees, to go on training. It holds only the layers that the file changes."""
+    _, ours, _ = abstract(Flux, replace(config, rank=1))
+    ours = shapes(ours)
     with translate_errors(file):
-        return unflatten_dict(dict(read_arrays(open_for(config, file))), sep="/")
+        arrays = dict(read_arrays(open_for(config, file)))
+    return unflatten_dict({path: give_axes(path, x, ours) for path, x in arrays.items()}, sep="/")
+
+
+def give_axes(path, array, ours):
+    """An array of an adapter whose inputs and outputs are flat, in our shape: that of `ours`, an
+    adapter of rank 1, with the array's own rank. Norms stay."""
+    if path.endswith("/lora_a"):
+        return array.reshape(*ours[path][:-1], array.shape[-1])
+    if path.endswith("/lora_b"):
+        return array.reshape(*array.shape[:-1], *ours[path][array.ndim - 1 :])
+    return array.reshape(ours.get(path, array.shape))
 
 
 def fit(file: Path, adapter: dict, config: FluxConfig) -> FluxConfig:
