@@ -15,23 +15,23 @@ BATCH = P(("data", "fsdp"))
 
 
 class Split(NamedTuple):
-    """What the mesh splits while a layer computes: an entry for each axis of its inputs, of its
-    outputs, and of what it returns. Weights at rest are split over fsdp, too.
-    """
+    """How the mesh splits a layer while it computes: an entry for each axis of its inputs and of
+    its outputs, and that of the batch. Weights at rest are split over fsdp, too."""
 
     inputs: tuple = (None,)
     outputs: tuple = (None,)
-    result: tuple = (None,)
+    batch: tuple = BATCH
 
 
 # Columns, then rows: what is between them stays where it is, and one sum over tensor ends them.
 # Heads are columns, too; q, k, v and the parts of an MLP beside them are an axis of their own.
-COLUMNS = Split((None,), ("tensor",), ("tensor",))
-ROWS = Split(("tensor",))
-TO_HEADS = Split((None,), (None, "tensor", None), (None, "tensor", None))
-FROM_HEADS = Split(("tensor", None))
-FROM_PARTS = Split((None, "tensor", None))
-JOINED = Split((None,), ("tensor",), (None,))  # short, and soon cut up
+COLUMNS = Split(outputs=("tensor",))
+ROWS = Split(inputs=("tensor",))
+TO_HEADS = Split(outputs=(None, "tensor", None))
+FROM_HEADS = Split(inputs=("tensor", None))
+FROM_PARTS = Split(inputs=(None, "tensor", None))
+# Of a vector, for all layers at once: weights, too many to be gathered, stay as they are at rest.
+VECTOR = Split(outputs=(("tensor", "fsdp"),), batch=(None,))
 WHOLE = Split()
 
 # Path of one layer's leaf -> its spec; the first match wins, the layer axis is never split.
@@ -44,7 +44,8 @@ TABLE = (
     (r"/proj/lora_a$", P("tensor", "fsdp", None)),
     (r"/linear2/kernel$", P(None, "tensor", None, "fsdp")),
     (r"/linear2/lora_a$", P(None, "tensor", "fsdp", None)),
-    (r"/(mlp_in|mod|q|k|v|wi_0|wi_1|fc1)/kernel$", P("fsdp", "tensor")),
+    (r"/mod/kernel$", P(None, ("tensor", "fsdp"))),
+    (r"/(mlp_in|q|k|v|wi_0|wi_1|fc1)/kernel$", P("fsdp", "tensor")),
     (r"/(mlp_in|mod)/lora_b$", P(None, ("tensor", "fsdp"))),
     (r"/(mlp_out|o|wo|fc2)/kernel$", P("tensor", "fsdp")),
     (r"/mlp_out/lora_a$", P(("tensor", "fsdp"), None)),
@@ -99,9 +100,9 @@ def gathered(x):
     return placed(x, *[None] * x.ndim)
 
 
-def by_batch(x, *last):
-    """x [B, ...], B over the batch axes of the mesh in use, its last axes over `last`."""
-    return placed(x, *BATCH, *[None] * (x.ndim - 1 - len(last)), *last)
+def by_batch(x):
+    """x [B, ...], B over the batch axes of the mesh in use."""
+    return placed(x, *BATCH, *[None] * (x.ndim - 1))
 
 
 def put(tree, mesh, root=""):

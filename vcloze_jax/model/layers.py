@@ -17,11 +17,10 @@ from vcloze_jax.sharding import (
     COLUMNS,
     FROM_HEADS,
     FROM_PARTS,
-    JOINED,
     ROWS,
     TO_HEADS,
+    VECTOR,
     WHOLE,
-    by_batch,
     placed,
 )
 
@@ -61,7 +60,7 @@ class Dense(nnx.Module):
 
     def __call__(self, x):
         """x [..., *into] -> [..., *out]."""
-        inputs, outputs, result = self.split
+        inputs, outputs, batch = self.split
         kernel = placed(self.kernel.astype(x.dtype), *inputs, *outputs)
         y = jnp.tensordot(x, kernel, len(inputs))
         if self.bias is not None:
@@ -70,7 +69,7 @@ class Dense(nnx.Module):
             y = y + lora_branch(
                 self.split, x, self.lora_a[...], self.lora_b[...], self.lora_bias[...]
             )
-        return by_batch(y, *result)
+        return placed(y, *batch, *[None] * (y.ndim - 1 - len(outputs)), *outputs)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -137,7 +136,7 @@ class Stream(nnx.Module):
 
     def __init__(self, c, *, rngs):
         dense, heads = dict(rank=c.rank, rngs=rngs), (c.heads, c.head_dim)
-        self.mod = Dense(c.width, 6 * c.width, split=JOINED, std=0.0, **dense)
+        self.mod = Dense(c.width, 6 * c.width, split=VECTOR, std=0.0, **dense)
         self.qkv = Dense(c.width, (3, *heads), split=TO_HEADS, **dense)
         self.q_norm = RMSNorm(c.head_dim)
         self.k_norm = RMSNorm(c.head_dim)
@@ -185,7 +184,7 @@ class SingleBlock(nnx.Module):
 
     def __init__(self, c, *, rngs):
         dense, heads = dict(rank=c.rank, rngs=rngs), (c.heads, c.head_dim)
-        self.mod = Dense(c.width, 3 * c.width, split=JOINED, std=0.0, **dense)
+        self.mod = Dense(c.width, 3 * c.width, split=VECTOR, std=0.0, **dense)
         self.linear1 = Dense(c.width, (3 + c.mlp_ratio, *heads), split=TO_HEADS, **dense)
         self.linear2 = Dense((1 + c.mlp_ratio, *heads), c.width, split=FROM_PARTS, **dense)
         self.q_norm = RMSNorm(c.head_dim)
@@ -207,7 +206,7 @@ class LastLayer(nnx.Module):
     """Modulated norm and the projection to the velocity."""
 
     def __init__(self, c, *, rngs):
-        self.mod = Dense(c.width, 2 * c.width, split=JOINED, std=0.0, rank=c.rank, rngs=rngs)
+        self.mod = Dense(c.width, 2 * c.width, split=VECTOR, std=0.0, rank=c.rank, rngs=rngs)
         self.linear = Dense(c.width, c.out_channels, std=0.0, rank=c.rank, rngs=rngs)
 
     def __call__(self, x, mod):

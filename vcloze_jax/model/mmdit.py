@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vcloze_jax.model.layers import Dense, DoubleBlock, LastLayer, MLPEmbedder, SingleBlock, stack
+from vcloze_jax.sharding import by_batch, gathered
 
 
 class Modulation(NamedTuple):
@@ -49,10 +50,12 @@ class Flux(nnx.Module):
         vec = self.time_in.sinusoid(t) + self.vector_in(pooled.astype(jnp.float32))  # B D
         if self.config.guidance_embed:
             vec = vec + self.guidance_in.sinusoid(guidance)
-        vec = jax.nn.silu(vec).astype(pooled.dtype)
-        each = jax.vmap(lambda layer: layer(vec))
-        img, txt, single = self.double.img.mod, self.double.txt.mod, self.single.mod
-        return Modulation(each(img), each(txt), each(single), self.final.mod(vec))
+        # What is small is gathered, so that no kernel is: those of all layers are used at once.
+        vec = gathered(jax.nn.silu(vec).astype(pooled.dtype))
+        one = lambda layer: by_batch(gathered(layer(vec)))  # noqa: E731
+        each, double = jax.vmap(one), self.double
+        img, txt, single = each(double.img.mod), each(double.txt.mod), each(self.single.mod)
+        return Modulation(img, txt, single, one(self.final.mod))
 
     def __call__(self, img, txt, mod, pe, lengths=None):
         """img [B, S, in_channels], txt [B, T, text_width], pe of T + S tokens -> [B, S, out].

@@ -33,7 +33,7 @@ class T5Encoder(nnx.Module):
         c = self.config
         buckets = relative_buckets(ids.shape[1], c.buckets, c.max_distance)  # T T
         bias = jnp.moveaxis(self.relative_bias[buckets], -1, 0)[None]  # 1 H T T
-        x = by_batch(gathered(self.embed[...])[ids], None)  # B T D
+        x = by_batch(gathered(self.embed[...])[ids])  # B T D
         x, _ = jax.lax.scan(lambda x, block: (block(x, bias), None), x, self.blocks)
         return self.norm(x)
 
@@ -90,7 +90,7 @@ class CLIPTextEncoder(nnx.Module):
 
     def __call__(self, ids):
         """Token ids int32 [B, T], T <= max_length -> [B, D], read at the first `eos` of a row."""
-        x = by_batch(gathered(self.embed[...])[ids], None) + self.positions[None]  # B T D
+        x = by_batch(gathered(self.embed[...])[ids]) + self.positions[None]  # B T D
         x, _ = jax.lax.scan(lambda x, block: (block(x), None), x, self.blocks)
         first = jnp.argmax(ids == self.config.eos, axis=1)[:, None, None]  # B 1 1
         return self.norm(jnp.take_along_axis(x, first, 1)[:, 0])
