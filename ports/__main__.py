@@ -9,6 +9,7 @@ a mesh as it is, in diffusers too. Every tensor keeps its type, unless --dtype n
 import argparse
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -69,7 +70,8 @@ def export_checkpoint(folder: Path, naming: Naming, out: Path) -> int:
         raise UserError(f"{folder}: of a run that trains every weight; it has no adapter")
     norms = {path: array for path, array in arrays.items() if path.endswith("/scale")}
     note = {"step": folder.resolve().name, "weights": "average" if average else "last"}
-    return export.write_adapter(out, naming, export.to_branches(arrays), norms, note)
+    read = partial(export.to_branches, arrays, arrays.get)
+    return export.write_adapter(out, naming, read, norms, note)
 
 
 def run_folder(argv) -> str:

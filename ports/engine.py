@@ -1,6 +1,7 @@
 """The engine behind the tables: NumPy and safetensors only, a part of one tensor at a time."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import ml_dtypes  # which also makes bfloat16 a dtype of NumPy
 import numpy as np
-from safetensors.numpy import save_file
 
 from ports.diagnose import (
     PortError,
@@ -27,6 +27,10 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 DTYPES |= dict.fromkeys(EIGHT_BITS, "bfloat16")
 NUMBERS = DTYPES | {  # what a scalar beside the matrices, an alpha, may be besides
     "F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"
+}  # fmt: skip
+SPELLINGS = {  # of what is written, in the order in which the library lays types out
+    "int64": "I64", "float64": "F64", "float32": "F32", "int32": "I32", "bfloat16": "BF16",
+    "float16": "F16", "int16": "I16", "int8": "I8", "uint8": "U8"
 }  # fmt: skip
 SCALES = "scale_weight", "weight_scale"  # ComfyUI's and ModelOpt's: weight * scale is meant
 EIGHT_BIT_NOTES = r"(.*\.)?(scaled_fp8|comfy_quant|scale_input|input_scale)"  # for 8-bit products
@@ -232,13 +236,27 @@ def convert_leaves(table: Table, leaves: list[Leaf], source: SafetensorsFile) ->
 def save_tensors(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]):
     """Write a safetensors file whose bytes depend on nothing else: the library leaves the order of
     the metadata to chance."""
-    save_file(tensors, file, metadata=metadata)
-    with file.open("r+b") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-        compact = dict(ensure_ascii=False, separators=(",", ":"), sort_keys=True)
-        stream.seek(8)
-        stream.write(json.dumps(header, **compact).encode().ljust(size))
+    layout = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
+    stream_tensors(file, layout, tensors.items(), metadata)
+
+
+def stream_tensors(file: Path, layout: dict[str, tuple], tensors: Iterable, metadata: dict):
+    """Write (key, array) pairs in any order as a safetensors file, each to its place at once, which
+    follows from `layout`, {key: (dtype, shape)} of them all."""
+    order, header, starts, end = list(SPELLINGS), {"__metadata__": metadata}, {}, 0
+    for key in sorted(layout, key=lambda key: (order.index(layout[key][0].name), key)):
+        dtype, shape = layout[key]
+        starts[key], end = end, end + math.prod(shape) * dtype.itemsize
+        entry = {"dtype": SPELLINGS[dtype.name], "shape": shape}
+        header[key] = entry | {"data_offsets": (starts[key], end)}
+    compact = dict(ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    text = json.dumps(header, **compact).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for key, tensor in tensors:
+            stream.seek(8 + len(text) + starts[key])
+            stream.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
 
 
 def write_shards(folder: Path, stem: str, tensors: Iterable, dtype=None, max_bytes=10**10) -> int:

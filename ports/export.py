@@ -16,8 +16,9 @@ fused in one naming and apart in another:
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from ports.adapters import (
     read_norms,
 )
 from ports.diagnose import PortError
-from ports.engine import export_arrays, save_tensors
+from ports.engine import export_arrays, stream_tensors
 from ports.loraconfig import METADATA
 from ports.tables import is_stacked, lay_out, mmdit
 from ports.tables.namings import NAMINGS, Naming
@@ -41,49 +42,66 @@ from ports.tables.namings import NAMINGS, Naming
 def convert_adapter(file: Path, naming: Naming, out: Path) -> int:
     """Write the adapter of `file` as `out`, as `write_adapter` says; PortError if it is none."""
     adapter = open_adapter(file)
-    return write_adapter(out, naming, read_branches(adapter), read_norms(adapter))
+    return write_adapter(out, naming, partial(read_branches, adapter), read_norms(adapter))
 
 
 def write_adapter(
-    out: Path, naming: Naming, tuned: Iterable[Tuned], norms: dict, note: dict | None = None
+    out: Path,
+    naming: Naming,
+    read: Callable[[], Iterable[Tuned]],
+    norms: dict,
+    note: dict | None = None,
 ) -> int:
     """Write kernels' adapters and whole norms, {our path: array}, in a naming; returns how many
     linear layers it has there. VisualCloze's is a state dict for torch.load, as the authors' code
     wants it (lzyhha/VisualCloze:visualcloze.py); the others are safetensors, whose header may hold
-    a note, {name: text}."""
-    tensors, modules = {}, {}
-    for branch in fit_branches(tuned, naming):
-        key_a, key_b, key_bias, key_alpha = (branch.stem + (s or "") for s in naming.suffixes)
-        if naming.alpha == "B":
-            branch = fold_alpha(branch)
-        tensors |= {key_a: branch.a, key_b: branch.b}
-        if branch.bias is not None:
-            if naming.suffixes[2] is None:
-                title = f"{naming.title} naming"
-                raise PortError(f"{branch.stem} has a bias on B, which {title} has not")
-            tensors[key_bias] = branch.bias
-        if naming.alpha == "tensor":
-            tensors[key_alpha] = round_alpha(branch)
+    a note, {name: text}.
+
+    `read()` gives the adapters, kernel by kernel: once to know what will lie where, and once to
+    write it, so that no more than two kernels' are in memory.
+    """
+    norms, layout, modules = spell_norms(norms, naming), {}, {}
+    for branch in fit_branches(read(), naming):
+        tensors = spell_branch(branch, naming)
+        layout |= {key: (x.dtype, x.shape) for key, x in tensors.items()}
         modules[branch.stem.removeprefix(naming.prefixes[0])] = len(branch.a), branch.alpha
-    tensors |= spell_norms(norms, naming)
+    layout |= {key: (x.dtype, x.shape) for key, x in norms.items()}
+    spelled = (spell_branch(branch, naming).items() for branch in fit_branches(read(), naming))
+    tensors = chain(chain.from_iterable(spelled), norms.items())
     part = out.with_name(out.name + ".part")
     if naming.ending == ".pth":
-        torchfile.save(part, tensors)
+        torchfile.save(part, dict(tensors))
     else:
-        biased = any(key.endswith(".bias") for key in tensors)
+        biased = any(key.endswith(".bias") for key in layout)
         header = describe_alphas(modules, biased) if naming.alpha == "header" else {}
-        tensors = {key: np.asarray(x, order="C") for key, x in tensors.items()}
-        save_tensors(part, tensors, {"format": "pt"} | header | (note or {}))
+        stream_tensors(part, layout, tensors, {"format": "pt"} | header | (note or {}))
     os.replace(part, out)
     return len(modules)
 
 
-def to_branches(arrays: dict[str, np.ndarray]) -> Iterator[Tuned]:
-    """An adapter of ours, {our path: array}, as `read_branches` gives one of a file: alpha = r."""
-    for path, a in arrays.items():
+def spell_branch(branch: Branch, naming: Naming) -> dict[str, np.ndarray]:
+    """The tensors of a branch under the keys of a naming; PortError if it cannot hold them."""
+    key_a, key_b, key_bias, key_alpha = (branch.stem + (s or "") for s in naming.suffixes)
+    if naming.alpha == "B":
+        branch = fold_alpha(branch)
+    tensors = {key_a: branch.a, key_b: branch.b}
+    if branch.bias is not None:
+        if naming.suffixes[2] is None:
+            title = f"{naming.title} naming"
+            raise PortError(f"{branch.stem} has a bias on B, which {title} has not")
+        tensors[key_bias] = branch.bias
+    if naming.alpha == "tensor":
+        tensors[key_alpha] = round_alpha(branch)
+    return tensors
+
+
+def to_branches(paths: Iterable[str], fetch: Callable[[str], np.ndarray]) -> Iterator[Tuned]:
+    """An adapter of ours, whose arrays `fetch` gives by our path, as `read_branches` gives one of a
+    file: alpha = r."""
+    for path in paths:
         if path.endswith("/lora_a"):
             module = path.removesuffix("lora_a")
-            b, bias = arrays[f"{module}lora_b"], arrays[f"{module}lora_bias"]
+            a, b, bias = (fetch(module + name) for name in ("lora_a", "lora_b", "lora_bias"))
             stack = a.shape[: is_stacked(mmdit.DIFFUSERS, f"{module}kernel")]
             a, b = a.reshape(*stack, -1, a.shape[-1]), b.reshape(*stack, a.shape[-1], -1)
             bias, (fan_in, rank) = bias.reshape(*stack, -1), a.shape[-2:]

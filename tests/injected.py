@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import tiny
+from tiny import fan_in
 
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.storage import weights
@@ -75,5 +76,5 @@ def adapter():
 def draw_weight(path, shape):
     rng = np.random.RandomState(zlib.crc32(path.encode()))
     if path.endswith("lora_a"):
-        return (rng.uniform(-1, 1, shape) * shape[-2] ** -0.5).astype(np.float32)
+        return (rng.uniform(-1, 1, shape) * fan_in(path, shape) ** -0.5).astype(np.float32)
     return (0.1 * rng.standard_normal(shape)).astype(np.float32)

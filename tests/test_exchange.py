@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from ports import __main__ as command
 from ports.adapters import check_adapter
 from ports.diagnose import PortError
+from ports.tables import lay_out, mmdit
 from vcloze_jax.config import FLUX_FILL, UserError
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.storage import adapters, weights
@@ -82,7 +83,7 @@ def test_every_naming_folds_alike(tree, file):
     base = lorafiles.base()
     exact = base["double"]["txt"]["qkv"]["kernel"].astype(np.float64)
     branch = tree["double"]["txt"]["qkv"]
-    exact = exact + branch["lora_a"].astype(np.float64) @ branch["lora_b"]
+    exact = exact + np.einsum("lir,lr...->li...", np.float64(branch["lora_a"]), branch["lora_b"])
     found = {"diffusers": file} | {to: renamed(file, to) for to in ("kohya", "visualcloze")}
     wanted = {scale: folded(base, tree, scale) for scale in (1, 0.5)}
     np.testing.assert_array_equal(wanted[1]["double"]["txt"]["qkv"]["kernel"], exact)
@@ -261,6 +262,7 @@ def test_full_size_key_list():
     header = {key: (shape, "BF16") for key, shape in keys.items()}
     base = weights.shapes(weights.abstract(Flux, FLUX_FILL.flux)[2])
     kernels = {path: shape for path, shape in base.items() if path.endswith("/kernel")}
+    kernels = {path: lay_out(mmdit.BFL, path, shape).matrix for path, shape in kernels.items()}
     for shapes in (base, None):
         found = check_adapter(SimpleNamespace(path=Path("a"), header=header, metadata={}), shapes)
         assert {leaf.path: leaf.shape for leaf, _ in found.linear} == kernels

@@ -87,7 +87,7 @@ def test_fold_scales_and_keeps_dtype(model):
     out = folded(half, adapter, 0.5)
     qkv, branch = half["double"]["img"]["qkv"], adapter["double"]["img"]["qkv"]
     a, b = np.float64(branch["lora_a"]), np.float64(branch["lora_b"])
-    exact = np.float64(qkv["kernel"]) + 0.5 * a @ b
+    exact = np.float64(qkv["kernel"]) + 0.5 * np.einsum("lir,lr...->li...", a, b)
     got = out["double"]["img"]["qkv"]["kernel"]
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float64(got), exact, rtol=2**-8, atol=1e-6)  # one rounding

@@ -61,7 +61,7 @@ def strength(path, tree):
     pairs = [(adapter["double"]["img"]["qkv"], tree["double"]["img"]["qkv"], slice(0, 16))]
     pairs += [(adapter["single"]["linear1"], tree["single"]["linear1"], slice(16, 112))]
     deltas = [
-        [(x["lora_a"][0] @ x["lora_b"][0].astype(np.float64))[:, span] for x in pair]
+        [(x["lora_a"][0] @ np.float64(x["lora_b"][0]).reshape(11, -1))[:, span] for x in pair]
         for *pair, span in pairs
     ]
     found = [np.sum(ours * base) / np.sum(base * base) for ours, base in deltas]

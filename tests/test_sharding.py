@@ -187,12 +187,16 @@ def test_every_leaf_of_every_preset_divides(name, mesh):
 
 
 EXPECTED = {
-    "flux/double/img/qkv/kernel": P(None, "fsdp", "tensor"),
+    "flux/double/img/qkv/kernel": P(None, "fsdp", None, "tensor", None),
+    "flux/double/txt/proj/kernel": P(None, "tensor", None, "fsdp"),
+    "flux/double/txt/mod/kernel": P(None, None, ("tensor", "fsdp")),
     "flux/double/txt/mlp_out/kernel": P(None, "tensor", "fsdp"),
-    "flux/single/linear2/kernel": P(None, "tensor", "fsdp"),
-    "flux/single/linear1/bias": P(None, None),
+    "flux/single/linear2/kernel": P(None, None, "tensor", None, "fsdp"),
+    "flux/single/linear1/bias": P(None, None, None, None),
     "flux/single/linear1/lora_a": P(None, "fsdp", None),
-    "flux/single/linear1/lora_b": P(None, None, "fsdp"),
+    "flux/single/linear1/lora_b": P(None, None, None, "tensor", "fsdp"),
+    "flux/single/linear2/lora_a": P(None, None, "tensor", "fsdp", None),
+    "flux/double/img/mlp_in/lora_b": P(None, None, ("tensor", "fsdp")),
     "flux/double/img/q_norm/scale": P(None, None),
     "flux/img_in/kernel": P("fsdp", None),
     "t5/embed": P("fsdp", None),
@@ -209,9 +213,9 @@ def by_path(tree):
 
 
 def test_the_table_says_where():
-    """Columns of what fans out and rows of what fans in are split over tensor, the other side over
-    fsdp; the layer axis and the autoencoder never are; Adam's moments lie where their weights do.
-    """
+    """Columns of what fans out and rows of what fans in are split over tensor, by heads where there
+    are heads, the other side over fsdp; the layer axis and the autoencoder never are; Adam's
+    moments lie where their weights do."""
     mesh = make_mesh(parse_mesh(MESHES[2]))
     adapter, base = abstract(PRESETS["mini"])
     places = by_path(shardings(base, mesh)) | by_path(shardings(adapter, mesh))
@@ -226,14 +230,24 @@ def test_the_table_says_where():
 
 @pytest.mark.parametrize("preset", (MINI, FLUX_FILL), ids=lambda preset: preset.name)
 def test_the_table_knows_what_a_layer_says(preset):
-    """A weight at rest is split over tensor as its layer wants it at work."""
+    """Kernel, A and B are split over tensor at rest as their layer wants them at work, so that
+    nothing of them is gathered over it; those of a vector lie as they are wanted."""
+    over_tensor = lambda spec: [axes is not None and "tensor" in axes for axes in spec]  # noqa: E731
     for name in ("flux", "t5", "clip"):
-        cls, config = weights.MODULES[name], getattr(preset, name)
+        cls, config = weights.MODULES[name], getattr(PRESETS[preset.name], name)
         model = jax.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))  # noqa: B023
         for path, layer in nnx.iter_modules(model):
-            path = "/".join(map(str, (name, *path, "kernel")))
+            path = "/".join(map(str, (name, *path)))
             if isinstance(layer, Dense):
-                assert spec_of(path) == layer.split.at_rest, path
+                inputs, outputs, batch = layer.split
+                at_work = dict(kernel=(*inputs, *outputs))
+                if layer.rank:
+                    at_work |= dict(lora_a=(*inputs, None), lora_b=(None, *outputs))
+                for leaf, spec in at_work.items():
+                    at_rest = spec_of(f"{path}/{leaf}")
+                    assert over_tensor(at_rest) == over_tensor(spec), (path, leaf)
+                    if batch != BATCH and leaf != "lora_a":
+                        assert tuple(at_rest) == spec, (path, leaf)
 
 
 def test_what_does_not_divide_is_named():
@@ -394,12 +408,31 @@ def transformer(text, tokens, batch, remat):
 )
 def test_the_transformer_on_every_mesh(text, rows, samples, remat):
     """Loss and every gradient are those of one device without remat, and no activation moves from
-    device to device: weights are gathered and sums added, nothing else."""
+    device to device: weights are gathered over fsdp, and sums added, nothing else. The kernels of
+    modulations, which are of all layers at once, and their B stay where they are."""
     sizes = parse_mesh(text)
     batch = samples * sizes["data"] * sizes["fsdp"]
     there = transformer(text, ROWS[rows], batch, remat)
     equal_to_rounding(there, transformer("1", ROWS[rows], batch, False))
     assert {kind for kind, _ in there[2]} <= {"all-gather", "all-reduce", "reduce-scatter"}
+    _, adapter, base = weights.abstract(Flux, FLUX)
+    for path, x in (by_path(adapter) | by_path(base)).items():
+        spec = spec_of(f"flux/{path}")
+        if "mod/" in path or (sizes["tensor"] > 1 and "tensor" in str(spec)):
+            if not path.endswith(("mod/lora_a", "bias")):
+                whole = x.shape, x.shape[-len(spec) :]
+                assert not gathers(there[2]) & {squeeze(shape) for shape in whole}, path
+
+
+def gathers(found):
+    """The shapes of all that is gathered, without axes of length 1."""
+    lines = (line.split(" all-gather")[0] for kind, line in found if kind == "all-gather")
+    texts = (text for line in lines for text in re.findall(r"\w\[([\d,]*)\]", line))
+    return {squeeze(map(int, text.split(","))) for text in texts if text}
+
+
+def squeeze(shape):
+    return tuple(n for n in shape if n > 1)
 
 
 def test_state_stays_where_the_table_says():

@@ -4,6 +4,8 @@ scripts/fixtures_models.py describes the file. TINY is another matter: a whole p
 weights, mini's kind but smaller, for the tests of the commands.
 """
 
+import math
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -91,13 +93,21 @@ def filled(tree, seed=0):
     """Random float32 arrays of a tree's shapes, of gain 1 for matrices and convolutions."""
     rng = np.random.default_rng(seed)
 
-    def draw(x):
-        gain = (
-            1.0 if x.ndim < 2 else np.prod(x.shape[-4:-1] if x.ndim == 4 else x.shape[-2]) ** -0.5
-        )
+    def draw(path, x):
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        gain = 1.0 if x.ndim < 2 else fan_in(path, x.shape) ** -0.5
         return jnp.asarray(gain * rng.standard_normal(x.shape), jnp.float32)
 
-    return jax.tree.map(draw, tree)
+    return jax.tree_util.tree_map_with_path(draw, tree)
+
+
+def fan_in(path, shape):
+    """How many inputs a weight of ours has, by its path; each of a stack, if it is one."""
+    if len(shape) == 4 and re.search(r"proj/(kernel|lora_a)$", path) or "linear2/" in path:
+        return math.prod(shape[1:-1])
+    if re.search(r"(qkv|linear1)/(kernel|lora_b)$", path):
+        return shape[1]
+    return math.prod(shape[-4:-1]) if len(shape) == 4 else shape[-2]
 
 
 def filled_module(cls, config, seed=0):

@@ -77,6 +77,8 @@ class RunWriter:
         self.fixed = self.trainer.fixed_batches(groups)
         if self.trainer.step == 0:
             self.preview()
+        else:
+            self.rehearse()
         print(
             f"{spent['programs']} programs in {spent['seconds']:.0f} s; a micro-batch takes "
             f"{plan.si(largest, 'B')} beside weights and state"
@@ -130,10 +132,18 @@ class RunWriter:
                 "their size; is --lr too low?"
             )
 
-    def paint(self, models):
-        """The query rows of the previews as these models paint them, as far as the run goes on."""
+    def rehearse(self):
+        """Compile what previews need, in a run that goes on: by one Euler step, not by painting."""
+        trainer = self.trainer
+        models = trainer.base_models() if trainer.recipe.rank else trainer.models()
+        self.paint(models, steps=1)
+        trainer.validate({noisy.x_t.shape: noisy for noisy in self.fixed}.values())
+
+    def paint(self, models, steps=None):
+        """The query rows of the previews as these models paint them, as far as the run goes on, and
+        no further than so many Euler steps."""
         self.painter.models = models
-        go_on = lambda steps, _: takewhile(lambda _: not self.stopped(), steps)  # noqa: E731
+        go_on = lambda every, _: takewhile(lambda _: not self.stopped(), every[:steps])  # noqa: E731
         return [canvas.pixels for canvas in self.painter(self.specs, go_on)]
 
     def save(self):
@@ -142,8 +152,7 @@ class RunWriter:
         checkpoint.save(self.run.checkpoints, self.trainer.step, self.trainer.state)
 
     def conclude(self):
-        """Say how the run ended -> the exit code. Of programs only those of the first preview may
-        have come late, in a run that went on."""
+        """Say how the run ended -> the exit code."""
         recipe, step = self.trainer.recipe, self.trainer.step
         if self.first:
             count = spent["programs"] - self.programs

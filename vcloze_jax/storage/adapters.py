@@ -1,8 +1,10 @@
 """Adapters from disk to trees of ours and back; beside weights.py, which does it for models."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -69,9 +71,18 @@ def fit(file: Path, adapter: dict, config: FluxConfig) -> FluxConfig:
 
 def save(file: Path, adapter: dict, dtype="float32", note: dict[str, str] | None = None):
     """Write an adapter tree for `load_lora_weights` of diffusers: alpha = rank, biases on B; with a
-    `note` of ours in the header."""
+    `note` of ours in the header. The host never holds more of it than two layers, or stacks."""
     arrays = flatten_dict(adapter, sep="/")
-    arrays = {path: np.asarray(array).astype(dtype) for path, array in arrays.items()}
-    norms = {path: array for path, array in arrays.items() if path.endswith("/scale")}
-    branches = export.to_branches(arrays)
-    export.write_adapter(file, NAMINGS["diffusers"], branches, norms, note)
+    fetch = lambda path: to_host(arrays[path]).astype(dtype, copy=False)  # noqa: E731
+    norms = {path: fetch(path) for path in arrays if path.endswith("/scale")}
+    read = partial(export.to_branches, arrays, fetch)
+    export.write_adapter(file, NAMINGS["diffusers"], read, norms, note)
+
+
+def to_host(array):
+    """The array in NumPy. An array of JAX would keep what it gave: a passing one is asked."""
+    if not isinstance(array, jax.Array):
+        return array
+    shards = [shard.data for shard in array.addressable_shards]
+    passing = jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
+    return np.asarray(passing)

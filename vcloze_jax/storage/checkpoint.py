@@ -143,13 +143,20 @@ def load_group(path: str | Path, prefix: str) -> dict[str, np.ndarray]:
 
 def _read(path: Path, like):
     stored, wanted = _checked_digests(path), _named(like)
+    flat = {}  # of version 0.1.0, in which heads were no axis of their own
     for name in sorted(stored.keys() | wanted.keys()):
         has = stored[name][0] if name in stored else "missing"
         needs = _type(wanted[name]) if name in wanted else "no such array"
-        if has != needs:
+        if has != needs and name in stored and name in wanted and _is_joined(has, wanted[name]):
+            flat[name] = _blank(has)
+        elif has != needs:
             remedy = "resume with the flags that it was saved with"
             raise UserError(f"{path}: {name} is {has}, this run needs {needs}; {remedy}")
-    arrays = _load(path, stored, {name: _abstract(x) for name, x in wanted.items()})
+    arrays = _load(path, stored, {name: _abstract(x) for name, x in wanted.items()} | flat)
+    for name in flat:
+        sharding = getattr(wanted[name], "sharding", None)
+        array = arrays[name].reshape(wanted[name].shape)
+        arrays[name] = array if sharding is None else jax.device_put(array, sharding)
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
 
 
@@ -211,6 +218,13 @@ def _blank(text: str) -> np.ndarray:
     """An array of a `_type`, into which orbax reads."""
     dtype, _, shape = text.partition("[")
     return np.empty(json.loads(f"[{shape}"), jax.numpy.dtype(dtype))
+
+
+def _is_joined(text: str, array) -> bool:
+    """Whether a `_type` is that of the array, but that some neighbouring axes are one."""
+    blank = _blank(text)
+    ends = set(np.cumprod(blank.shape)), set(np.cumprod(array.shape))
+    return (blank.dtype, blank.size) == (array.dtype, array.size) and ends[0] <= ends[1]
 
 
 def _abstract(array):
