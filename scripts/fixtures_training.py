@@ -5,6 +5,7 @@ AdamW of torch; tests/injected.py has what a run draws. Run by scripts/make_fixt
 and diffusers, extra `parity`).
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import injected  # noqa: E402
 import tiny  # noqa: E402
 
-from ports.tables import lay_out  # noqa: E402
+from ports.tables import is_stacked, lay_out  # noqa: E402
 from ports.tables.mmdit import DIFFUSERS  # noqa: E402
 
 REGIONS = ("target", "grid")
@@ -86,24 +87,29 @@ def add_branches(model, adapter):
         module, _, leaf = path.rpartition("/")
         if leaf != "lora_a":
             continue
-        a, b, bias = (adapter[f"{module}/{leaf}"] for leaf in ("lora_a", "lora_b", "lora_bias"))
-        kernel = lay_out(DIFFUSERS, f"{module}/kernel", (*a.shape[:-1], b.shape[-1]))
-        columns = np.arange(b.shape[-1])
+        branch = [adapter[f"{module}/{leaf}"] for leaf in ("lora_a", "lora_b", "lora_bias")]
+        stack = branch[0].shape[: is_stacked(DIFFUSERS, f"{module}/kernel")]
+        rank, fan_out = branch[0].shape[-1], math.prod(branch[2].shape[len(stack) :])
+        flat = (*stack, -1, rank), (*stack, rank, -1), (*stack, -1)
+        fan_in = branch[0].numel() // math.prod((*stack, rank))
+        kernel = lay_out(DIFFUSERS, f"{module}/kernel", (*stack, fan_in, fan_out))
+        columns = np.arange(fan_out)
         columns = np.roll(columns, len(columns) // 2) if kernel.swapped else columns
         for piece in kernel.pieces:
             layer = ... if piece.layer is None else piece.layer
             name, outputs = piece.key.removesuffix(".weight"), columns[piece.place[-1]]
-            add_branch(model.get_submodule(name), a, b, bias, (layer, outputs))
+            add_branch(model.get_submodule(name), branch, flat, (layer, outputs))
             tuned.add(name)
     linear = {name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     assert tuned == linear, tuned ^ linear
 
 
-def add_branch(linear, a, b, bias, part):
-    """To one layer, that part (layer, outputs) of a branch in our shapes."""
+def add_branch(linear, branch, flat, part):
+    """To one layer, that part (layer, outputs) of a branch: A, B and its bias, in these shapes."""
     layer, outputs = part
 
     def add(_, inputs, y):
+        a, b, bias = (x.reshape(shape) for x, shape in zip(branch, flat, strict=True))
         return y + inputs[0] @ a[layer] @ b[layer][:, outputs] + bias[layer][outputs]
 
     linear.register_forward_hook(add)

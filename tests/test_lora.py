@@ -16,6 +16,7 @@ from vcloze_jax.config import FLUX_FILL
 from vcloze_jax.model import lora
 from vcloze_jax.model.layers import Dense
 from vcloze_jax.model.mmdit import Flux
+from vcloze_jax.sharding import Split
 from vcloze_jax.storage import weights
 
 # 9 stands between the widths 6 and 10 of vector_in and txt_in, so that ranks are mixed.
@@ -177,6 +178,27 @@ def test_new_adapter():
     assert not np.any(first["lora_b"]) and not np.any(first["lora_bias"])
     assert 0.9 < np.abs(first["lora_a"]).max() * 24**0.5 <= 1
     assert np.all(first["lora_a"] != second["lora_a"])
+
+
+def test_axes_change_no_number():
+    """A layer whose inputs and outputs have axes draws what the flat one draws and says what it
+    says, with its branch; folded, its sums are the same."""
+    x = filled(jnp.zeros((3, 24)))
+    flat = Dense(24, 40, rank=8, rngs=nnx.Rngs(0))
+    split = Split((None,) * 3, (None,) * 2)
+    axes = Dense((2, 3, 4), (5, 8), split=split, rank=8, rngs=nnx.Rngs(0))
+    assert axes.lora_a.shape == (2, 3, 4, 8) and axes.lora_b.shape == (8, 5, 8)
+    for name in ("kernel", "lora_a"):
+        here, there = getattr(axes, name)[...], getattr(flat, name)[...]
+        np.testing.assert_array_equal(here.reshape(there.shape), there)
+    flat.lora_b[...] = filled(flat.lora_b[...])
+    axes.lora_b[...] = flat.lora_b.reshape(8, 5, 8)
+    there = flat(x).reshape(3, 5, 8)
+    np.testing.assert_allclose(axes(x.reshape(3, 2, 3, 4)), there, rtol=0, atol=1e-5)
+    _, adapter, base = lora.split(axes)
+    sums = folded({"dense": base}, {"dense": adapter})["dense"]
+    out = jnp.tensordot(x.reshape(3, 2, 3, 4), sums["kernel"], 3) + sums["bias"]
+    np.testing.assert_allclose(out, there, rtol=0, atol=1e-5)
 
 
 def test_count_at_full_size():

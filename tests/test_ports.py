@@ -1,11 +1,12 @@
 """The tables and their engine: every tensor has its row, and comes through it with every bit."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from folders import FLUX, PRESET, VARIANTS, arrays, key_list, shapes
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
 from ports import engine
 from ports.diagnose import PortError
@@ -35,6 +36,30 @@ def test_round_trip_is_bit_identical(tmp_path, name, dtype):
         assert again[path].dtype == array.dtype and again[path].tobytes() == array.tobytes(), path
     there = load_file(tmp_path / "model.safetensors")
     assert sum(x.size for x in there.values()) == sum(x.size for x in mine.values())
+
+
+def test_the_librarys_layout(tmp_path):
+    """What is written tensor by tensor, in any order, is what the library writes: types in its
+    order, then names; beside a header whose order is always the same."""
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"{name}{i}": rng.integers(0, 9, (3, i)).astype(dtype)
+        for i in (10, 2, 0)
+        for name, dtype in zip("pqrstuvwxy", [*engine.SPELLINGS], strict=False)
+    }
+    tensors |= {"scalar": np.array(3, np.float32), "ü": np.ones(5, np.int8)}
+    theirs, layout = save(tensors), {key: (x.dtype, x.shape) for key, x in tensors.items()}
+    shuffled = sorted(tensors.items(), reverse=True)
+    engine.stream_tensors(tmp_path / "ours", layout, shuffled, {"b": "2", "a": "1"})
+    ours = (tmp_path / "ours").read_bytes()
+    headers = []
+    for file in (theirs, ours):
+        size = int.from_bytes(file[:8], "little")
+        assert size % 8 == 0
+        headers.append((json.loads(file[8 : 8 + size]), file[8 + size :]))
+    (known, numbers), (written, same) = headers
+    assert written.pop("__metadata__") == {"a": "1", "b": "2"}
+    assert written == known and same == numbers
 
 
 @pytest.mark.parametrize("name", NAMINGS)

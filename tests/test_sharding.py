@@ -252,10 +252,14 @@ def test_the_table_knows_what_a_layer_says(preset):
 
 def test_what_does_not_divide_is_named():
     """A dimension that does not divide is an error with path and shape, never a silent copy."""
-    tree = {"qkv": {"kernel": jnp.zeros((12, 9))}}
-    for text, words in (("8", "12 does not divide over fsdp=8"), ("tensor=2", "9 does not")):
-        with pytest.raises(UserError, match=rf"^--mesh: flux/qkv/kernel \(12, 9\): {words}"):
+    tree = {"mlp_in": {"kernel": jnp.zeros((12, 9))}}
+    for text, words in (("8", "12 does not divide over fsdp=8; "), ("tensor=2", "9 does not")):
+        with pytest.raises(UserError, match=rf"^--mesh: flux/mlp_in/kernel \(12, 9\): {words}"):
             shardings(tree, make_mesh(parse_mesh(text)), root="flux/")
+    tree, mesh = {"mod": {"lora_b": jnp.zeros((4, 12))}}, make_mesh(parse_mesh("fsdp=4,tensor=2"))
+    with pytest.raises(UserError, match="12 does not divide over fsdp=4 and tensor=2; .* smaller"):
+        shardings(tree, mesh, root="flux/")
+    assert shardings({"mod": {"lora_b": jnp.zeros((4, 16))}}, mesh, root="flux/")
 
 
 # --- the training step on a mesh ---
