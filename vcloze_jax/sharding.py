@@ -28,8 +28,8 @@ class Split(NamedTuple):
 COLUMNS = Split(outputs=("tensor",))
 ROWS = Split(inputs=("tensor",))
 TO_HEADS = Split(outputs=(None, "tensor", None))
-FROM_HEADS = Split(inputs=("tensor", None))
-FROM_PARTS = Split(inputs=(None, "tensor", None))
+OF_HEADS = Split(inputs=("tensor", None))
+OF_PARTS = Split(inputs=(None, "tensor", None))
 # Of a vector, for all layers at once: weights, too many to be gathered, stay as they are at rest.
 VECTOR = Split(outputs=(("tensor", "fsdp"),), batch=(None,))
 WHOLE = Split()

@@ -13,16 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vcloze_jax.model.ops import attention, modulate, rope, timestep_embedding
-from vcloze_jax.sharding import (
-    COLUMNS,
-    FROM_HEADS,
-    FROM_PARTS,
-    ROWS,
-    TO_HEADS,
-    VECTOR,
-    WHOLE,
-    placed,
-)
+from vcloze_jax.sharding import COLUMNS, OF_HEADS, OF_PARTS, ROWS, TO_HEADS, VECTOR, WHOLE, placed
 
 
 def as_shape(features):
@@ -66,9 +57,8 @@ class Dense(nnx.Module):
         if self.bias is not None:
             y = y + self.bias.astype(x.dtype)
         if self.rank:
-            y = y + lora_branch(
-                self.split, x, self.lora_a[...], self.lora_b[...], self.lora_bias[...]
-            )
+            branch = self.lora_a[...], self.lora_b[...], self.lora_bias[...]
+            y = y + lora_branch(self.split, x, *branch)
         return placed(y, *batch, *[None] * (y.ndim - 1 - len(outputs)), *outputs)
 
 
@@ -92,7 +82,7 @@ def lora_forward(split, x, a, b, bias):
 def lora_backward(split, saved, dy):
     x, h, a, b = saved
     out = tuple(range(1 - b.ndim, 0))
-    dh = jnp.tensordot(dy, b, (out, tuple(range(1, b.ndim))))  # ... R
+    dh = jnp.tensordot(dy, b, (out, out))  # ... R
     dx = jnp.tensordot(dh, a, ([-1], [-1]))
     tokens = tuple(range(h.ndim - 1))
     of_weight = partial(jnp.tensordot, axes=(tokens, tokens), preferred_element_type=jnp.float32)
@@ -140,7 +130,7 @@ class Stream(nnx.Module):
         self.qkv = Dense(c.width, (3, *heads), split=TO_HEADS, **dense)
         self.q_norm = RMSNorm(c.head_dim)
         self.k_norm = RMSNorm(c.head_dim)
-        self.proj = Dense(heads, c.width, split=FROM_HEADS, **dense)
+        self.proj = Dense(heads, c.width, split=OF_HEADS, **dense)
         self.mlp_in = Dense(c.width, c.mlp_ratio * c.width, split=COLUMNS, **dense)
         self.mlp_out = Dense(c.mlp_ratio * c.width, c.width, split=ROWS, **dense)
 
@@ -186,7 +176,7 @@ class SingleBlock(nnx.Module):
         dense, heads = dict(rank=c.rank, rngs=rngs), (c.heads, c.head_dim)
         self.mod = Dense(c.width, 3 * c.width, split=VECTOR, std=0.0, **dense)
         self.linear1 = Dense(c.width, (3 + c.mlp_ratio, *heads), split=TO_HEADS, **dense)
-        self.linear2 = Dense((1 + c.mlp_ratio, *heads), c.width, split=FROM_PARTS, **dense)
+        self.linear2 = Dense((1 + c.mlp_ratio, *heads), c.width, split=OF_PARTS, **dense)
         self.q_norm = RMSNorm(c.head_dim)
         self.k_norm = RMSNorm(c.head_dim)
 
