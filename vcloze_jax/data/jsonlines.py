@@ -134,7 +134,9 @@ def read_line(table: dict) -> OwnSample:
     check_keys(table, KEYS)
     if "image" not in table:
         raise UserError("image: missing; give rows of pictures, the last cell is learnt")
-    return OwnSample(table["image"], {key: read_key(table, key, None, check_text) for key in KEYS[1:]})
+    return OwnSample(
+        table["image"], {key: read_key(table, key, None, check_text) for key in KEYS[1:]}
+    )
 
 
 def read_pair(table: dict, columns: list[str], spelling: Spelling) -> OwnSample:

@@ -47,6 +47,7 @@ class Broken:
 
     def __init__(self, samples, reasons: dict[int, str]):
         self.samples, self.reasons, self.lock = samples, reasons, threading.Lock()
+        self.limit = int(MAX_BROKEN * len(samples))
         if reasons:
             self.tell(next(iter(reasons)))
 
@@ -59,12 +60,12 @@ class Broken:
 
     def tell(self, i: int) -> None:
         """Name one, and count them all."""
-        count, most = len(self.reasons), int(MAX_BROKEN * len(self.samples))
+        count = len(self.reasons)
         others = [self.samples.name(k) for k in self.reasons if k != i][-SHOWN:]
         message = f"{self.samples.name(i)}: {self.reasons[i]}"
-        message += f" ({count} of {len(self.samples)} samples broken, {most} allowed"
+        message += f" ({count} of {len(self.samples)} samples broken, {self.limit} allowed"
         message += f"; {', '.join(others)})" if others else ")"
-        if count > most:
+        if count > self.limit:
             raise UserError(message)
         tqdm.write(f"skipped: {message}", file=sys.stderr)
 
@@ -204,15 +205,14 @@ class OwnGrids:
         """Of pairs two questions, each with 0, 1 and 2 examples as far as there are some; of grids
         the first; with all text."""
         asked = replace(self, recipe=replace(self.recipe, **ASKED))
-        if not self.pairs:
-            places = [(s, k) for s, members in self.buckets.items() for k in range(len(members))]
+        shapes = self.shapes()
+        if self.pairs:
+            questions = range(min(2, self.count(shapes[0])))
+            places = [(s, k) for k in questions for s in shapes if s[1:] == shapes[0][1:]]
         else:
-            shapes = self.shapes()
-            places = [(s, k) for k in (0, 1) for s in shapes if s[1:] == shapes[0][1:]]
-            places = [(s, k) for s, k in places if k < self.count(s)]
-        rngs = [random_generator("preview", 0, k) for _, k in places]
-        chosen = zip(rngs, places, strict=True)
-        return [asked.example(rng, s, [k]) for rng, (s, k) in chosen][:PREVIEWS]
+            places = [(s, k) for s in shapes for k in range(self.count(s))][:PREVIEWS]
+        generators = [random_generator("preview", 0, k) for _, k in places]
+        return [asked.example(g, s, [k]) for g, (s, k) in zip(generators, places, strict=True)]
 
 
 def open_own(path: str, recipe: Recipe) -> OwnGrids:
