@@ -25,6 +25,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 MAX_PIXELS = 2**26  # 8192 x 8192, 256 MiB as Pillow holds it
 TURNS = b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"  # keywords of text that may turn a PNG
 LARGE = 2**20  # bytes of such text
+EXIF = {"exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow keeps what may turn a picture
 TURNED = 0x0112, range(5, 9)  # EXIF's orientation, and those that swap width and height
 URL = re.compile(r"(^|/)[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 
@@ -85,11 +86,12 @@ def measure_picture(path: str | Path, ground: str = "white") -> PictureSize:
     Raises PictureError naming the file."""
     try:
         with Image.open(check_file(path), formats=FORMATS) as picture:
-            # A PNG's EXIF may stand behind its pixels, and would be looked for there.
-            exif = picture.getexif() if picture.format != "PNG" or "exif" in picture.info else {}
+            # Of a PNG that says nothing before its pixels Pillow would read all, to look behind.
+            silent = picture.format == "PNG" and not EXIF & picture.info.keys()
             tag, swapped = TURNED
-            w, h = picture.size[:: -1 if exif.get(tag) in swapped else 1]
-            if 0 < w * h <= MAX_PIXELS:
+            turned = not silent and picture.getexif().get(tag) in swapped
+            w, h = picture.size[::-1] if turned else picture.size
+            if 0 < w * h <= MAX_PIXELS and picture.format != "TIFF":  # Pillow turns some itself
                 return PictureSize(w, h)
     except PictureError:
         raise
