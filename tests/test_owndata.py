@@ -15,9 +15,11 @@ from scipy.stats import chisquare
 from vcloze_jax.config import MINI, UserError
 from vcloze_jax.data.draws import ROWS, draw_blank, draw_order, draw_rows, draw_sentences, renumber
 from vcloze_jax.data.owndata import choose_part, open_own, split_buckets
+from vcloze_jax.data.report import show_source
 from vcloze_jax.data.sizes import ASPECTS, fill_buckets, merge_buckets
 from vcloze_jax.data.sources import Shape, draw_group, draw_groups
 from vcloze_jax.inputs.cells import row_size
+from vcloze_jax.inputs.sheet import MARK
 from vcloze_jax.prompts import CONTENT_PREFIXES, LAYOUTS
 
 ROOT = Path(__file__).parents[1]
@@ -310,6 +312,30 @@ def test_what_was_repaired_is_learnt(worn):
     Image.new("RGB", (64, 64)).save(worn / "in" / "000.png")
     everything = open_own(str(worn), replace(RECIPE, held_out=0.0))
     assert 0 in everything.members(Shape(1, 2, 64, 64)) and len(everything.broken.reasons) == 1
+
+
+# --- what --check shows ---
+
+
+def test_what_there_is_is_shown(pairs, tmp_path):
+    """All counts, sizes and tokens are told, and twelve grids drawn as a run draws them, hatched
+    where they are masked, and only there."""
+    source = open_own(str(pairs), RECIPE)
+    told = show_source(source, RECIPE, tmp_path / "new" / "check.png")
+    assert "36 pairs to learn from, 4 held out" in told
+    assert "  3 x 2 cells of 64x64: 96 tokens, 36 last rows\n" in told
+    for number in range(12):
+        (example,) = draw_group(source, RECIPE.seed, number, 1)
+        assert f"\n  {number + 1}: {example.prompt or 'none'}" in told
+    sheet = np.asarray(Image.open(tmp_path / "new" / "check.png"))
+    assert sheet.shape[1] == 4 * (2 * 64 + 3 * 8 + 8)
+    (example,) = draw_group(source, RECIPE.seed, 0, 1)
+    grid = example.grid
+    y = 14 + 8 + (len(grid.rows) - 1) * 72  # below the number, the gutter, and rows of examples
+    query = np.concatenate([sheet[y : y + 64, 8 + 72 * c : 72 + 72 * c] for c in (0, 1)], 1)
+    striped = (query != grid.query.pixels).any(-1)
+    assert striped.any() and not striped[~grid.query.mask].any()
+    assert (query[striped] == MARK).all() and striped.sum() < grid.query.mask.sum() / 3
 
 
 # --- size ---

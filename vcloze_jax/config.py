@@ -113,7 +113,7 @@ class Recipe:
     weights: str = setting("mini", "folder in diffusers' layout (default: mini's)", START)
     lora: str | None = setting(None, "an adapter to go on from", START)
     from_scratch: bool = setting(False, "random MMDiT and text encoders, all trained", START)
-    data: str = setting("graph200k", "a file of grids or pairs, a folder of pairs, or a name", DATA)
+    data: str = setting("graph200k", "graphemoji[:TASK], graphemoji-fill, a file or a folder", DATA)
     resolution: int = setting(384, "a cell's area is its square", DATA, least=16)
     held_out: float = setting(0.1, "share of the user's own data that only previews show", DATA)
     reverse_masking: float = setting(0.5, "share of grids where any cell may be blank", DATA)

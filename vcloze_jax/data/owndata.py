@@ -93,7 +93,7 @@ class OwnGrids:
     masks_every_row = False
 
     def digest(self) -> str:
-        """Of the lines or names, the sizes of all pictures, and the bytes of `SPOT` samples'."""
+        """Of the lines or names, the sizes of all pictures, and the files of `SPOT` samples."""
         return self.content
 
     def look_at_some(self, table: np.ndarray) -> str:
@@ -105,6 +105,7 @@ class OwnGrids:
         with quiet_decoders():
             for i, shape in places:
                 for found in self.try_to_read([i], shape):
+                    content.update(repr(found.sample).encode())
                     cells = [cell for row in found.sample.rows for cell in row]
                     files = [f for c in cells for f in (c.values() if isinstance(c, dict) else [c])]
                     for file in files:
