@@ -10,6 +10,7 @@ written at every save; sample.py --lora and diffusers load it.
 
 from pathlib import Path
 
+from vcloze_jax.data.report import show_source
 from vcloze_jax.data.sources import draw_groups, open_source
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.runfolder import ORIGINS, RunFolder
@@ -37,7 +38,7 @@ def main(argv):
     recipe = cli.read_recipe(args)
     run = RunFolder(args.out or Path("runs", recipe.preset))
     run.compare(recipe)
-    source = open_source(recipe.data, recipe.resolution, recipe.caption_dropout)
+    source = open_source(recipe)
 
     from vcloze_jax import plan  # JAX from here on
     from vcloze_jax.devices import make_mesh, parse_mesh
@@ -52,7 +53,9 @@ def main(argv):
     origins = describe_origins(folder, recipe, source.digest(), compute_dtype(mesh))
     run.compare_origins(recipe, origins, args.accept)
     if args.plan:
-        print(plan.training(preset, recipe, source.held_out(), mesh))
+        print(plan.training(preset, recipe, source, mesh))
+    if args.check:
+        print(show_source(source, recipe, run.path.with_name(f"{run.path.name}-check.png")))
     if args.plan or args.check:
         return 0
     try:
@@ -81,8 +84,7 @@ def learn(run, origins, preset, folder, mesh, source, **watchers):
         return 0
 
     first, last = trainer.step * recipe.batch, recipe.steps * recipe.batch  # grid
-    span = first // recipe.group, last // recipe.group
-    groups = draw_groups(source, recipe.seed, recipe.group, *span)
+    groups = draw_groups(source, recipe, first // recipe.group, last // recipe.group)
     with RunWriter(run, trainer, source, folder, **watchers) as writer:
         writer.prepare()
         train(trainer, groups, writer)

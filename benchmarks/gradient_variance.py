@@ -74,7 +74,7 @@ def main():
     parser.add_argument("--steps", type=int, default=24, help="of 16 grids")
     count = parser.parse_args().steps * RECIPE.batch // RECIPE.group
     mesh = make_mesh()
-    source = open_source(RECIPE.data, RECIPE.resolution, RECIPE.caption_dropout)
+    source = open_source(RECIPE)
     preset = check_for_training(places.MINI_FOLDER, RECIPE)
     parts = load(preset, None, mesh)
     trainer = Trainer(parts, preset, Tokenizers(places.MINI_FOLDER, preset.t5, preset.clip), mesh)

@@ -12,7 +12,15 @@ from PIL import Image
 
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs import pictures as images
-from vcloze_jax.inputs.pictures import open_picture, quiet_decoders, save_png, save_text, to_mask
+from vcloze_jax.inputs.pictures import (
+    PictureSize,
+    measure_picture,
+    open_picture,
+    quiet_decoders,
+    save_png,
+    save_text,
+    to_mask,
+)
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -24,7 +32,10 @@ def quadrants(scale=16):
 
 
 def pixels(path):
-    return np.asarray(open_picture(path))
+    """What a file shows; the size that its header tells is that."""
+    picture = open_picture(path)
+    assert measure_picture(path) == PictureSize(*picture.size)
+    return np.asarray(picture)
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "bmp", "tiff", "gif", "ppm"])
@@ -284,6 +295,7 @@ def test_damaged_pictures_never_raise_anything_else(tmp_path, capfd):
         (tmp_path / "a").write_bytes(damaged)
         try:
             with quiet_decoders():
+                measure_picture(tmp_path / "a")
                 assert open_picture(tmp_path / "a").mode == "RGB"
         except UserError as error:
             assert "\n" not in str(error)

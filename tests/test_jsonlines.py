@@ -1,17 +1,22 @@
-"""Laws of the user's own grids: a line is a grid with its truth, or one UserError that names it."""
+"""Laws of the user's own files: a line or a pair is a sample, or an error that names it."""
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vcloze_jax.config import UserError
-from vcloze_jax.data.jsonlines import JSONLinesGrids
+from vcloze_jax.config import MINI, UserError
+from vcloze_jax.data.jsonlines import SPELLINGS, FolderSamples, read_line
+from vcloze_jax.data.owndata import ASKED, open_own
+from vcloze_jax.data.sources import draw_of_shape
 
 PAIR = {"image": [["0.png", "1.png"], ["0.png", "1.png"]]}
 HALF = {"image": "0.png", "mask": "half.png"}
+RECIPE = replace(MINI.recipe, held_out=0.0, caption_dropout=0.0)
+FIXED = replace(RECIPE, **ASKED)  # nothing but the grid is drawn
 
 
 @pytest.fixture
@@ -24,12 +29,21 @@ def lines(tmp_path):
     Image.fromarray(half * 0).save(tmp_path / "black.png")
     os.mkfifo(tmp_path / "pipe.png")
 
-    def open_lines(*records):
+    def open_lines(*records, recipe=FIXED):
         text = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in records]
         (tmp_path / "mine.jsonl").write_bytes(b"\n".join(text))
-        return JSONLinesGrids(tmp_path / "mine.jsonl", 64)
+        return open_own(str(tmp_path / "mine.jsonl"), recipe)
 
     return open_lines
+
+
+def only(source):
+    """The one grid of a source."""
+    (shape,) = source.shapes()
+    return draw_of_shape(source, shape)
+
+
+# --- lines of grids ---
 
 
 def test_sentences(lines):
@@ -41,32 +55,120 @@ def test_sentences(lines):
         ({"task_prompt": None}, layout),
         ({"task": "colorization", "layout_prompt": ""}, "In each row, a logical task"),
     ):
-        ((example,),) = lines(PAIR | change).groups.values()
-        assert example.prompt.startswith(prompt)
+        example = only(lines(PAIR | change))
+        assert example.prompt.startswith(prompt) and example.kind == (change.get("task") or "")
 
 
 def test_shapes_come_as_often_as_lines_have_them(lines):
-    """A shape is that of its share of the lines; a caption is dropped in one of ten draws. A file
-    holds no grid back."""
+    """A shape is that of its share of the lines."""
     grids = lines(PAIR, PAIR, PAIR, {"image": [["2.png", "3.png"]]}, b"")
-    assert grids.held_out() is grids
     rng = np.random.default_rng(0)
     shapes = [grids.shape(rng) for _ in range(400)]
-    examples = [grids.example(rng, shape) for shape in shapes]
-    assert all(e.grid.shape == shape for e, shape in zip(examples, shapes, strict=True))
     # Four deviations of a binomial count.
-    assert abs(sum(len(shape) == 2 for shape in shapes) - 300) < 4 * 400**0.5 * 0.433
-    assert abs(sum(not e.prompt for e in examples) - 40) < 4 * 400**0.5 * 0.3
+    assert abs(sum(shape.rows == 2 for shape in shapes) - 300) < 4 * 400**0.5 * 0.433
+    assert {(shape.width, shape.height) for shape in shapes} == {(64, 64), (80, 32)}
 
 
 def test_what_is_learnt(lines):
-    """Without a mask it is the last cell, with its truth; with masks it is what they say."""
-    ((whole,),) = lines(PAIR).groups.values()
-    assert whole.grid.targets == [1] and whole.grid.query.mask[:, 64:].all()
-    assert (whole.grid.query.pixels[:, 64:] == [60, 0, 0]).all()
-    ((part,),) = lines({"image": [["0.png", "1.png"], [HALF, "1.png"]]}).groups.values()
-    assert part.grid.targets == [0]
-    assert part.grid.query.mask.sum() == 64 * 32 and part.grid.query.mask[:, 32:64].all()
+    """Without a mask it is one cell, with its truth, the last or any; with masks what they say."""
+    whole = only(lines(PAIR)).grid
+    assert whole.targets == [1] and whole.query.mask[:, 64:].all()
+    assert (whole.query.pixels[:, 64:] == [60, 0, 0]).all()
+    grids = lines(PAIR, recipe=RECIPE)
+    (shape,) = grids.shapes()
+    drawn = [grids.example(np.random.default_rng(i), shape, [0]).grid.targets for i in range(40)]
+    assert [0] in drawn and drawn.count([1]) > drawn.count([0])
+    masked = lines({"image": [["0.png", "1.png"], [HALF, "1.png"]]}, recipe=RECIPE)
+    for i in range(10):
+        part = masked.example(np.random.default_rng(i), shape, [0]).grid
+        assert part.targets == [0]
+        assert part.query.mask.sum() == 64 * 32 and part.query.mask[:, 32:64].all()
+
+
+# --- pairs in others' spellings ---
+
+
+def test_spellings():
+    """A pair is known by its keys, as ControlNet, InstructPix2Pix and others write it: columns in
+    order, the target last, and what its text is, a caption or an instruction."""
+    for line, row, text in (
+        ({"source": "a", "target": "b", "text": "t"}, ["a", "b"], "t"),
+        ({"source": "a", "target": "b", "prompt": "t"}, ["a", "b"], "t"),
+        ({"target": "b", "source": "a"}, ["a", "b"], None),
+        (
+            {"cond1": "c", "cond2": "d", "source": "a", "target": "b", "text": "t"},
+            ["c", "d", "a", "b"],
+            "t",
+        ),
+        ({"cond1": "c", "target": "b", "text": None}, ["c", "b"], None),
+        ({"conditioning_image": "a", "image": "b", "text": "t"}, ["a", "b"], "t"),
+        (
+            {"input": "a", "output": "b", "prompt": "t"},
+            ["a", "b"],
+            "The editing instruction in the last row is: t",
+        ),
+        (
+            {"original_image": "a", "edited_image": "b", "edit_prompt": "t"},
+            ["a", "b"],
+            "The editing instruction in the last row is: t",
+        ),
+    ):
+        sample = read_line(line)
+        assert sample.rows == [row] and sample.texts["content_prompt"] == text, line
+        assert len(sample.phrases) == len(row)
+    assert {target for target, spelling in SPELLINGS.items() if spelling.conditions} == {*SPELLINGS}
+
+
+def test_a_pair_is_a_row(lines):
+    """Lines of pairs make grids of them; where a line words its task, that is said."""
+    pair = {"source": "0.png", "target": "1.png", "text": "a fox", "task_prompt": "Do it."}
+    example = only(lines(pair))
+    assert example.grid.shape == ((64, 128),) and example.grid.targets == [1]
+    assert example.prompt.endswith("Do it. The last image of the last row depicts: a fox")
+
+
+# --- folders of pairs ---
+
+
+@pytest.mark.parametrize("form", ["{side}/{name}.png", "{name}_{side}.jpg"])
+def test_folders(tmp_path, form):
+    """Both forms of a folder, by name, with the texts that there are; other files do not matter."""
+    for side, level in (("in", 0), ("out", 200)):
+        for i, name in enumerate(("b", "a.x")):
+            file = tmp_path / form.format(side=side, name=name)
+            file.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (64, 64), (60 * i, level, 0)).save(file, quality=100)
+    (tmp_path / "a.x.txt").write_text(" an\n apple ")
+    (tmp_path / "notes.md").write_text("nothing")
+    (tmp_path / ".hidden_in.png").write_text("nothing")
+    samples = FolderSamples(tmp_path)
+    assert [samples.name(i) for i in range(len(samples))] == [
+        f"{tmp_path}: {n}" for n in ("a.x", "b")
+    ]
+    assert [sample.texts["content_prompt"] for sample in samples] == ["an apple", None]
+    source = open_own(str(tmp_path), FIXED)
+    assert [shape.rows for shape in source.shapes()] == [1, 2] and source.pairs
+    query = source.example(np.random.default_rng(0), source.shapes()[0], [0]).grid.query
+    assert abs(query.pixels[0, 0].astype(int) - [60, 0, 0]).max() < 4
+    assert abs(query.pixels[0, -1].astype(int) - [60, 200, 0]).max() < 4
+
+
+def test_wrong_folders_are_named(tmp_path):
+    """What has no partner, what has two, and a folder without pairs are one line of an error."""
+    (tmp_path / "in").mkdir()
+    with pytest.raises(UserError, match="no pair in it: neither in/NAME.png"):
+        FolderSamples(tmp_path)
+    (tmp_path / "out").mkdir()
+    for name in ("in/a.png", "in/b.png", "out/a.jpg"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="b: there is its 'in' picture alone; add 'out'"):
+        FolderSamples(tmp_path)
+    (tmp_path / "in" / "a.webp").touch()
+    with pytest.raises(UserError, match="in/a.webp: in/a.png has the same name; remove one"):
+        FolderSamples(tmp_path)
+
+
+# --- mistakes ---
 
 
 BAD = [  # beside what test_spec.py says of JSON and of cells: a line is read by the same functions
@@ -81,6 +183,13 @@ BAD = [  # beside what test_spec.py says of JSON and of cells: a line is read by
     ({"task_prompt": "T"}, "image: missing"),
     ({"image": None}, "image: missing"),
     (PAIR | {"prompt": "x"}, "'prompt': unknown key"),
+    ({"source": "0.png", "target": "1.png", "txt": "x"}, "'txt': unknown key.*'text'"),
+    ({"source": "0.png", "target": "1.png", "text": "", "prompt": ""}, "text and prompt: keep one"),
+    ({"source": ["0.png"], "target": "1.png"}, "source: must be a string, not a list"),
+    (
+        {"source": "0.png", "target": "1.png"},
+        r"grids and pairs are mixed \(.*line 1 is of the other",
+    ),
     (PAIR | {"seed": 1}, "'seed': unknown key"),
     (PAIR | {"task_prompt": 3}, "task_prompt: must be a string"),
     (PAIR | {"task": "colorizatio"}, "task: no task .*did you mean 'colorization'"),
@@ -115,11 +224,13 @@ def test_an_empty_file_is_refused(lines):
     """A file without a grid is an error, not an endless wait."""
     with pytest.raises(UserError, match="no grid in it"):
         lines()
+    with pytest.raises(UserError, match="line 1: is not JSON"):
+        lines(b"", b"")
 
 
 def test_only_regular_files_are_opened(lines, tmp_path):
-    """Neither a pipe nor a folder nor a device is read."""
+    """Neither a pipe nor a device is read."""
     lines(PAIR)
-    for path in (tmp_path / "pipe.png", tmp_path, "/dev/zero"):
-        with pytest.raises(UserError, match="pipe|folder|device"):
-            JSONLinesGrids(path, 64)
+    for path in (tmp_path / "pipe.png", "/dev/zero"):
+        with pytest.raises(UserError, match="pipe|device"):
+            open_own(str(path), FIXED)

@@ -9,27 +9,47 @@ from itertools import islice
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import chisquare
 
-from vcloze_jax.config import UserError
-from vcloze_jax.data.graph import NEAR, NODES, TRAIN, draw_fill, draw_sample
-from vcloze_jax.data.sources import SOURCES, draw_group, draw_groups, draw_of_shape, open_source
+from vcloze_jax.config import MINI, UserError
+from vcloze_jax.data.graph import NEAR, NODES, SIZE, TRAIN, draw_fill, draw_sample
+from vcloze_jax.data.sources import (
+    SOURCES,
+    Shape,
+    deal,
+    draw_group,
+    draw_groups,
+    draw_of_shape,
+    open_source,
+)
 from vcloze_jax.prompts import CONTENT_PREFIXES
 
-NAMES = ["graphemoji", "graphemoji:gray->fluent_flat", "graphemoji-fill", "own.jsonl"]
+NAMES = ["graphemoji", "graphemoji:gray->fluent_flat", "graphemoji-fill", "own.jsonl", "pairs"]
+SILENT = replace(MINI.recipe, caption_dropout=0.0)
+
+
+def open_named(name, **changes):
+    """What --data names, by mini's recipe."""
+    return open_source(replace(MINI.recipe, data=str(name), **changes))
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """What each name opens, held out: 128 subjects of GraphEmoji, which are derived in a second."""
+    """What each name opens, held out: 128 subjects of GraphEmoji, which are derived in a second.
+    Of the user's own data a half is held out: as many as there is to learn from."""
     folder = tmp_path_factory.mktemp("own")
-    for i in range(4):
-        Image.new("RGB", (64, 64), (60 * i, 0, 0)).save(folder / f"{i}.png")
-    rows = [["0.png", "1.png"], ["2.png", "3.png"]]
-    lines = [{"image": rows}, {"image": rows[::-1]}, {"image": rows[:1]}, {"image": rows[1:]}]
+    (folder / "pairs").mkdir()
+    for i in range(8):
+        for side, level in (("in", 0), ("out", 255)):
+            picture = Image.new("RGB", (64, 64), (30 * i, level, 0))
+            picture.save(folder / "pairs" / f"{i}_{side}.png")
+        (folder / "pairs" / f"{i}.txt").write_text(f"colour {i}")
+    rows = [[f"pairs/{i}_in.png", f"pairs/{i}_out.png"] for i in range(8)]
+    lines = [{"image": [rows[i - 1], rows[i]]} for i in range(8)]
     lines = [json.dumps(line | {"content_prompt": f"{i}"}) for i, line in enumerate(lines)]
     (folder / "own.jsonl").write_text("\n".join(lines))
-    opened = {name: open_source(name, 64, 0.1) for name in NAMES[:3]}
-    opened["own.jsonl"] = open_source(f"{folder}/own.jsonl", 64, 0.1)
+    opened = {name: open_named(name) for name in NAMES[:3]}
+    opened |= {name: open_named(folder / name) for name in NAMES[3:]}
     return {name: source.held_out() for name, source in opened.items()}
 
 
@@ -54,22 +74,30 @@ def same(one, other):
 # --- what --data names ---
 
 
-UNKNOWN = "no such data; use graphemoji, graphemoji:TASK, graphemoji-fill or a JSON-lines file$"
+UNKNOWN = "no such data; use graphemoji, graphemoji:TASK, graphemoji-fill, a JSON-lines file or a"
 
 
-@pytest.mark.parametrize("name", ["nowhere.jsonl", "", "graphemoji-fill:x", "graphemojis", "."])
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "", "graphemoji-fill:x", "graphemojis"])
 def test_unknown_data_is_refused(name):
     """What --data does not name is one line that says what it could."""
     with pytest.raises(UserError, match=f"^--data {name}: {UNKNOWN}"):
-        open_source(name, 64, 0.1)
+        open_named(name)
 
 
 def test_unknown_tasks_and_what_is_not_there_yet():
     """A task's name is checked at once; of what we know and cannot open yet, the line says so."""
     with pytest.raises(UserError, match="^--data gray->x: not CONDITION.* nodes of fluent_3d"):
-        open_source("graphemoji:gray->x", 64, 0.1)
-    with pytest.raises(UserError, match="^--data graph200k: not yet; use graphemoji or a JSON"):
-        open_source("graph200k", 64, 0.1)
+        open_named("graphemoji:gray->x")
+    with pytest.raises(UserError, match="^--data graph200k: not yet; use graphemoji or your own"):
+        open_named("graph200k")
+
+
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_a_resolution_is_obeyed_or_refused(name):
+    """GraphEmoji's cells have the size of its pictures; another is an error, not ignored."""
+    assert {shape[2:] for shape in open_named(name).shapes()} == {(SIZE, SIZE)}
+    with pytest.raises(UserError, match="^--resolution 128: .* 64 x 64 pixels; leave it at 64$"):
+        open_named(name, resolution=128)
 
 
 def test_opening_is_cheap():
@@ -77,12 +105,14 @@ def test_opening_is_cheap():
     of the others' libraries."""
     code = f"""
 import sys
-from vcloze_jax.config import UserError
-from vcloze_jax.data.sources import SOURCES, open_source
-try: open_source({__file__!r}, 64, 0.1)
+from dataclasses import replace
+from vcloze_jax.config import MINI, UserError
+from vcloze_jax.data.sources import open_source
+open_named = lambda name: open_source(replace(MINI.recipe, data=name))
+try: open_named({__file__!r})
 except UserError as error: assert "line 1" in str(error)
 assert {{"tensorflow_datasets", "scipy", "jax"}}.isdisjoint(sys.modules), "file"
-for name in {NAMES[:3]}: open_source(name, 64, 0.1).held_out()
+for name in {NAMES[:3]}: open_named(name).held_out()
 from vcloze_jax.data.graphemoji import read_nodes
 assert read_nodes.cache_info().misses == 0
 assert {{"jax", "flax", "tensorflow"}}.isdisjoint(sys.modules), "ours"
@@ -95,7 +125,7 @@ def test_a_task_is_the_only_one_that_is_drawn():
     """graphemoji:TASK has that task's columns; graphemoji alone has all that are trained."""
     widths = {}
     for name in ("graphemoji", "graphemoji:", "graphemoji:edges+blur->fluent_3d"):
-        grids = open_source(name, 64, 0.1)
+        grids = open_named(name)
         widths[name] = {grids.shape(generator(i))[1] for i in range(100)}
     assert list(widths.values()) == [{2, 3, 4}, {2, 3, 4}, {3}]
 
@@ -106,26 +136,55 @@ def test_a_task_is_the_only_one_that_is_drawn():
 def test_every_row_of_the_registry_is_tested():
     """The laws below hold for every source that can be opened."""
     forms = {name.replace("gray->fluent_flat", "TASK") for name in NAMES}
-    assert {form for form, opener in SOURCES.items() if opener} == forms - {"own.jsonl"}
+    assert {form for form, opener in SOURCES.items() if opener} == forms - {"own.jsonl", "pairs"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_groups_depend_on_seed_and_number_only(sources, name):
-    """A group is a function of (seed, number), whatever was asked before; its grids share one
-    shape, of those that are known beforehand, and only a source that says so masks other rows than
-    the last."""
+    """A group is a function of (seed, number), whatever was asked before; its grids have one shape,
+    of those that are known beforehand, and only a source that says so masks other rows than the
+    last."""
     grids = sources[name]
     first = draw_group(grids, 3, 7, 4)
     draw_group(grids, 0, 0, 2)
     same(draw_group(grids, 3, 7, 4), first)
     groups = [draw_group(grids, 3, i, 4) for i in range(20)]
-    shapes = {draw_of_shape(grids, shape).grid.shape for shape in grids.shapes()}
+    shapes = {shape.sizes for shape in grids.shapes()}
+    assert shapes == {draw_of_shape(grids, shape).grid.shape for shape in grids.shapes()}
+    assert all(shape.tokens == draw_of_shape(grids, shape).grid.tokens for shape in grids.shapes())
     assert all(len({example.grid.shape for example in group}) == 1 for group in groups)
     assert {group[0].grid.shape for group in groups} <= shapes
     others = [*groups, *(draw_group(grids, 4, i, 4) for i in range(20))]
     assert len({tuple(example.prompt for example in group) for group in others}) > 20
     rows = [row for group in groups for example in group for row in example.grid.rows[:-1]]
     assert any(row.mask.any() for row in rows) == grids.masks_every_row
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_grid_comes_twice_in_a_group(sources, name):
+    """The last rows of a group are all different: their pictures tell."""
+    for number in range(40):
+        group = draw_group(sources[name], 5, number, 2)
+        assert len({example.grid.query.pixels.tobytes() for example in group}) == 2
+
+
+@pytest.mark.parametrize("count, size", [(1, 4), (3, 8), (8, 8), (100, 8), (10_000, 8)])
+def test_dealing(count, size):
+    """Each member of a group gets numbers that no other gets, all there are or 64 each; where there
+    are fewer than members, they come in turns. Every number is as likely as another."""
+    first = np.zeros(count, int)
+    for seed in range(400):
+        hands = deal(generator(seed), count, size)
+        numbers = np.concatenate(hands)
+        assert len(numbers) == max(size, min(count, 64 * size)) and numbers.max() < count
+        if count >= size:
+            assert len(set(numbers.tolist())) == len(numbers)
+        else:
+            turns = np.array(hands)[: size // count * count, 0].reshape(-1, count)
+            assert (np.sort(turns, 1) == np.arange(count)).all()
+        first[hands[1][0]] += 1
+    if 1 < count < 100:
+        assert chisquare(first).pvalue > 1e-4
 
 
 def test_tasks_do_not_depend_on_rows_or_position(source):
@@ -135,9 +194,9 @@ def test_tasks_do_not_depend_on_rows_or_position(source):
     once drew its task with the number that chose the rows.)"""
     drawn = []
 
-    def spy(rng, shape, names, size):
-        sample = draw_sample(rng, shape, names, size, 0.0)
-        drawn.append((shape, tuple(sample.nodes[-1])))
+    def spy(rng, shape, names, query):
+        sample = draw_sample(rng, shape, names, query, SILENT)
+        drawn.append((shape[:2], tuple(sample.nodes[-1])))
         return sample
 
     watched = replace(source, choose_sample=spy)
@@ -156,8 +215,11 @@ def test_tasks_do_not_depend_on_rows_or_position(source):
 
 @pytest.mark.parametrize("start", [0, 3, 5])
 def test_a_restart_continues(source, start):
-    """Begun at any number, the stream is the rest of the whole one, and ends where it should."""
-    rest = list(draw_groups(source, 1, 2, start, 6))
+    """Begun at any number, by any number of threads, the stream is the rest of the whole one, and
+    ends where it should."""
+    rest = list(
+        draw_groups(source, replace(MINI.recipe, seed=1, group=2, threads=start + 1), start, 6)
+    )
     assert len(rest) == 6 - start
     for number, group in enumerate(rest, start):
         same(group, draw_group(source, 1, number, 2))
@@ -165,7 +227,8 @@ def test_a_restart_continues(source, start):
 
 def test_streams_need_not_be_read_to_the_end(source):
     """What is made ahead is no obligation: a reader that stops early gets the same groups."""
-    for number, group in enumerate(islice(draw_groups(source, 1, 2, 0, 1000), 2)):
+    recipe = replace(MINI.recipe, seed=1, group=2)
+    for number, group in enumerate(islice(draw_groups(source, recipe, 0, 1000), 2)):
         same(group, draw_group(source, 1, number, 2))
 
 
@@ -178,7 +241,7 @@ def test_digests_follow_the_content(sources, tmp_path):
         (tmp_path / folder).mkdir()
         Image.new("RGB", (64, 64), (colour, 0, 0)).save(tmp_path / folder / "0.png")
         (tmp_path / folder / "own.jsonl").write_text('{"image": [["0.png", "0.png"]]}')
-    a, b, c = (open_source(f"{tmp_path}/{f}/own.jsonl", 64, 0.1).digest() for f in "abc")
+    a, b, c = (open_named(tmp_path / f / "own.jsonl").digest() for f in "abc")
     assert a == b != c
 
 
@@ -188,7 +251,7 @@ def test_digests_follow_the_content(sources, tmp_path):
 def test_held_out_subjects_are_never_trained_on(sources):
     """Held-out grids are drawn by the rules of the source, of the split that is not trained on."""
     for name in NAMES[:3]:
-        train = open_source(name, 64, 0.1)
+        train = open_named(name)
         assert (train.split, sources[name].split) == ("train", "held_out")
         assert len(sources[name].names) == 128 and sources[name].held_out().split == "held_out"
         for number in range(5):
@@ -198,7 +261,7 @@ def test_held_out_subjects_are_never_trained_on(sources):
 def test_cells_show_what_the_sample_says(source):
     """Row r, column c of a grid is the picture of the sample's subject and node there, for tasks
     (subjects by row) and for the infilling base (subjects by cell); masks lie on their cells."""
-    args = ((2, 3), source.names, 64, 0.0)
+    args = (Shape(2, 3, SIZE, SIZE), source.names, 5, SILENT)
     for sample in (draw_sample(generator(10), *args), draw_fill(generator(10), *args)):
         grid = source.picture(sample).grid
         for r, row in enumerate(grid.rows):
@@ -211,8 +274,9 @@ def test_cells_show_what_the_sample_says(source):
 
 def test_names_are_those_of_the_pictures(source):
     """The content sentence of a task names the subject of the last row, whose picture is there."""
+    shape = Shape(2, 2, SIZE, SIZE)
     for seed in range(20):
-        sample = draw_sample(generator(11, seed), (2, 2), source.names, 64, 0.0)
+        sample = draw_sample(generator(11, seed), shape, source.names, seed, SILENT)
         prefix = next((p for p in CONTENT_PREFIXES if p in sample.prompt), None)
         if prefix:
             assert sample.prompt.endswith(prefix + source.names[sample.subjects[-1]])

@@ -113,12 +113,15 @@ class Recipe:
     weights: str = setting("mini", "folder in diffusers' layout (default: mini's)", START)
     lora: str | None = setting(None, "an adapter to go on from", START)
     from_scratch: bool = setting(False, "random MMDiT and text encoders, all trained", START)
-    data: str = setting(
-        "graph200k", "graphemoji[:TASK], graphemoji-fill or a JSON-lines file", DATA
-    )
-    resolution: int = setting(
-        384, "a cell's area is its square; of JSON-lines data", DATA, least=16
-    )
+    data: str = setting("graph200k", "graphemoji[:TASK], graphemoji-fill, a file or a folder", DATA)
+    resolution: int = setting(384, "a cell's area is its square", DATA, least=16)
+    held_out: float = setting(0.1, "share of the user's own data that only previews show", DATA)
+    reverse_masking: float = setting(0.5, "share of grids where any cell may be blank", DATA)
+    reverse_held_out: bool = setting(False, "… and so held-out tasks shown (the paper's)", DATA)
+    keep_order: bool = setting(False, "conditions stay in their order", DATA)
+    task_sentence: float = setting(0.8, "share of grids whose text names the task", DATA)
+    content_sentence: float = setting(0.8, "share whose text says what the last cell shows", DATA)
+    fixed_templates: bool = setting(False, "sentences are worded as in sampling", DATA)
     caption_dropout: float = setting(0.1, "share of grids without any text", DATA)
     rank: int = setting(256, "of the adapter; 0 trains the MMDiT itself")
     lr: float = setting(1e-4, "learning rate", free=True)
@@ -137,9 +140,8 @@ class Recipe:
     # The authors multiply by 1 - mask, hence 0, but sample with -1, a black cell.
     mask_fill: float = setting(0.0, "of masked pixels in the condition picture, in [-1, 1]")
     seed: int = setting(0, "of all that is drawn")
-    mesh: str = setting(
-        "", "8, or data=2,fsdp=2,tensor=2 (default: all accelerators)", RUN, free=True
-    )
+    mesh: str = setting("", "8, or data=2,fsdp=2,tensor=2 (default: all there is)", RUN, free=True)
+    threads: int = setting(4, "that make grids ahead", RUN, least=1, free=True)
     micro_batch: int = setting(0, "grids at a time, at most", RUN, least=0, free=True)
     save_every: int = setting(500, "steps between checkpoints", RUN, least=1, free=True)
     save_minutes: float = setting(0.0, "minutes after which to save, too", RUN, least=0, free=True)

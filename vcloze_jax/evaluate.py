@@ -18,9 +18,9 @@ import numpy as np
 from skimage.metrics import structural_similarity
 
 from vcloze_jax import prompts
-from vcloze_jax.config import UserError
+from vcloze_jax.config import MINI, UserError
 from vcloze_jax.data import graph
-from vcloze_jax.data.graphemoji import GraphEmojiGrids
+from vcloze_jax.data.graphemoji import open_tasks
 from vcloze_jax.grid import Spec
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.pictures import check_file, check_writable, save_png, save_text
@@ -229,7 +229,7 @@ def main(argv):
     check_writable(args.out, "table.json")
 
     painter = load_painter(args.weights, args.lora, args.mesh)
-    source = GraphEmojiGrids("held_out")
+    source = open_tasks("", MINI.recipe).held_out()
     if not 1 <= args.subjects <= len(source.names):
         raise UserError(f"--subjects {args.subjects}: 1 to {len(source.names)} are held out")
     subjects = np.linspace(0, len(source.names) - 1, args.subjects).astype(int)

@@ -13,11 +13,10 @@ from functools import cache
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from vcloze_jax import flow
-from vcloze_jax.grid import PATCH, bucket
+from vcloze_jax.grid import bucket
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.vae import VAE
 from vcloze_jax.painter import BATCH_TOKENS
@@ -99,8 +98,8 @@ def training(preset, settings, data, mesh):
     """What an optimizer step on the largest grid of the data costs, as text."""
     dtype, shards = compute_dtype(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
     preset = replace(preset, flux=replace(preset.flux, rank=settings.rank))
-    rows, grids = largest(data), micro_size(settings, mesh) // shards
-    tokens = sum(map(math.prod, rows)) // PATCH**2
+    shape = max(data.shapes(), key=lambda shape: shape.tokens)
+    rows, tokens, grids = shape.sizes, shape.tokens, micro_size(settings, mesh) // shards
     encoded = Counter((*rows, rows[-1]))  # the query a second time, blanked
     _, total = gradient_flops(preset, tokens)
     # A gradient of all weights takes twice the work of what it is the gradient of.
@@ -129,13 +128,6 @@ def training(preset, settings, data, mesh):
         f"each of {mesh.size} {dtype} devices; bytes on each:",
     ]
     return "\n".join(lines + verdict({"a step": stage}, mesh))
-
-
-def largest(data, draws=200):
-    """Rows (height, width) of the largest of some grids of the data."""
-    rngs = [np.random.default_rng(i) for i in range(draws)]
-    shapes = {data.example(rng, data.shape(rng)).grid.shape for rng in rngs}
-    return max(shapes, key=lambda rows: sum(map(math.prod, rows)))
 
 
 def weights_on_device(preset, names, mesh, dtype):

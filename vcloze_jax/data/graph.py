@@ -5,13 +5,17 @@ nodes to a target, so a row has C = 2, 3 or 4 cells. Rules of sampling: paper, s
 lzyhha/VisualCloze:data/dataset.py. Everything drawn is a function of the generator given.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from vcloze_jax import prompts
 from vcloze_jax.data.conditions import CONDITIONS
+from vcloze_jax.data.draws import ROWS, draw_blank, draw_order, draw_rows, draw_sentences
+from vcloze_jax.data.sources import Shape
+
+SIZE = 64  # pixels of a cell's side
 
 # The drawn views by pack, each with its phrases, of which a prompt says one.
 PACKS = {
@@ -136,37 +140,44 @@ def draw_task(rng, columns=None, tasks=TRAIN):
     return fitting[rng.choice(len(fitting), p=weights / weights.sum())]
 
 
-ROWS = {1: 0.3, 2: 0.4, 3: 0.3}  # of a grid, with their share
-
-
 def list_shapes(tasks):
-    """All (rows, columns) that `draw_shape` may draw."""
-    return tuple((rows, columns) for rows in ROWS for columns in sorted({t.columns for t in tasks}))
+    """All that `draw_shape` may draw."""
+    widths = sorted({task.columns for task in tasks})
+    return tuple(Shape(rows, columns, SIZE, SIZE) for rows in ROWS for columns in widths)
 
 
 def draw_shape(rng, tasks=TRAIN):
-    """Rows and columns of a group: R is 1, 2 or 3 with p 0.3, 0.4, 0.3.
+    """The shape of a group: the columns are those of a drawn task.
 
-    The columns are those of a drawn task; each element then draws a task of that width, so that
-    over many batches every task keeps its share.
+    Each element then draws a task of that width, so that over many batches every task keeps its
+    share.
     """
-    return int(rng.choice(list(ROWS), p=list(ROWS.values()))), draw_task(rng, tasks=tasks).columns
+    return Shape(draw_rows(rng), draw_task(rng, tasks=tasks).columns, SIZE, SIZE)
 
 
-def draw_sample(rng, shape, names, size, dropout=0.1, tasks=TRAIN):
-    """One grid of `shape` (rows, columns) of the task graph over the subjects called `names`.
+def draw_sample(rng, shape, names, query, recipe, tasks=TRAIN):
+    """One grid of a Shape, of the task graph over the subjects called `names`; that of the last row
+    has the number `query`.
 
-    Draws task, subjects, the order of the conditions (the same in all rows), the mask and the
-    sentences; with p `dropout` there is no text at all.
+    Draws task, the other subjects, the order of the conditions (the same in all rows), the
+    sentences and the mask, as the Recipe says.
     """
-    rows, columns = shape
-    task = draw_task(rng, columns, tasks)
-    nodes = (*rng.permutation(task.conditions).tolist(), task.target)
-    subjects = rng.choice(len(names), rows, replace=False)
-    prompt = draw_prompt(rng, nodes, rows, names[subjects[-1]])
-    if rng.random() < dropout:
-        prompt = ""
-    return Sample([list(nodes)] * rows, subjects, draw_mask(rng, rows, columns, size), prompt)
+    task = draw_task(rng, shape.columns, tasks)
+    order = draw_order(rng, task.columns, recipe)
+    nodes = [(*task.conditions, task.target)[i] for i in order]
+    subjects = draw_subjects(rng, len(names), shape.rows, query)
+    content = names[query] if task.target in VIEWS else ""
+    phrases = [draw_phrase(rng, node) for node in nodes]
+    prompt = draw_sentences(rng, recipe, shape[:2], phrases, content)
+    mask = np.zeros((shape.rows, shape.columns, shape.height, shape.width), bool)
+    mask[-1] = draw_mask(rng, nodes, shape.height, recipe, tasks)
+    return Sample([nodes] * shape.rows, subjects, mask, prompt)
+
+
+def draw_subjects(rng, count, size, query):
+    """Different numbers below `count`, the last one `query`: int [size]."""
+    others = rng.choice(count - 1, size - 1, replace=False)
+    return np.append(others + (others >= query), query)
 
 
 def ask_last(nodes, subjects, names):
@@ -179,21 +190,32 @@ def ask_last(nodes, subjects, names):
     return Sample(nodes, np.asarray(subjects), mask, prompts.join(layout, task, content))
 
 
-def draw_mask(rng, rows, columns, size):
-    """What is blank in the query row: bool [R, C, size, size].
+def draw_mask(rng, nodes, size, recipe, tasks=TRAIN):
+    """What is blank in the query row: bool [C, size, size].
 
-    With p 0.5 any one cell, else the last (the paper's reverse masking). Mini's additions: with
-    p 0.1 two cells or more, with p 0.1 a random part of the cell.
+    One cell, as `draw_blank` has it. Mini's additions: with p 0.1 two cells or more, with p 0.1 a
+    random part of the cell. What would show a held-out task is not drawn, the last cell is instead;
+    the Recipe's `reverse_held_out` draws it all the same (the paper's rule).
     """
-    mask = np.zeros((rows, columns, size, size), bool)
-    kind = rng.random()
+    columns, kind = len(nodes), rng.random()
+    blank = np.zeros(columns, bool)
     if kind < 0.1:
-        count = rng.integers(2, columns + 1)
-        mask[-1, rng.choice(columns, count, replace=False)] = True
-        return mask
-    column = rng.integers(columns) if rng.random() < 0.5 else columns - 1
-    mask[-1, column] = draw_part(rng, size) if kind < 0.2 else True
+        blank[rng.choice(columns, rng.integers(2, columns + 1), replace=False)] = True
+    else:
+        blank[draw_blank(rng, columns, recipe)] = True
+    if not recipe.reverse_held_out and asks_held_out(nodes, blank, tasks):
+        blank = np.arange(columns) == columns - 1
+    mask = np.zeros((columns, size, size), bool)
+    mask[blank] = draw_part(rng, size) if 0.1 <= kind < 0.2 else True
     return mask
+
+
+def asks_held_out(nodes, blank, tasks):
+    """Whether cells of these nodes, some of them blank, ask for a task that is held out: lead from
+    its conditions to its target, in whatever columns. Those of `tasks` are not held out."""
+    given = {node for node, hidden in zip(nodes, blank, strict=True) if not hidden}
+    held_out = {*HELD_OUT_TASKS, *HELD_OUT_COMPOSITIONS} - {*tasks}
+    return any(given == {*task.conditions} and task.target in {*nodes} - given for task in held_out)
 
 
 def draw_part(rng, size):
@@ -205,22 +227,6 @@ def draw_part(rng, size):
     h, w = rng.uniform(0.35, 0.9, 2)
     top, left = rng.uniform(0, 1 - h), rng.uniform(0, 1 - w)
     return (y >= top) & (y < top + h) & (x >= left) & (x < left + w)
-
-
-def draw_prompt(rng, nodes, rows, name):
-    """Layout always; the task with p 0.8; the content with p 0.8 if the target shows the subject.
-
-    Source: lzyhha/VisualCloze:data/dataset.py.
-    """
-    layout = prompts.layout_prompt(rows, len(nodes), template=rng.integers(10))
-    phrases = [draw_phrase(rng, node) for node in nodes]
-    task = prompts.task_prompt(phrases, template=rng.integers(10))
-    content = prompts.CONTENT_PREFIXES[rng.integers(10)] + name
-    if rng.random() >= 0.8:
-        task = ""
-    if rng.random() >= 0.8 or nodes[-1] not in VIEWS:
-        content = ""
-    return prompts.join(layout, task, content)
 
 
 def draw_phrase(rng, node):
@@ -239,11 +245,12 @@ SHEETS = {
 
 
 def draw_fill_shape(rng):
-    """Rows and columns of a group of the infilling base."""
-    return list(FILL_SHAPES)[rng.choice(len(FILL_SHAPES), p=list(FILL_SHAPES.values()))]
+    """The shape of a group of the infilling base."""
+    shapes = list(FILL_SHAPES)
+    return Shape(*shapes[rng.choice(len(shapes), p=list(FILL_SHAPES.values()))], SIZE, SIZE)
 
 
-def draw_fill(rng, shape, names, size, dropout=0.1):
+def draw_fill(rng, shape, names, query, recipe):
     """One grid with random holes: what mini's base, its FLUX-Fill, learns from.
 
     The web is full of repeated pictures and of sheets that draw a few subjects in a few manners:
@@ -252,11 +259,11 @@ def draw_fill(rng, shape, names, size, dropout=0.1):
     to go by; the text tells what the last cell shows, and never names a task.
     """
     kind = list(FILL_KINDS)[rng.choice(len(FILL_KINDS), p=list(FILL_KINDS.values()))]
-    rows, columns = shape
-    nodes = rng.choice(ALIGNED, shape)
-    subjects = rng.choice(len(names), shape, replace=False)
+    rows, columns, size, _ = shape
+    nodes = rng.choice(ALIGNED, (rows, columns))
+    subjects = draw_subjects(rng, len(names), rows * columns, query).reshape(rows, columns)
     if kind != "unrelated":
-        nodes, subjects = (np.repeat(x[:, :1], columns, 1) for x in (nodes, subjects))
+        nodes, subjects = (np.repeat(x[:, -1:], columns, 1) for x in (nodes, subjects))
     if kind == "sheet" and columns > 1:
         task = draw_task(rng, columns, SHEETS)
         nodes[:] = rng.permutation((*task.conditions, task.target))
@@ -266,6 +273,5 @@ def draw_fill(rng, shape, names, size, dropout=0.1):
     for row in np.flatnonzero(blank):
         mask[row, rng.integers(columns)] = draw_part(rng, size) if rng.random() < 0.15 else True
     content = f"{draw_phrase(rng, nodes[-1, -1])}, {names[subjects[-1, -1]]}"
-    layout = prompts.layout_prompt(rows, columns, template=rng.integers(10))
-    prompt = prompts.join(layout, prompts.CONTENT_PREFIXES[rng.integers(10)] + content)
-    return Sample(nodes.tolist(), subjects, mask, "" if rng.random() < dropout else prompt)
+    prompt = draw_sentences(rng, replace(recipe, content_sentence=1.0), shape[:2], "", content)
+    return Sample(nodes.tolist(), subjects, mask, prompt)

@@ -10,7 +10,7 @@ scripts/build_graphemoji.py draws both again.
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -19,15 +19,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from vcloze_jax.config import UserError
+from vcloze_jax.config import Recipe, UserError
 from vcloze_jax.data import graph
 from vcloze_jax.data.conditions import CONDITIONS, derive, over_white
-from vcloze_jax.data.graph import NODES, PACKS, VIEWS
-from vcloze_jax.data.sources import Example, random_generator
+from vcloze_jax.data.graph import NODES, PACKS, SIZE, VIEWS
+from vcloze_jax.data.sources import Example, Shape, random_generator
 from vcloze_jax.grid import Grid
 
 FOLDER = Path(__file__).parent  # tfds adds graphemoji/CONFIG/VERSION
-SIZE = 64
 DERIVED_FROM = VIEWS.index("fluent_3d")  # the view that conditions are derived from
 TEXTS = {"main": ("codepoint", "name", "group", "subgroup"), "openmoji": ("codepoint",)}
 
@@ -156,10 +155,10 @@ def read_nodes(split: str) -> tuple[list[str], np.ndarray]:
 class GraphEmojiGrids:
     """A Source: grids of a split's subjects, whose pictures are read when the first is wanted."""
 
-    split: str = "train"
-    choose_shape: Callable = graph.draw_shape  # rng -> (rows, columns)
-    choose_sample: Callable = graph.draw_sample  # rng, (rows, columns), names, size -> Sample
-    all_shapes: tuple[tuple[int, int], ...] = graph.list_shapes(graph.TRAIN)
+    split: str
+    choose_shape: Callable  # rng -> Shape
+    choose_sample: Callable  # rng, Shape, names, query -> Sample
+    all_shapes: tuple[Shape, ...]
     masks_every_row: bool = False
     content: str = ""  # its tasks in words
 
@@ -182,29 +181,39 @@ class GraphEmojiGrids:
         what = f"{GraphEmoji.VERSION} {self.content} {self.all_shapes}"
         return hashlib.sha256(what.encode()).hexdigest()[:16]
 
-    def shape(self, rng: np.random.Generator) -> tuple[int, int]:
-        """Rows and columns, which the members of a group share."""
+    def summary(self) -> str:
+        """Its tasks, and on how many subjects they are shown."""
+        tasks = self.content.count("->")
+        return f"GraphEmoji: {len(self.names)} subjects, {tasks or 'no'} tasks"
+
+    def shape(self, rng: np.random.Generator) -> Shape:
+        """What the members of a group share."""
         return self.choose_shape(rng)
 
-    def shapes(self) -> list[tuple[int, int]]:
-        """All rows and columns that are drawn."""
+    def shapes(self) -> list[Shape]:
+        """All that are drawn."""
         return list(self.all_shapes)
+
+    def count(self, shape: Shape) -> int:
+        """Every subject may stand in the last row."""
+        return len(self.names)
 
     def previews(self) -> list[Example]:
         """Two questions, each with 0, 1 and 2 examples."""
         examples = []
         for number in range(2):
             rng = random_generator("preview", 0, number)
-            columns = self.shape(rng)[1]
-            drawn = self.choose_sample(rng, (3, columns), self.names, SIZE)
+            shape = self.shape(rng)._replace(rows=3)
+            query = int(rng.integers(len(self.names)))
+            drawn = self.choose_sample(rng, shape, self.names, query)
             for rows in (1, 2, 3):
                 nodes, subjects = drawn.nodes[-rows:], drawn.subjects[-rows:]
                 examples.append(self.picture(graph.ask_last(nodes, subjects, self.names)))
         return examples
 
-    def example(self, rng: np.random.Generator, shape: tuple[int, int]) -> Example:
-        """Draw one example of that shape."""
-        return self.picture(self.choose_sample(rng, shape, self.names, SIZE))
+    def example(self, rng: np.random.Generator, shape: Shape, queries: Iterable[int]) -> Example:
+        """Draw one example of that shape; any subject can be shown."""
+        return self.picture(self.choose_sample(rng, shape, self.names, int(next(iter(queries)))))
 
     def picture(self, sample: graph.Sample) -> Example:
         """Look the sample's cells up."""
@@ -214,21 +223,31 @@ class GraphEmojiGrids:
         return Example(grid, sample.prompt, sample.nodes[-1][-1])
 
 
-def open_tasks(task: str, resolution: int, dropout: float) -> GraphEmojiGrids:
-    """Grids of all trained tasks, or of the one that is named. Cells have 64 x 64 pixels, whatever
-    the `resolution`. Raises UserError for a name that is no task."""
+def open_tasks(task: str, recipe: Recipe) -> GraphEmojiGrids:
+    """Grids of all trained tasks, or of the one that is named. Raises UserError for a name that is
+    no task, and for cells of another size than the pack's."""
+    check_resolution(recipe)
     try:
         tasks = {graph.parse_task(task): 1.0} if task else graph.TRAIN
     except ValueError as error:
         raise UserError(f"--data {error}") from None
-    draw_sample = partial(graph.draw_sample, dropout=dropout, tasks=tasks)
+    draw_sample = partial(graph.draw_sample, recipe=recipe, tasks=tasks)
     draw_shape, shapes = partial(graph.draw_shape, tasks=tasks), graph.list_shapes(tasks)
     content = ", ".join(f"{task.name} {weight:.6g}" for task, weight in tasks.items())
     return GraphEmojiGrids("train", draw_shape, draw_sample, shapes, content=content)
 
 
-def open_fill(part: str, resolution: int, dropout: float) -> GraphEmojiGrids:
-    """Grids with holes in any row, of no task: what mini's infilling base learns from."""
-    draw_sample = partial(graph.draw_fill, dropout=dropout)
-    shapes = tuple(graph.FILL_SHAPES)
+def open_fill(part: str, recipe: Recipe) -> GraphEmojiGrids:
+    """Grids with holes in any row, of no task: what mini's infilling base learns from. Raises
+    UserError for cells of another size than the pack's."""
+    check_resolution(recipe)
+    shapes = tuple(Shape(*shape, SIZE, SIZE) for shape in graph.FILL_SHAPES)
+    draw_sample = partial(graph.draw_fill, recipe=recipe)
     return GraphEmojiGrids("train", graph.draw_fill_shape, draw_sample, shapes, True, "fill")
+
+
+def check_resolution(recipe: Recipe) -> None:
+    """Raise UserError unless cells are as large as the pack's pictures."""
+    if recipe.resolution != SIZE:
+        reason = f"GraphEmoji's pictures have {SIZE} x {SIZE} pixels"
+        raise UserError(f"--resolution {recipe.resolution}: {reason}; leave it at {SIZE}")

@@ -1,100 +1,184 @@
-"""The user's own grids to learn from: a file with one JSON object a line."""
+"""Samples of the user's own data: a file with one JSON object a line, or a folder of pairs.
+
+A sample is a grid, all of it given, or a pair: one row, an example of a task, of which grids are
+made. Nothing of them is held but where they stand; each is read when it is drawn.
+"""
 
 import hashlib
-from collections import defaultdict
+import mmap
+from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import NamedTuple
 
 from vcloze_jax import prompts
 from vcloze_jax.config import UserError
-from vcloze_jax.data.sources import Example
-from vcloze_jax.inputs.cells import build_grid
 from vcloze_jax.inputs.checks import (
     check_keys,
     check_text,
     check_type,
+    describe_error,
     error_context,
     parse_json,
     read_key,
 )
-from vcloze_jax.inputs.pictures import check_file, quiet_decoders
-from vcloze_jax.inputs.spec import PROMPTS, open_cells, sentences
+from vcloze_jax.inputs.pictures import check_file
+from vcloze_jax.inputs.spec import PROMPTS
 
 KEYS = ("image", *PROMPTS, "task")
-PREVIEWS = 4
 
 
-class JSONLinesGrids:
-    """A Source: grids of a file, all opened now, drawn uniformly within their shapes.
+class Spelling(NamedTuple):
+    """How others write a pair: keys of the conditions, of which a line has some, and of the text;
+    whether that says what to do, and not what the target shows."""
 
-    A line is a spec without numbers: `image` holds rows of paths, relative to the file, all given.
-    What is to be generated is the last cell of the last row, or there what masks say. Raises
-    UserError naming the line and the key.
-    """
+    conditions: tuple[str, ...]
+    texts: tuple[str, ...]
+    instructs: bool = False
 
-    masks_every_row = False
 
-    def __init__(self, path, resolution, dropout=0.1):
-        self.dropout = dropout
-        self.groups = defaultdict(list)
-        self.hash = hashlib.sha256()
-        with error_context(path), quiet_decoders():
-            lines = check_file(path).read_bytes().split(b"\n")
-            for number, line in enumerate(lines, start=1):
-                if line.strip() or number < len(lines):  # the last line may end the file
-                    with error_context(f"line {number}"):
-                        table = parse_json(line)
-                        example = read_example(table, resolution, Path(path).parent)
-                    self.groups[example.grid.shape].append(example)
-                    self.hash.update(line.strip())
-                    for row in example.grid.rows:
-                        self.hash.update(row.pixels.tobytes() + row.mask.tobytes())
-            if not self.groups:
+# By the key of the target; the columns stand in the order of the conditions, the target last.
+SPELLINGS = {
+    "target": Spelling(("cond1", "cond2", "source"), ("text", "prompt", "caption")),
+    "output": Spelling(("input",), ("prompt", "instruction"), True),
+    "edited_image": Spelling(("original_image", "input_image"), ("edit_prompt",), True),
+    "image": Spelling(("conditioning_image",), ("text", "caption")),
+}
+INSTRUCTION = prompts.EDITING_PREFIXES[1]
+SOURCE = "a source image"
+CONDITIONS = {"cond1": "a condition image", "cond2": "another condition image"}  # else SOURCE
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+MAX_TEXT = 2**16  # bytes of a pair's text
+
+
+class OwnSample(NamedTuple):
+    """One line's grid, or one pair, before any picture is opened."""
+
+    rows: list[list]  # of cells as a spec has them
+    texts: dict[str, str | None]  # its sentences, by the keys of a spec
+    phrases: list[str] | None = None  # what the columns of a pair are called; None: a grid
+
+
+class LineSamples(Sequence):
+    """The lines of a file, read in place. Raises UserError naming the file, a line and the key."""
+
+    def __init__(self, path: Path):
+        with error_context(path), check_file(path).open("rb") as file:
+            self.path, self.folder, hashed = path, path.parent, hashlib.sha256()
+            self.starts = [0]
+            for line in file:
+                self.starts.append(self.starts[-1] + len(line))
+                hashed.update(line.strip() + b"\n")
+            if not self.starts[-1]:
                 raise UserError("no grid in it; write one JSON object a line")
+            self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.digest = hashed.hexdigest()
 
-    def digest(self):
-        """Of the lines and of every pixel that is learnt."""
-        return self.hash.hexdigest()[:16]
+    def __len__(self):
+        return len(self.starts) - 1
 
-    def shapes(self):
-        """The sizes of the rows of all grids."""
-        return list(self.groups)
+    def name(self, i: int) -> str:
+        """What the user finds it by."""
+        return f"{self.path}: line {i + 1}"
 
-    def held_out(self):
-        """The same grids: a file holds none back."""
-        return self
-
-    def previews(self):
-        """The first grids of the file."""
-        return [example for group in self.groups.values() for example in group][:PREVIEWS]
-
-    def shape(self, rng):
-        """The sizes of the rows, which the members of a group share."""
-        counts = np.array([len(examples) for examples in self.groups.values()])
-        return self.shapes()[rng.choice(len(counts), p=counts / counts.sum())]
-
-    def example(self, rng, shape):
-        """Draw one example of that shape."""
-        example = self.groups[shape][rng.integers(len(self.groups[shape]))]
-        return example._replace(prompt="") if rng.random() < self.dropout else example
+    def __getitem__(self, i: int) -> OwnSample:
+        return read_line(parse_json(self.content[self.starts[i] : self.starts[i + 1]]))
 
 
-def read_example(table, resolution, folder):
-    """One line's object -> Example."""
-    check_keys(check_type(table, dict), KEYS)
+class FolderSamples(Sequence):
+    """The pairs of a folder: in/NAME.png and out/NAME.png, or NAME_in.png and NAME_out.png, each
+    with what NAME.txt says of its target, if there is one. Raises UserError naming a file."""
+
+    def __init__(self, path: Path):
+        self.path = self.folder = path
+        inside = (path / "in").is_dir() and (path / "out").is_dir()
+        with error_context(path):
+            sides = [list_pictures(path, side, inside) for side in ("in", "out")]
+            for name in sorted(sides[0].keys() ^ sides[1].keys()):
+                (side, missing) = ("in", "out") if name in sides[0] else ("out", "in")
+                raise UserError(f"{name}: there is its {side!r} picture alone; add {missing!r}")
+            if not sides[0]:
+                raise UserError(
+                    "no pair in it: neither in/NAME.png and out/NAME.png nor NAME_in.png"
+                )
+        self.pairs = [(name, *(side[name] for side in sides)) for name in sorted(sides[0])]
+        self.digest = hashlib.sha256(repr(self.pairs).encode()).hexdigest()
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def name(self, i: int) -> str:
+        """What the user finds it by."""
+        return f"{self.path}: {self.pairs[i][0]}"
+
+    def __getitem__(self, i: int) -> OwnSample:
+        name, *pair = self.pairs[i]
+        texts = [self.path / f"{name}.txt", *((self.path / p).parent / f"{name}.txt" for p in pair)]
+        text = next((read_text(file) for file in texts if file.exists()), None)
+        phrases = [SOURCE, prompts.PHRASES["image"]]
+        return OwnSample([pair], dict.fromkeys(KEYS[1:]) | {"content_prompt": text}, phrases)
+
+
+def read_samples(path: Path) -> LineSamples | FolderSamples:
+    """The samples of a file or a folder. Raises UserError."""
+    return FolderSamples(path) if path.is_dir() else LineSamples(path)
+
+
+def read_line(table: dict) -> OwnSample:
+    """One line's object, a grid or a pair in any of the `SPELLINGS`. Raises UserError."""
+    check_type(table, dict)
     table = {key: value for key, value in table.items() if value is not None}
+    for target, spelling in SPELLINGS.items():
+        columns = [key for key in spelling.conditions if key in table]
+        if target in table and columns:
+            return read_pair(table, [*columns, target], spelling)
+    check_keys(table, KEYS)
     if "image" not in table:
         raise UserError("image: missing; give rows of pictures, the last cell is learnt")
-    given = {key: read_key(table, key, None, check_text) for key in KEYS[1:]}
-    _, cells = open_cells(table["image"], folder)
-    for r, row in enumerate(cells):
-        if None in row:
-            raise UserError(f"image[{r}][{row.index(None)}]: null; to learn it, give its picture")
-    if cells and cells[-1] and not any(isinstance(cell, tuple) for cell in cells[-1]):
-        last = cells[-1][-1]
-        cells[-1][-1] = last, np.ones((last.height, last.width), bool)
-    grid = build_grid(cells, resolution)
-    layout, task, content = sentences(given, grid)
-    prompt = prompts.join(layout, task, prompts.content_sentence(content))
-    return Example(grid, prompt, given["task"] or "")
+    return OwnSample(
+        table["image"], {key: read_key(table, key, None, check_text) for key in KEYS[1:]}
+    )
+
+
+def read_pair(table: dict, columns: list[str], spelling: Spelling) -> OwnSample:
+    """A pair or triple whose pictures stand under the keys of `columns`."""
+    check_keys(table, (*spelling.conditions, columns[-1], *spelling.texts, "task_prompt"))
+    row = [read_key(table, key, None, check_text) for key in columns]
+    given = [read_key(table, key, None, check_text) for key in spelling.texts if key in table]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(k for k in spelling.texts if k in table)}: keep one")
+    text = given[0] if given else None
+    if text and spelling.instructs:
+        text = INSTRUCTION + text
+    texts = dict.fromkeys(KEYS[1:]) | {"content_prompt": text}
+    texts["task_prompt"] = read_key(table, "task_prompt", None, check_text)
+    phrases = [CONDITIONS.get(key, SOURCE) for key in columns[:-1]]
+    return OwnSample([row], texts, [*phrases, prompts.PHRASES["image"]])
+
+
+def list_pictures(folder: Path, side: str, inside: bool) -> dict[str, str]:
+    """{NAME: path in the folder} of the pictures of one side of the pairs. Raises UserError for
+    two of one name."""
+    found = {}
+    for file in sorted((folder / side if inside else folder).iterdir()):
+        name = file.stem if inside else file.stem.removesuffix(f"_{side}")
+        if (
+            file.suffix.lower() in SUFFIXES
+            and file.name[0] != "."
+            and (inside or name != file.stem)
+        ):
+            path = str(file.relative_to(folder))
+            if name in found:
+                raise UserError(f"{path}: {found[name]} has the same name; remove one")
+            found[name] = path
+    return found
+
+
+def read_text(file: Path) -> str:
+    """What a pair's text file says, on one line. Raises UserError naming it."""
+    with error_context(repr(str(file))):
+        if check_file(file).stat().st_size > MAX_TEXT:
+            raise UserError(f"more than {MAX_TEXT} bytes; this is no caption")
+        try:
+            return " ".join(file.read_text("utf-8").split())
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot be read: {describe_error(error)}; save it as UTF-8") from None

@@ -3,15 +3,15 @@
 A new source of data is one file and one row of `SOURCES`.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from vcloze_jax.config import UserError
-from vcloze_jax.grid import Grid
+from vcloze_jax.config import Recipe, UserError
+from vcloze_jax.grid import PATCH, Grid
 
 
 class Example(NamedTuple):
@@ -22,23 +22,50 @@ class Example(NamedTuple):
     kind: str = ""  # of its task, by which the loss is reported
 
 
+class Shape(NamedTuple):
+    """What the grids of a group share, so that they fit one program: their cells are all equal."""
+
+    rows: int
+    columns: int
+    height: int  # of a cell
+    width: int
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of every row, as `grid.shape` has them."""
+        return ((self.height, self.width * self.columns),) * self.rows
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of such a grid."""
+        return self.rows * self.columns * self.height * self.width // PATCH**2
+
+
 class Source(Protocol):
-    """Grids drawn at random, each a function of the generator given and of nothing else."""
+    """Grids by random access: each is a function of the arguments and of nothing else, and its
+    pictures are opened when it is asked for, by any number of threads at once."""
 
     masks_every_row: bool  # else only the last row of a grid has masked pixels
 
-    def shape(self, rng: np.random.Generator) -> Hashable:
-        """Draw what the grids of a group share: two examples of one are equal in `grid.shape`,
-        so that they fit one program."""
+    def shape(self, rng: np.random.Generator) -> Shape:
+        """Draw what the grids of a group share."""
 
-    def shapes(self) -> list[Hashable]:
+    def shapes(self) -> list[Shape]:
         """All that `shape` may draw, so that a run knows its programs before its first step."""
 
-    def example(self, rng: np.random.Generator, shape: Hashable) -> Example:
-        """Draw one example of that shape."""
+    def count(self, shape: Shape) -> int:
+        """How many last rows grids of that shape may have."""
+
+    def example(self, rng: np.random.Generator, shape: Shape, queries: Iterable[int]) -> Example:
+        """Draw one example of that shape. Its last row has the first of some numbers below `count`
+        that can be shown; no other grid of the group is given these. Raises UserError where none
+        can."""
 
     def digest(self) -> str:
         """What a run knows the grids by, wherever they lie: another content, another digest."""
+
+    def summary(self) -> str:
+        """What is there, in one line or a few, for people."""
 
     def previews(self) -> list[Example]:
         """A few grids that are always the same; where the source knows of tasks, each question with
@@ -48,39 +75,43 @@ class Source(Protocol):
         """Grids never trained on, for previews; a source that has none gives itself."""
 
 
-# What --data may say -> who opens it: a function of what follows the colon, the resolution of a
-# cell and the share of examples that get no text. It raises UserError at once, and is imported when
-# it is called: whoever trains on files needs none of the others' libraries. None: not yet.
+# What --data may say -> who opens it: a function of what follows the colon and of the recipe, all
+# of whose data settings it obeys or refuses. It raises UserError at once, and is imported when it
+# is called: whoever trains on files needs none of the others' libraries. None: not yet.
 SOURCES = {
     "graphemoji": "vcloze_jax.data.graphemoji:open_tasks",
     "graphemoji:TASK": "vcloze_jax.data.graphemoji:open_tasks",
     "graphemoji-fill": "vcloze_jax.data.graphemoji:open_fill",
     "graph200k": None,
 }
-JSON_LINES = "vcloze_jax.data.jsonlines:JSONLinesGrids"  # of any other name, which is a file's
+OWN = "vcloze_jax.data.owndata:open_own"  # of any other name: a file, or a folder of pairs
 
 
-def open_source(name: str, resolution: int, dropout: float) -> Source:
-    """What --data names: a row of `SOURCES`, or a JSON-lines file.
+def open_source(recipe: Recipe) -> Source:
+    """What --data names: a row of `SOURCES`, or the user's own file or folder.
 
-    Knows no JAX, and reads nothing big: pictures of ours wait for the first example. Raises
-    UserError for a name that is neither and for a file that cannot be learnt from.
+    Knows no JAX, and reads nothing big: pictures wait for the first example. Raises UserError for
+    a name that is neither and for what cannot be learnt from.
     """
-    kind, colon, part = name.partition(":")
+    kind, colon, part = recipe.data.partition(":")
     for form, opener in SOURCES.items():
         if form.partition(":")[:2] == (kind, colon):
             if opener is None:
-                raise UserError(f"--data {name}: not yet; use graphemoji or a JSON-lines file")
-            return resolve_name(opener)(part, resolution, dropout)
-    if not Path(name).is_file():
+                raise UserError(f"--data {recipe.data}: not yet; use graphemoji or your own data")
+            return resolve_name(opener)(part, recipe)
+    if not recipe.data or not Path(recipe.data).exists():
         known = ", ".join(form for form, opener in SOURCES.items() if opener)
-        raise UserError(f"--data {name}: no such data; use {known} or a JSON-lines file")
-    return resolve_name(JSON_LINES)(name, resolution, dropout)
+        raise UserError(
+            f"--data {recipe.data}: no such data; use {known}, a JSON-lines file or a folder of "
+            "pairs"
+        )
+    return resolve_name(OWN)(recipe.data, recipe)
 
 
 # What a generator draws. NumPy pads seeds with zeros, so that (seed, 7) and (seed, 7, 0) would be
 # one stream; as spawn keys, behind a purpose of their own, no two are.
 PURPOSES = ("shape", "example", "preview", "validation")
+SPARE = 64  # numbers that a grid of a group may try, should the first not be one to show
 
 
 def random_generator(purpose: str, seed: int, number: int) -> np.random.Generator:
@@ -89,36 +120,53 @@ def random_generator(purpose: str, seed: int, number: int) -> np.random.Generato
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
+def deal(rng: np.random.Generator, count: int, size: int) -> list[np.ndarray]:
+    """For each grid of a group of `size`, numbers below `count` to ask for its last row: int [k],
+    k at most `SPARE`. No two grids get the same one, but where `count` is less than `size`: then
+    each number comes again as late as can be."""
+    numbers = rng.choice(count, min(count, SPARE * size), replace=False)
+    numbers = np.resize(numbers, max(len(numbers), size))  # repeats them
+    return [numbers[i::size] for i in range(size)]
+
+
 def draw_group(source: Source, seed: int, number: int, size: int) -> list[Example]:
-    """The group of that number: `size` grids of one shape, a function of (seed, number).
+    """The group of that number: `size` different grids of one shape, a function of (seed, number).
 
-    Any can be asked for at any time; the shape is drawn apart from the grids, so that all hosts
-    agree. A step of two groups of 8 is not measurably noisier than one of 16 grids that each had
-    a shape of its own: on mini the variance of its gradient is 0.94 ± 0.04 of theirs where training
-    begins, and 0.99 ± 0.01 where it ends (benchmarks/gradient_variance.py).
+    Any can be asked for at any time; shape and last rows are drawn apart from the grids, so that
+    all hosts agree. A step of two groups of 8 is not measurably noisier than one of 16 grids that
+    each had a shape of its own: on mini the variance of its gradient is 0.94 ± 0.04 of theirs where
+    training begins, and 0.99 ± 0.01 where it ends (benchmarks/gradient_variance.py).
     """
-    shape = source.shape(random_generator("shape", seed, number))
-    members = range(number * size, (number + 1) * size)
-    return [source.example(random_generator("example", seed, i), shape) for i in members]
+    rng = random_generator("shape", seed, number)
+    shape = source.shape(rng)
+    members = enumerate(deal(rng, source.count(shape), size), start=number * size)
+    return [source.example(random_generator("example", seed, i), shape, q) for i, q in members]
 
 
-def draw_groups(
-    source: Source, seed: int, size: int, start: int, stop: int
-) -> Iterator[list[Example]]:
-    """Iterate over the groups start … stop - 1, made ahead in a thread."""
+def draw_groups(source: Source, recipe: Recipe, start: int, stop: int) -> Iterator[list[Example]]:
+    """Iterate over the groups start … stop - 1 of a run, made ahead in threads."""
     import grain  # which imports JAX
 
     numbers = grain.MapDataset.range(start, stop)
-    groups = numbers.map(lambda number: draw_group(source, seed, int(number), size))
-    return iter(groups.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    groups = numbers.map(lambda n: draw_group(source, recipe.seed, int(n), recipe.group))
+    ahead = max(4, recipe.threads)
+    options = grain.ReadOptions(num_threads=recipe.threads, prefetch_buffer_size=ahead)
+    return iter(groups.to_iter_dataset(options))
 
 
-def draw_of_shape(source: Source, shape: Hashable) -> Example:
+def draw_of_shape(source: Source, shape: Shape) -> Example:
     """A grid of that shape, always the same."""
-    return source.example(random_generator("preview", 0, 0), shape)
+    return draw_fixed(source, shape, "preview", 0, 1)[0]
 
 
 def draw_validation(source: Source, size: int, count: int) -> list[list[Example]]:
     """Groups that are always the same, of the first shapes of a source."""
-    rngs = [random_generator("validation", 0, i) for i in range(size)]
-    return [[source.example(rng, shape) for rng in rngs] for shape in source.shapes()[:count]]
+    shapes = enumerate(source.shapes()[:count])
+    return [draw_fixed(source, shape, "validation", i, size) for i, shape in shapes]
+
+
+def draw_fixed(source: Source, shape: Shape, purpose: str, number: int, size: int) -> list[Example]:
+    """`size` different grids of that shape, by what they are for alone."""
+    rng = random_generator(purpose, 0, number)
+    queries = deal(rng, source.count(shape), size)
+    return [source.example(rng, shape, q) for q in queries]

@@ -24,7 +24,7 @@ def build_grid(images: list[list[Cell]], resolution: int) -> Grid:
     [h, w] of the same size (True is generated). Raises UserError naming the cell.
     """
     cells = [[c if isinstance(c, tuple) else (c, None) for c in row] for row in images]
-    _check_layout(cells)
+    check_layout(cells)
     sizes = _row_sizes(cells, resolution)
     tokens = sum(len(cells[0]) * (w // PATCH) * (h // PATCH) for w, h in sizes)
     if tokens > MAX_TOKENS:
@@ -34,7 +34,7 @@ def build_grid(images: list[list[Cell]], resolution: int) -> Grid:
         )
     rows = []
     for r, (row, size) in enumerate(zip(cells, sizes, strict=True)):
-        pairs = [_fit(*cell, *size, f"image[{r}][{i}]") for i, cell in enumerate(row)]
+        pairs = [fit_cell(*cell, *size, f"image[{r}][{i}]") for i, cell in enumerate(row)]
         pixels, masks = zip(*pairs, strict=True)
         rows.append(Row(np.concatenate(pixels, axis=1), np.concatenate(masks, axis=1)))
     return Grid(tuple(rows), len(cells[0]))
@@ -98,7 +98,7 @@ def _shrink(mask: np.ndarray, size: int) -> np.ndarray:
     return np.logical_or.reduceat(mask, edges)[::2]
 
 
-def _check_layout(cells: list[list[tuple]]) -> None:
+def check_layout(cells: list[list[tuple]]) -> None:
     if not cells or not cells[0]:
         raise UserError("image: no cell; give rows of cells, the query last")
     for r, row in enumerate(cells):
@@ -138,7 +138,7 @@ def _row_sizes(cells: list[list[tuple]], resolution: int) -> list[tuple[int, int
     return sizes
 
 
-def _fit(
+def fit_cell(
     picture: Image.Image | None, mask: np.ndarray | None, width: int, height: int, where: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """One cell at its final size: uint8 [h, w, 3] and bool [h, w]."""

@@ -44,11 +44,11 @@ def describe_with_file(error: Exception, file="") -> str:
 
 @contextmanager
 def error_context(where: str | Path) -> Iterator[None]:
-    """Put `where` in front of the message of any UserError raised inside."""
+    """Put `where` in front of the message of any UserError, of whatever kind, raised inside."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise type(error)(f"{where}: {error}") from None
 
 
 def parse_json(content: bytes):

@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from vcloze_jax.config import PRESETS, Recipe, UserError, flag
+from vcloze_jax.config import DATA, PRESETS, Recipe, UserError, flag
 from vcloze_jax.inputs.checks import describe_with_file
 from vcloze_jax.inputs.terminal import guard_streams, tell_error
 from vcloze_jax.storage.places import cache_folder, file_and_scale, find_weights
@@ -124,14 +124,16 @@ def check_recipe(recipe):
         value, least = getattr(recipe, f.name), f.metadata["least"]
         if least is not None and value < least:
             raise UserError(f"{flag(f.name)} {value}: must be at least {least}")
+        if f.metadata["section"] == DATA and isinstance(value, float) and not 0 <= value <= 1:
+            raise UserError(f"{flag(f.name)} {value}: from 0 to 1, please")
     if recipe.rank < 0 or not 0 <= recipe.seed < 2**32 or not 0 < recipe.lr < 1:
         raise UserError("--rank from 0, --seed in 0 … 2^32-1, --lr between 0 and 1")
     for part in ("micro_batch", "group"):
         size = getattr(recipe, part)
         if size and recipe.batch % size:
             raise UserError(f"--batch {recipe.batch}: not a multiple of {flag(part)} {size}")
-    if not 0 <= recipe.ema < 1 or not 0 <= recipe.caption_dropout <= 1:
-        raise UserError("--ema from 0, below 1; --caption-dropout from 0 to 1")
+    if not 0 <= recipe.ema < 1:
+        raise UserError(f"--ema {recipe.ema}: from 0, below 1, please")
     if recipe.from_scratch and (recipe.rank or recipe.lora):
         raise UserError("--from-scratch trains every weight: leave --rank and --lora away")
     return recipe

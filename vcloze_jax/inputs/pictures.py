@@ -12,6 +12,7 @@ import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,26 +25,40 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 MAX_PIXELS = 2**26  # 8192 x 8192, 256 MiB as Pillow holds it
 TURNS = b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"  # keywords of text that may turn a PNG
 LARGE = 2**20  # bytes of such text
+EXIF = {"exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow keeps what may turn a picture
+TURNED = 0x0112, range(5, 9)  # EXIF's orientation, and those that swap width and height
 URL = re.compile(r"(^|/)[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+
+
+class PictureError(UserError):
+    """A picture cannot be opened; what else was said may be right."""
+
+
+@dataclass(frozen=True)
+class PictureSize:
+    """What a picture's header tells."""
+
+    width: int
+    height: int
 
 
 def check_file(path: str | Path) -> Path:
     """Return `path` if it is a regular file, so that opening it can neither wait nor act.
 
-    Raises UserError naming the file: missing, a URL, a folder, a pipe, a device.
+    Raises PictureError naming the file: missing, a URL, a folder, a pipe, a device.
     """
     name = repr(str(path))
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         if URL.search(str(path)):
-            raise UserError(f"{name} is a URL; download it and give the file") from None
-        raise UserError(
+            raise PictureError(f"{name} is a URL; download it and give the file") from None
+        raise PictureError(
             f"{name} cannot be opened: {describe_error(error)}; check the path"
         ) from None
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-        raise UserError(f"{name} is {kind}; give a regular file")
+        raise PictureError(f"{name} is {kind}; give a regular file")
     return Path(path)
 
 
@@ -51,7 +66,7 @@ def open_picture(path: str | Path, ground: str = "white") -> Image.Image:
     """Decode the first frame of a picture to RGB: turned as EXIF says, alpha over `ground`.
 
     16-bit grey keeps its range (65535 becomes 255); other metadata is ignored, broken or not.
-    Raises UserError naming the file.
+    Raises PictureError naming the file.
     """
     path = check_file(path)
     with _decoding(repr(str(path))):
@@ -64,6 +79,25 @@ def open_picture(path: str | Path, ground: str = "white") -> Image.Image:
                 with suppress(Exception):
                     return _decode(_strip_png(path, turned), ground)
             raise
+
+
+def measure_picture(path: str | Path, ground: str = "white") -> PictureSize:
+    """Size of a picture as `open_picture` would turn it, from its first bytes where they tell.
+    Raises PictureError naming the file."""
+    try:
+        with Image.open(check_file(path), formats=FORMATS) as picture:
+            # Of a PNG that says nothing before its pixels Pillow would read all, to look behind.
+            silent = picture.format == "PNG" and not EXIF & picture.info.keys()
+            tag, swapped = TURNED
+            turned = not silent and picture.getexif().get(tag) in swapped
+            w, h = picture.size[::-1] if turned else picture.size
+            if 0 < w * h <= MAX_PIXELS and picture.format != "TIFF":  # Pillow turns some itself
+                return PictureSize(w, h)
+    except PictureError:
+        raise
+    except Exception:  # a decoder may raise anything on a hostile file
+        pass
+    return PictureSize(*open_picture(path).size)  # says what is wrong, or reads it all the same
 
 
 def copy_picture(picture: Image.Image, ground: str = "white") -> Image.Image:
@@ -105,19 +139,32 @@ def save_png(path: str | Path, pixels: np.ndarray) -> None:
     """Write uint8 pixels [h, w, 3] as PNG, atomically. Raises UserError if the disk refuses."""
     encoded = io.BytesIO()
     Image.fromarray(pixels).save(encoded, "PNG")
-    _save(Path(path), encoded.getvalue())
+    save_bytes(path, encoded.getvalue())
 
 
 def save_figure(path: str | Path, figure) -> None:
     """Write a figure of matplotlib as PNG, atomically. Raises UserError if the disk refuses."""
     encoded = io.BytesIO()
     figure.savefig(encoded, format="png", dpi=100)
-    _save(Path(path), encoded.getvalue())
+    save_bytes(path, encoded.getvalue())
 
 
 def save_text(path: str | Path, text: str) -> None:
     """Write text as UTF-8, atomically. Raises UserError if the disk refuses."""
-    _save(Path(path), text.encode())
+    save_bytes(path, text.encode())
+
+
+def save_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file, atomically. Raises UserError if the disk refuses."""
+    path = Path(path)
+    try:
+        _draft(path).write_bytes(content)
+        os.replace(_draft(path), path)
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be written: {describe_error(error)}") from None
+    finally:
+        with suppress(OSError):
+            _draft(path).unlink()
 
 
 def check_writable(folder: Path, name: str, flag: str = "--out") -> None:
@@ -138,17 +185,6 @@ def check_writable(folder: Path, name: str, flag: str = "--out") -> None:
                 undo()
 
 
-def _save(path: Path, content: bytes) -> None:
-    try:
-        _draft(path).write_bytes(content)
-        os.replace(_draft(path), path)
-    except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be written: {describe_error(error)}") from None
-    finally:
-        with suppress(OSError):
-            _draft(path).unlink()
-
-
 def _draft(path: Path) -> Path:
     # Beside the final file, because os.replace is atomic only within one file system.
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -156,15 +192,17 @@ def _draft(path: Path) -> Path:
 
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
-    """Turn what decoding a picture may raise into a UserError about `name`."""
+    """Turn what decoding a picture may raise into a PictureError about `name`."""
     try:
         yield
     except Image.DecompressionBombError:
-        raise UserError(f"{name} has more than {MAX_PIXELS} pixels; shrink it") from None
+        raise PictureError(f"{name} has more than {MAX_PIXELS} pixels; shrink it") from None
     except Image.UnidentifiedImageError:
-        raise UserError(f"{name} is none of {', '.join(FORMATS)}; convert it") from None
+        raise PictureError(f"{name} is none of {', '.join(FORMATS)}; convert it") from None
     except Exception as error:  # a decoder may raise anything on a hostile file
-        raise UserError(f"{name} cannot be read: {describe_error(error)}; save it anew") from None
+        raise PictureError(
+            f"{name} cannot be read: {describe_error(error)}; save it anew"
+        ) from None
 
 
 def _decode(file: Path | io.BytesIO, ground: str) -> Image.Image:

@@ -3,10 +3,12 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vcloze_jax.grid import Grid
+from vcloze_jax.grid import Grid, Row
 
 GUTTER = 8  # white pixels around every cell
 LABEL = 14  # pixels of a line of text above a sheet
+TILES = 4  # sheets beside each other
+LARGEST = 400  # pixels to a side of a sheet among many
 MARK = (226, 88, 34)  # colour of the corners that mark a painted cell
 
 
@@ -50,12 +52,39 @@ def compose_columns(title: str, grid: Grid, columns: dict[str, np.ndarray | None
     return np.asarray(sheet)
 
 
+def tile_grids(grids: list[Grid]) -> np.ndarray:
+    """Grids to learn from, numbered, their truth shown and hatched where it is masked, `TILES`
+    beside each other and none larger than `LARGEST`: uint8 [height, width, 3]."""
+    sheets = [Image.fromarray(compose(_hatch(grid))) for grid in grids]
+    for sheet in sheets:
+        sheet.thumbnail((LARGEST, LARGEST))
+    width = max(sheet.width for sheet in sheets) + GUTTER
+    height = max(sheet.height for sheet in sheets) + LABEL
+    tiled = Image.new("RGB", (width * TILES, height * -(-len(sheets) // TILES)), "white")
+    draw = ImageDraw.Draw(tiled)
+    for i, sheet in enumerate(sheets):
+        x, y = i % TILES * width, i // TILES * height
+        draw.text((x + GUTTER, y + 2), str(i + 1), fill=(0, 0, 0))
+        tiled.paste(sheet, (x, y + LABEL))
+    return np.asarray(tiled)
+
+
 def stack_sheets(sheets: list[np.ndarray]) -> np.ndarray:
     """Sheets one below the other, left-aligned on white."""
     width = max(sheet.shape[1] for sheet in sheets)
     beside = [((0, 0), (0, width - sheet.shape[1]), (0, 0)) for sheet in sheets]
     pairs = zip(sheets, beside, strict=True)
     return np.concatenate([np.pad(sheet, pad, constant_values=255) for sheet, pad in pairs])
+
+
+def _hatch(grid: Grid) -> Grid:
+    """The same grid with stripes over its masked pixels."""
+    rows = []
+    for row in grid.rows:
+        y, x = np.indices(row.mask.shape)
+        stripes = row.mask & ((x + y) % max(row.height // 6, 4) < max(row.height // 32, 1))
+        rows.append(Row(np.where(stripes[..., None], np.uint8(MARK), row.pixels), row.mask))
+    return Grid(tuple(rows), grid.columns)
 
 
 def _mark(sheet: np.ndarray, box: list[int]) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vcloze_jax import prompts
 from vcloze_jax.config import Preset, UserError
-from vcloze_jax.grid import PATCH, Grid, Spec, Upsampling
+from vcloze_jax.grid import PATCH, Spec, Upsampling
 from vcloze_jax.inputs.cells import Cell, build_grid, floor, row_size
 from vcloze_jax.inputs.checks import (
     check_integer,
@@ -126,7 +126,7 @@ def read_spec(table: dict, preset: Preset, name: str = "grid", source: Path = Pa
     own = next((cell.size for cell in map(_picture_of, cells[-1]) if cell), None)
     second, upsampling = read_key(table, "upsampling", none, _read_upsampling, steps, own, folder)
 
-    layout, task, content = sentences(given, grid)
+    layout, task, content = sentences(given, len(grid.rows), grid.columns)
     resolved = {
         "image": image,
         "layout_prompt": layout,
@@ -191,8 +191,9 @@ def upsampled_size(
     return floor(width or height * w // h), floor(height or width * h // w)
 
 
-def open_cells(rows: list, folder: Path) -> tuple[list, list]:
-    """The cells twice: with absolute paths, and with opened pictures."""
+def open_cells(rows: list, folder: Path, read=open_picture) -> tuple[list, list]:
+    """The cells twice: with absolute paths, and with what `read(path, ground)` makes of their
+    pictures; masks are always opened."""
     resolved, opened = [], []
     with error_context("image"):
         check_type(rows, list)
@@ -206,29 +207,29 @@ def open_cells(rows: list, folder: Path) -> tuple[list, list]:
         opened.append([])
         for i, cell in enumerate(row):
             with error_context(f"image[{r}][{i}]"):
-                path, picture = _open_cell(cell, folder)
+                path, picture = _open_cell(cell, folder, read)
             resolved[-1].append(path)
             opened[-1].append(picture)
     return resolved, opened
 
 
-def _open_cell(cell, folder: Path) -> tuple:
+def _open_cell(cell, folder: Path, read) -> tuple:
     if cell is None:
         return None, None
     if isinstance(cell, str | os.PathLike | Image.Image):
-        return _open_picture(cell, "white", folder)
+        return _open_picture(cell, "white", folder, read)
     if not isinstance(cell, dict) or cell.keys() != {"image", "mask"}:
         raise UserError('a cell is a path, null or {"image": path, "mask": path}')
-    path, picture = read_key(cell, "image", None, _open_picture, "white", folder)
+    path, picture = read_key(cell, "image", None, _open_picture, "white", folder, read)
     mask_path, mask = read_key(cell, "mask", None, _open_mask, folder)
     return {"image": path, "mask": mask_path}, (picture, mask)
 
 
-def _open_picture(picture, ground: str, folder: Path) -> tuple[str, Image.Image]:
+def _open_picture(picture, ground: str, folder: Path, read=open_picture) -> tuple:
     if isinstance(picture, Image.Image):
         return f"{picture.width}x{picture.height}, in memory", copy_picture(picture, ground)
     path = resolve_path(picture, folder)
-    return path, open_picture(path, ground)
+    return path, read(path, ground)
 
 
 def _open_mask(picture, folder: Path) -> tuple[str, np.ndarray]:
@@ -264,14 +265,14 @@ def _open_npy(path: str, wanted: str) -> np.ndarray:
         raise UserError(f"{path!r} is not a readable .npy file ({reason}); it {wanted}") from None
 
 
-def sentences(given: dict[str, str | None], grid: Grid) -> tuple[str, str, str]:
+def sentences(given: dict[str, str | None], rows: int, columns: int) -> tuple[str, str, str]:
     """Layout, task and content as they will be said; the content without a prefix added."""
     layout, task, content, name = (given[key] for key in (*PROMPTS, "task"))
     if layout is None:
-        layout = prompts.layout_prompt(len(grid.rows), grid.columns)
+        layout = prompts.layout_prompt(rows, columns)
     if name is not None:
         with error_context("task"):
-            task = _find_task_prompt(name, task, grid.columns)
+            task = _find_task_prompt(name, task, columns)
     return layout, task or "", content or ""
 
 

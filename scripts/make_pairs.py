@@ -1,0 +1,59 @@
+"""Make a folder of 20 pairs of real photographs, to try `train.py --data FOLDER` with.
+
+    python scripts/make_pairs.py pairs [--task tint]
+
+The photographs are cut from those that scikit-image and matplotlib install; a pair is a cut and the
+same cut inverted, or tinted. in/NAME.jpg, out/NAME.jpg, and NAME.txt with what it shows.
+"""
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+SKIMAGE, MATPLOTLIB = "skimage/data", "matplotlib/mpl-data/sample_data"
+PHOTOGRAPHS = {  # file: (what it shows, boxes [left, top, right, bottom] of the cuts)
+    f"{SKIMAGE}/astronaut.png": ("an astronaut", [(0, 0, 512, 512), (120, 0, 350, 300)]),
+    f"{SKIMAGE}/chelsea.png": ("a cat", [(0, 0, 451, 300), (100, 0, 400, 300)]),
+    f"{SKIMAGE}/coffee.png": (
+        "a cup of coffee",
+        [(0, 0, 600, 400), (150, 50, 450, 350), (300, 100, 600, 400)],
+    ),
+    f"{SKIMAGE}/motorcycle_left.png": (
+        "a motorcycle in a garage",
+        [(0, 0, 741, 497), (0, 0, 370, 370), (370, 0, 741, 371), (200, 100, 560, 460)],
+    ),
+    f"{SKIMAGE}/rocket.jpg": ("a rocket on its pad", [(0, 0, 640, 427), (200, 0, 500, 400)]),
+    f"{SKIMAGE}/hubble_deep_field.jpg": ("galaxies", [(0, 0, 500, 500), (500, 300, 900, 700)]),
+    f"{SKIMAGE}/retina.jpg": ("a retina", [(0, 0, 1411, 1411)]),
+    f"{SKIMAGE}/ihc.png": ("stained tissue", [(0, 0, 512, 512)]),
+    f"{MATPLOTLIB}/grace_hopper.jpg": ("an officer", [(0, 0, 512, 600), (100, 60, 400, 360)]),
+    f"{SKIMAGE}/color.png": ("coloured patches", [(0, 0, 370, 371)]),
+}
+TASKS = {
+    "invert": ImageOps.invert,
+    "tint": lambda cut: ImageOps.colorize(cut.convert("L"), (40, 0, 60), (255, 240, 190)),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--task", choices=TASKS, default="invert")
+    args = parser.parse_args()
+    for side in ("in", "out"):
+        (args.folder / side).mkdir(parents=True, exist_ok=True)
+    for file, (text, boxes) in PHOTOGRAPHS.items():
+        package, _, path = file.partition("/")
+        with Image.open(Path(find_spec(package).origin).parent / path) as picture:
+            photograph = picture.convert("RGB")
+        for i, box in enumerate(boxes):
+            name, cut = f"{Path(file).stem}-{i}", photograph.crop(box)
+            cut.save(args.folder / "in" / f"{name}.jpg", quality=95)
+            TASKS[args.task](cut).save(args.folder / "out" / f"{name}.jpg", quality=95)
+            (args.folder / f"{name}.txt").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

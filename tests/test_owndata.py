@@ -1,0 +1,374 @@
+"""Laws of the user's own data as a source: buckets, rows, held-out parts, broken samples, draws."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.stats import chisquare
+
+from vcloze_jax.config import MINI, UserError
+from vcloze_jax.data.draws import ROWS, draw_blank, draw_order, draw_rows, draw_sentences, renumber
+from vcloze_jax.data.owndata import choose_part, open_own, split_buckets
+from vcloze_jax.data.report import show_source
+from vcloze_jax.data.sizes import ASPECTS, fill_buckets, merge_buckets
+from vcloze_jax.data.sources import Shape, draw_group, draw_groups
+from vcloze_jax.inputs.cells import row_size
+from vcloze_jax.inputs.sheet import MARK
+from vcloze_jax.prompts import CONTENT_PREFIXES, LAYOUTS
+
+ROOT = Path(__file__).parents[1]
+RECIPE = MINI.recipe
+ALL_TEXT = replace(RECIPE, caption_dropout=0.0)
+
+
+def write_pairs(folder, count, sizes=((64, 64),)):
+    """A folder of pairs: the input of number i is (i, 0, 0) everywhere, its output (i, 255, 0)."""
+    for side, level in (("in", 0), ("out", 255)):
+        (folder / side).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            picture = Image.new("RGB", sizes[i % len(sizes)], (i, level, 0))
+            picture.save(folder / side / f"{i:03}.png")
+            (folder / f"{i:03}.txt").write_text(f"number {i}")
+    return folder
+
+
+def numbers(example):
+    """Which pairs the rows of a grid show, as `write_pairs` wrote them."""
+    return [int(row.pixels[0, 0, 0]) for row in example.grid.rows]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A folder of 40 pairs."""
+    return write_pairs(tmp_path_factory.mktemp("own") / "pairs", 40)
+
+
+# --- buckets ---
+
+
+def make_table(sizes, rows=1, columns=2):
+    """The table of samples whose first pictures have these sizes."""
+    return np.array([(1, rows, columns, *size) for size in sizes], np.int32)
+
+
+@pytest.mark.parametrize("resolution", [64, 384, 512])
+def test_few_sizes_of_cells(resolution):
+    """Pictures of any size make cells of at most nine sizes, all whole tokens, of about the area
+    that is asked for, and of the nearest aspect: within a quarter, from 1:2 to 2:1."""
+    rng = np.random.default_rng(0)
+    sizes = np.exp(rng.uniform(np.log(100), np.log(4000), (500, 2))).astype(int)
+    buckets = fill_buckets(make_table(sizes), resolution)
+    assert len(buckets) <= len(ASPECTS) == 9
+    assert sorted(np.concatenate(list(buckets.values()))) == list(range(500))
+    for shape, members in buckets.items():
+        assert shape.height % 16 == shape.width % 16 == 0
+        assert 0.6 < shape.height * shape.width / resolution**2 <= 1.05
+        for w, h in sizes[members]:
+            if 1 / 2 < w / h < 2 and resolution > 64:
+                assert abs(np.log(w / h * shape.height / shape.width)) < 0.25
+    for w, h in ASPECTS:
+        (shape,) = fill_buckets(make_table([(20 * w, 20 * h)]), resolution)
+        assert (shape.width, shape.height) == row_size(w, h, resolution)
+
+
+def test_small_buckets_join_their_neighbour():
+    """No bucket that can join one of as many rows and columns has less than asked for; nothing is
+    lost; what is large enough stays."""
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        sizes = np.exp(rng.uniform(np.log(100), np.log(4000), (60, 2))).astype(int)
+        table = make_table(sizes)
+        table[:, 2] = rng.integers(2, 4, 60)
+        buckets = fill_buckets(table, 384)
+        merged = merge_buckets(buckets, 8)
+        assert sorted(np.concatenate(list(merged.values()))) == list(range(60))
+        for columns in (2, 3):
+            own = [members for shape, members in merged.items() if shape.columns == columns]
+            assert len(own) == 1 or min(map(len, own)) >= 8
+        assert {s for s, m in buckets.items() if len(m) >= 8} <= merged.keys()
+
+
+def test_the_cut_is_the_bucket_of_the_query(tmp_path):
+    """All cells of a grid have the size of the query's bucket, whatever their own."""
+    sizes = [(128, 96), (96, 128), (96, 96)]
+    folder = write_pairs(tmp_path / "pairs", 30, sizes)
+    source = open_own(str(folder), replace(RECIPE, group=2))
+    cells = {row_size(w, h, 64) for w, h in ((4, 3), (3, 4), (1, 1))}
+    assert {(shape.width, shape.height) for shape in source.shapes()} == cells
+    for number in range(20):
+        for example in draw_group(source, 0, number, 2):
+            own = {(i % 3) for i in numbers(example)}
+            assert len(own) == 1
+            w, h = sizes[own.pop()]
+            assert example.grid.shape[0][0] == row_size(w, h, 64)[1]
+
+
+# --- rows, held-out part ---
+
+
+def test_pairs_make_grids_of_one_to_three_rows(pairs):
+    """1, 2 and 3 rows with p 0.3, 0.4, 0.3, all of different pairs, every pair equally often."""
+    source = open_own(str(pairs), RECIPE)
+    groups = [draw_group(source, 0, number, 8) for number in range(150)]
+    rows = Counter(len(group[0].grid.rows) for group in groups)
+    expected = [p * len(groups) for p in ROWS.values()]
+    assert chisquare([rows[r] for r in ROWS], expected).pvalue > 1e-4
+    queries = Counter()
+    for group in groups:
+        shown = [numbers(example) for example in group]
+        assert all(len(set(each)) == len(each) for each in shown)
+        assert len({each[-1] for each in shown}) == len(group)
+        queries.update(each[-1] for each in shown)
+    assert len(queries) == 36 and chisquare(list(queries.values())).pvalue > 1e-4
+
+
+def test_rows_of_few_pairs():
+    """Where there are less than three pairs the share of more rows goes to what there can be."""
+    rng = np.random.default_rng(2)
+    assert {draw_rows(rng, 1) for _ in range(50)} == {1}
+    drawn = Counter(draw_rows(rng, 2) for _ in range(1000))
+    assert chisquare([drawn[1], drawn[2]], [300, 700]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("count, share, held", [(100, 0.1, 10), (100, 0.25, 25), (20, 0.1, 4)])
+def test_how_much_is_held_out(count, share, held):
+    """The share that is asked for, four samples at least, half at most, and none for 0; the same
+    ones at every start."""
+    part = choose_part(np.arange(count), share)
+    assert len(part) == held == len(set(part.tolist()))
+    np.testing.assert_array_equal(part, choose_part(np.arange(count), share))
+    assert len(choose_part(np.arange(count), 0.0)) == 0
+    assert [len(choose_part(np.arange(n), 0.1)) for n in (1, 2, 3, 5, 8)] == [0, 1, 1, 2, 4]
+
+
+def test_previews_show_no_training_pair(pairs):
+    """No pair is both learnt and shown in previews or validation: neither asked nor as an example.
+    A preview asks a question with 0, 1 and 2 examples, its last cell blank, with all text."""
+    source = open_own(str(pairs), replace(RECIPE, held_out=0.2))
+    held = source.held_out()
+    learnt = {i for n in range(20) for e in draw_group(source, 0, n, 8) for i in numbers(e)}
+    shown = {i for n in range(20) for e in draw_group(held, 0, n, 8) for i in numbers(e)}
+    assert len(learnt) == 32 and len(shown) == 8 and not learnt & shown
+    previews = held.previews()
+    assert [len(example.grid.rows) for example in previews] == [1, 2, 3, 1, 2, 3]
+    assert {i for example in previews for i in numbers(example)} <= shown
+    for example in previews:
+        assert example.grid.targets == [1]
+        assert f"depicts: number {numbers(example)[-1]}" in example.prompt
+    assert [e.prompt for e in held.previews()] == [e.prompt for e in previews]
+
+
+def test_held_out_shapes_are_those_of_training():
+    """What is held out is cut as training's pictures are, so that it needs no program more, unless
+    its number of rows and columns is learnt nowhere."""
+    rng = np.random.default_rng(3)
+    sizes = np.exp(rng.uniform(np.log(100), np.log(4000), (40, 2))).astype(int)
+    buckets = fill_buckets(make_table(sizes), 384)
+    rest, reserve = split_buckets(buckets, np.arange(8), 8)
+    assert reserve.keys() <= rest.keys()
+    both = [*rest.values(), *reserve.values()]
+    assert sorted(np.concatenate(both)) == list(range(40))
+
+
+# --- the recipe ---
+
+
+@pytest.mark.parametrize("columns", [2, 3, 4])
+def test_the_blank_cell(columns):
+    """With p 0.5 any cell is blank, else the last (the authors'), or as the recipe says."""
+    rng = np.random.default_rng(columns)
+    for p in (0.5, 0.9):
+        recipe = replace(RECIPE, reverse_masking=p)
+        drawn = Counter(draw_blank(rng, columns, recipe) for _ in range(3000))
+        expected = [3000 * (p / columns + (1 - p) * (i == columns - 1)) for i in range(columns)]
+        assert chisquare([drawn[i] for i in range(columns)], expected).pvalue > 1e-4
+    never = replace(RECIPE, reverse_masking=0.0)
+    assert {draw_blank(rng, columns, never) for _ in range(50)} == {columns - 1}
+
+
+def test_the_order_of_the_columns():
+    """Conditions stand in any order, each as likely, the target last; or as they are given."""
+    rng = np.random.default_rng(4)
+    drawn = Counter(tuple(draw_order(rng, 4, RECIPE)) for _ in range(3000))
+    assert len(drawn) == 6 and chisquare(list(drawn.values())).pvalue > 1e-4
+    assert all(order[-1] == 3 for order in drawn)
+    assert draw_order(rng, 4, replace(RECIPE, keep_order=True)) == [0, 1, 2, 3]
+
+
+def test_sentences():
+    """The layout is always told, task and content with p 0.8 each (the authors'), each of ten
+    templates equally often; with p `caption_dropout` there is no text at all."""
+    rng = np.random.default_rng(5)
+    args = (2, 2), ["a thing", "a picture"], "red fox"
+    drawn = [draw_sentences(rng, ALL_TEXT, *args) for _ in range(3000)]
+    told = Counter(("[IMAGE1] a thing" in x, x.endswith("red fox")) for x in drawn)
+    expected = {(a, b): (0.8 if a else 0.2) * (0.8 if b else 0.2) for a in (0, 1) for b in (0, 1)}
+    counts, shares = zip(*((told[key], 3000 * p) for key, p in expected.items()), strict=True)
+    assert chisquare(counts, shares).pvalue > 1e-4
+    layouts = [layout.format(R=2, C=2, N=4) for layout in LAYOUTS]
+    assert chisquare([sum(x.startswith(each) for x in drawn) for each in layouts]).pvalue > 1e-4
+    prefixes = [sum(prefix + "red fox" in x for x in drawn) for prefix in CONTENT_PREFIXES]
+    assert chisquare(prefixes).pvalue > 1e-4
+    silent = [draw_sentences(rng, RECIPE, *args) == "" for _ in range(3000)]
+    assert chisquare([sum(silent), 3000 - sum(silent)], [300, 2700]).pvalue > 1e-4
+
+
+def test_sentences_by_flags():
+    """Fixed templates are sampling's; what the user words is said as it stands."""
+    fixed = replace(ALL_TEXT, fixed_templates=True, task_sentence=1.0, content_sentence=1.0)
+    rng = np.random.default_rng(6)
+    args = (1, 2), "Do it.", "In the last row, go", "Two pictures."
+    assert draw_sentences(rng, fixed, *args) == "Two pictures. Do it. In the last row, go"
+    sentence = draw_sentences(rng, fixed, (1, 2), ["a", "b"], "a fox")
+    assert sentence.startswith("A grid layout with 1 rows") and "depicts: a fox" in sentence
+    assert renumber("[IMAGE1], [IMAGE2] to [IMAGE3] or [IMAGE9]", [1, 0, 2]) == (
+        "[IMAGE2], [IMAGE1] to [IMAGE3] or [IMAGE9]"
+    )
+
+
+def test_columns_move_together(tmp_path):
+    """Shuffled conditions move in all rows and in the phrases alike."""
+    for i in range(8):
+        for k, name in enumerate(("c", "s", "t")):
+            Image.new("RGB", (64, 64), (i, 100 * k, 0)).save(tmp_path / f"{name}{i}.png")
+    lines = [{"cond1": f"c{i}.png", "source": f"s{i}.png", "target": f"t{i}.png"} for i in range(8)]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    recipe = replace(ALL_TEXT, task_sentence=1.0)
+    source = open_own(str(tmp_path / "own.jsonl"), recipe)
+    orders = set()
+    for number in range(20):
+        for example in draw_group(source, 0, number, 2):
+            order = [[int(cell[0, 0, 1]) // 100 for cell in example.grid.split(row.pixels)]
+                     for row in example.grid.rows]  # fmt: skip
+            assert order == [order[0]] * len(order) and order[0][-1] == 2
+            named = ["a condition image", "a source image", "a high-quality image"]
+            for column, kind in enumerate(order[0], start=1):
+                assert f"[IMAGE{column}] {named[kind]}" in example.prompt
+            orders.add(tuple(order[0]))
+    assert len(orders) == 2
+
+
+# --- broken samples ---
+
+
+@pytest.fixture
+def worn(tmp_path):
+    """250 pairs: pictures of 0 and 1 cannot be opened, one of 2 is cut in the midst of its data."""
+    folder = write_pairs(tmp_path / "worn", 250)
+    (folder / "in" / "000.png").write_bytes(b"")
+    (folder / "out" / "001.png").write_text("no picture")
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "in" / "002.png")
+    whole = (folder / "in" / "002.png").read_bytes()
+    (folder / "in" / "002.png").write_bytes(whole[: len(whole) // 2])
+    return folder
+
+
+def test_broken_samples_are_skipped(worn, capfd):
+    """They are named and counted when they are found, never drawn, and draws stay what they are: a
+    function of (seed, number), at every start and by any number of threads."""
+    recipe = replace(RECIPE, held_out=0.0)
+    source = open_own(str(worn), recipe)
+    assert "2 of 250 samples broken, 2 allowed" in (told := capfd.readouterr().err)
+    assert "000" in told and "001" in told
+    source.broken.limit = 3
+    groups = [draw_group(source, 0, number, 8) for number in range(60)]
+    assert "002: image[0][0]: " in (told := capfd.readouterr().err) and told.count("002") < 4
+    shown = {i for group in groups for example in group for i in numbers(example)}
+    assert not shown & {0, 1, 2} and len(shown) > 150
+    again = open_own(str(worn), recipe)
+    again.broken.limit = 3
+    threads = draw_groups(again, replace(recipe, threads=3), 20, 60)
+    for group, other in zip(groups[20:], threads, strict=True):
+        assert [numbers(e) for e in group] == [numbers(e) for e in other]
+        assert len({numbers(e)[-1] for e in group}) == 8
+
+
+def test_too_many_broken_samples_stop_the_run(worn):
+    """More than one in a hundred ends it, and the line says which: also where a thread finds the
+    last one."""
+    recipe = replace(RECIPE, held_out=0.0)
+    source = open_own(str(worn), recipe)
+    with pytest.raises(
+        UserError, match=r"worn: 002: .*\(3 of 250 samples broken, 2 allowed; .*001"
+    ):
+        list(draw_groups(source, recipe, 0, 400))
+    (worn / "out" / "003.png").unlink()
+    (worn / "out" / "003.png").mkdir()
+    (worn.parent / "worn.sizes.npz").unlink()
+    with pytest.raises(UserError, match="3 of 250 samples broken, 2 allowed"):
+        open_own(str(worn), RECIPE)
+
+
+def test_what_was_repaired_is_learnt(worn):
+    """Broken pictures are looked at again at every start, all others are not."""
+    assert 0 not in open_own(str(worn), RECIPE).members(Shape(1, 2, 64, 64))
+    Image.new("RGB", (64, 64)).save(worn / "in" / "000.png")
+    everything = open_own(str(worn), replace(RECIPE, held_out=0.0))
+    assert 0 in everything.members(Shape(1, 2, 64, 64)) and len(everything.broken.reasons) == 1
+
+
+# --- what --check shows ---
+
+
+def test_what_there_is_is_shown(pairs, tmp_path):
+    """All counts, sizes and tokens are told, and twelve grids drawn as a run draws them, hatched
+    where they are masked, and only there."""
+    source = open_own(str(pairs), RECIPE)
+    told = show_source(source, RECIPE, tmp_path / "new" / "check.png")
+    assert "36 pairs to learn from, 4 held out" in told
+    assert "  3 x 2 cells of 64x64: 96 tokens, 36 last rows\n" in told
+    for number in range(12):
+        (example,) = draw_group(source, RECIPE.seed, number, 1)
+        assert f"\n  {number + 1}: {example.prompt or 'none'}" in told
+    sheet = np.asarray(Image.open(tmp_path / "new" / "check.png"))
+    assert sheet.shape[1] == 4 * (2 * 64 + 3 * 8 + 8)
+    (example,) = draw_group(source, RECIPE.seed, 0, 1)
+    grid = example.grid
+    y = 14 + 8 + (len(grid.rows) - 1) * 72  # below the number, the gutter, and rows of examples
+    query = np.concatenate([sheet[y : y + 64, 8 + 72 * c : 72 + 72 * c] for c in (0, 1)], 1)
+    striped = (query != grid.query.pixels).any(-1)
+    assert striped.any() and not striped[~grid.query.mask].any()
+    assert (query[striped] == MARK).all() and striped.sum() < grid.query.mask.sum() / 3
+
+
+# --- size ---
+
+MANY = 20_000
+MEASURE = """
+import json, resource, sys, time
+from dataclasses import replace
+from vcloze_jax.config import MINI
+from vcloze_jax.data.sources import draw_group, open_source
+recipe = replace(MINI.recipe, data=sys.argv[1])
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+source = open_source(recipe)
+seconds = time.process_time() - start
+for number in range(3): draw_group(source, 0, number, 8)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([seconds, (after - before) / 1024, source.digest()]))
+"""
+
+
+def test_many_lines(tmp_path):
+    """20,000 lines start in seconds, the first time and the next, and take little memory: no
+    picture of theirs is held."""
+    for i in range(10):
+        Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    line = '{"source": "%d.png", "target": "%d.png", "text": "number %d"}\n'
+    file = tmp_path / "many.jsonl"
+    file.write_text("".join(line % (i % 10, i % 7, i) for i in range(MANY)))
+    runs = []
+    for _ in range(2):
+        command = [sys.executable, "-c", MEASURE, str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        runs.append(json.loads(done.stdout))
+    (first, memory, digest), (again, _, same) = runs
+    assert first < 30 and again < 2 and memory < 60 and digest == same, runs

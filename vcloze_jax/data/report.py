@@ -1,0 +1,28 @@
+"""What `train.py --check` shows of the data: what there is, its shapes, and some of its grids."""
+
+from pathlib import Path
+
+from vcloze_jax.config import Recipe
+from vcloze_jax.data.sources import Source, draw_group
+from vcloze_jax.inputs.pictures import save_png
+from vcloze_jax.inputs.sheet import tile_grids
+
+SHOWN = 12  # grids
+
+
+def show_source(source: Source, recipe: Recipe, file: Path) -> str:
+    """Draw `SHOWN` grids as a run of this recipe would, their masks hatched, into a PNG file.
+    Returns all that can be said in text: counts, sizes, tokens, and the prompts of those grids.
+
+    Raises UserError where a picture cannot be learnt from or the file cannot be written.
+    """
+    lines = [source.summary()]
+    for shape in source.shapes():
+        size = f"{shape.rows} x {shape.columns} cells of {shape.width}x{shape.height}"
+        lines.append(f"  {size}: {shape.tokens} tokens, {source.count(shape)} last rows")
+    examples = [draw_group(source, recipe.seed, number, 1)[0] for number in range(SHOWN)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_png(file, tile_grids([example.grid for example in examples]))
+    lines.append(f"{file}: grids as they are drawn, hatched where they are masked; their texts:")
+    lines += [f"  {i}: {example.prompt or 'none'}" for i, example in enumerate(examples, start=1)]
+    return "\n".join(lines)

@@ -1,0 +1,117 @@
+"""Sizes of the user's pictures, read once and kept beside them, and the buckets that they make.
+
+A grid's cells all have one of at most nine sizes, of the area that --resolution asks for: that
+whose aspect is nearest to its query's first picture. Pictures are cut to it from their centre. So a
+file of photographs needs a program for each of few shapes, and not one for every pair of ratios
+(sampling makes one grid, and gives each row its own size).
+"""
+
+import io
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from vcloze_jax.config import UserError
+from vcloze_jax.data.sources import Shape
+from vcloze_jax.inputs.cells import check_layout, row_size
+from vcloze_jax.inputs.checks import error_context
+from vcloze_jax.inputs.pictures import PictureError, measure_picture, quiet_decoders, save_bytes
+from vcloze_jax.inputs.spec import open_cells, sentences
+
+ASPECTS = ((1, 2), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (2, 1))  # w, h
+FIELDS = ("pair", "rows", "columns", "width", "height")  # of a sample; height 0: it is broken
+
+
+def measure_samples(samples: Sequence) -> tuple[np.ndarray, dict[int, str]]:
+    """`FIELDS` of all samples, int32 [N, 5], and what is wrong with those that are broken.
+
+    They are read from PATH.sizes.npz where that is of these samples; else from the headers of all
+    their pictures, with a bar, and kept there. What was broken is looked at again. Raises UserError
+    for what is no sample.
+    """
+    path = samples.path.resolve()
+    file = path.with_name(f"{path.name}.sizes.npz")
+    table, broken = _read_table(file, samples.digest), {}
+    if table is None:
+        table = np.zeros((len(samples), len(FIELDS)), np.int32)
+    missing = np.flatnonzero(table[:, -1] == 0)
+    with quiet_decoders():
+        for i in tqdm(missing, "reading sizes", unit="sample", leave=False, delay=2):
+            with error_context(samples.name(i)):
+                sample = samples[i]
+                try:
+                    table[i] = measure_sample(sample, samples.folder)
+                except PictureError as error:
+                    broken[int(i)] = str(error)
+    if len(broken) < len(missing):
+        content = io.BytesIO()
+        np.savez(content, digest=samples.digest, table=table)
+        with suppress(UserError):  # where nothing can be written they are read at every start
+            save_bytes(file, content.getvalue())
+    return table, broken
+
+
+def measure_sample(sample, folder: Path) -> tuple[int, ...]:
+    """`FIELDS` of a sample. Raises PictureError for a picture, UserError for what is no sample."""
+    _, cells = open_cells(sample.rows, folder, measure_picture)
+    for r, row in enumerate(cells):
+        if None in row:
+            raise UserError(f"image[{r}][{row.index(None)}]: null; to learn it, give its picture")
+    cells = [[cell if isinstance(cell, tuple) else (cell, None) for cell in row] for row in cells]
+    first = cells[-1][0][0] if cells and cells[-1] else None
+    if first and not has_masks(sample):
+        cells[-1][-1] = None, None
+    check_layout(cells)
+    sentences(sample.texts, len(cells), len(cells[0]))
+    pair = sample.phrases is not None
+    return pair, len(cells), len(cells[0]), first.width, first.height
+
+
+def has_masks(sample) -> bool:
+    """Whether the sample says itself what is to be generated."""
+    return any(isinstance(cell, dict) for cell in sample.rows[-1])
+
+
+def _read_table(file: Path, digest: str) -> np.ndarray | None:
+    """What was kept for samples of that digest; None where there is nothing or something else."""
+    with suppress(Exception), np.load(file, allow_pickle=False) as kept:
+        if kept["digest"] == digest and kept["table"].shape[1] == len(FIELDS):
+            return kept["table"]
+    return None
+
+
+def fill_buckets(table: np.ndarray, resolution: int) -> dict[Shape, np.ndarray]:
+    """The numbers of the samples that are not broken, by what shape they have."""
+    _, rows, columns, width, height = table.T
+    sizes = [row_size(w, h, resolution) for w, h in ASPECTS]
+    own = np.log(np.maximum(width, 1) / np.maximum(height, 1))
+    nearest = np.abs(own[:, None] - np.log([w / h for w, h in ASPECTS])).argmin(1)
+    keys = np.stack([rows, columns, nearest], 1)
+    buckets: dict[Shape, np.ndarray] = {}
+    for key in np.unique(keys[height > 0], axis=0):
+        members = np.flatnonzero((keys == key).all(1) & (height > 0))
+        w, h = sizes[key[2]]
+        shape = Shape(int(key[0]), int(key[1]), h, w)
+        buckets[shape] = np.sort(np.append(buckets.get(shape, members[:0]), members))
+    return buckets
+
+
+def merge_buckets(buckets: dict[Shape, np.ndarray], least: int) -> dict[Shape, np.ndarray]:
+    """The same samples in fewer buckets: the smallest joins the one of as many rows and columns
+    whose aspect is nearest, until each that can has at least `least`."""
+    buckets = dict(buckets)
+    for shape in sorted(buckets, key=lambda shape: len(buckets[shape])):
+        near = [other for other in buckets if other != shape and other[:2] == shape[:2]]
+        if len(buckets[shape]) < least and near:
+            other = nearest_shape(shape, near)
+            buckets[other] = np.sort(np.append(buckets[other], buckets.pop(shape)))
+    return buckets
+
+
+def nearest_shape(shape: Shape, shapes: list[Shape]) -> Shape:
+    """That of `shapes` whose cells' aspect is nearest."""
+    aspect = lambda s: np.log(s.width / s.height)  # noqa: E731
+    return min(shapes, key=lambda other: abs(aspect(other) - aspect(shape)))
