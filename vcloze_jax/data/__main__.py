@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from vcloze_jax.config import UserError
 from vcloze_jax.data.degradations import DEGRADATIONS, degrade
+from vcloze_jax.data.graph200k_tasks import describe_graph
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.pictures import check_writable, open_picture, save_png
 from vcloze_jax.inputs.sheet import GUTTER, LABEL, stack_sheets
@@ -46,6 +47,8 @@ def main(argv):
     args = parser.parse_args(argv)
     if not args.list and args.degrade is None:
         raise UserError("nothing to do; --list, or --degrade PHOTO")
+    if args.list:
+        print(describe_graph())
     if args.degrade:
         check_writable(args.out.parent, args.out.name)
         picture = np.asarray(open_picture(args.degrade))
