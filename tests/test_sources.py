@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from scipy.stats import chisquare
 
+from scripts.make_graph200k import write_dataset
 from vcloze_jax.config import MINI, UserError
 from vcloze_jax.data.graph import NEAR, NODES, SIZE, TRAIN, draw_fill, draw_sample
 from vcloze_jax.data.sources import (
@@ -25,6 +26,7 @@ from vcloze_jax.data.sources import (
 from vcloze_jax.prompts import CONTENT_PREFIXES
 
 NAMES = ["graphemoji", "graphemoji:gray->fluent_flat", "graphemoji-fill", "own.jsonl", "pairs"]
+NAMES += ["graph200k", "graph200k:restoration"]
 SILENT = replace(MINI.recipe, caption_dropout=0.0)
 
 
@@ -49,7 +51,9 @@ def sources(tmp_path_factory):
     lines = [json.dumps(line | {"content_prompt": f"{i}"}) for i, line in enumerate(lines)]
     (folder / "own.jsonl").write_text("\n".join(lines))
     opened = {name: open_named(name) for name in NAMES[:3]}
-    opened |= {name: open_named(folder / name) for name in NAMES[3:]}
+    opened |= {name: open_named(folder / name) for name in NAMES[3:5]}
+    write_dataset(folder / "graph200k", side=24)
+    opened |= {name: open_named(name, data_dir=f"{folder}/graph200k") for name in NAMES[5:]}
     return {name: source.held_out() for name, source in opened.items()}
 
 
@@ -74,7 +78,7 @@ def same(one, other):
 # --- what --data names ---
 
 
-UNKNOWN = "no such data; use graphemoji, graphemoji:TASK, graphemoji-fill, a JSON-lines file or a"
+UNKNOWN = "no such data; use graphemoji, graphemoji:TASK, graphemoji-fill, graph200k, graph200k:"
 
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "", "graphemoji-fill:x", "graphemojis"])
@@ -84,12 +88,16 @@ def test_unknown_data_is_refused(name):
         open_named(name)
 
 
-def test_unknown_tasks_and_what_is_not_there_yet():
-    """A task's name is checked at once; of what we know and cannot open yet, the line says so."""
+def test_unknown_tasks_and_folders():
+    """A task's name is checked at once, and so is where the data lie."""
     with pytest.raises(UserError, match="^--data gray->x: not CONDITION.* nodes of fluent_3d"):
         open_named("graphemoji:gray->x")
-    with pytest.raises(UserError, match="^--data graph200k: not yet; use graphemoji or your own"):
+    with pytest.raises(
+        UserError, match="^--data graph200k: --data-dir is missing; name the folder"
+    ):
         open_named("graph200k")
+    with pytest.raises(UserError, match="^--data-dir x: only graph200k lies in one; leave it out$"):
+        open_named("graphemoji", data_dir="x")
 
 
 @pytest.mark.parametrize("name", NAMES[:3])
@@ -135,8 +143,9 @@ def test_a_task_is_the_only_one_that_is_drawn():
 
 def test_every_row_of_the_registry_is_tested():
     """The laws below hold for every source that can be opened."""
-    forms = {name.replace("gray->fluent_flat", "TASK") for name in NAMES}
-    assert {form for form, opener in SOURCES.items() if opener} == forms - {"own.jsonl", "pairs"}
+    words = {"gray->fluent_flat": "TASK", "restoration": "TASKS"}
+    forms = {":".join(words.get(part, part) for part in name.split(":")) for name in NAMES}
+    assert SOURCES.keys() == forms - {"own.jsonl", "pairs"}
 
 
 @pytest.mark.parametrize("name", NAMES)

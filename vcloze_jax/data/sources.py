@@ -77,12 +77,13 @@ class Source(Protocol):
 
 # What --data may say -> who opens it: a function of what follows the colon and of the recipe, all
 # of whose data settings it obeys or refuses. It raises UserError at once, and is imported when it
-# is called: whoever trains on files needs none of the others' libraries. None: not yet.
+# is called: whoever trains on files needs none of the others' libraries.
 SOURCES = {
     "graphemoji": "vcloze_jax.data.graphemoji:open_tasks",
     "graphemoji:TASK": "vcloze_jax.data.graphemoji:open_tasks",
     "graphemoji-fill": "vcloze_jax.data.graphemoji:open_fill",
-    "graph200k": None,
+    "graph200k": "vcloze_jax.data.graph200k:open_graph200k",
+    "graph200k:TASKS": "vcloze_jax.data.graph200k:open_graph200k",
 }
 OWN = "vcloze_jax.data.owndata:open_own"  # of any other name: a file, or a folder of pairs
 
@@ -94,13 +95,13 @@ def open_source(recipe: Recipe) -> Source:
     a name that is neither and for what cannot be learnt from.
     """
     kind, colon, part = recipe.data.partition(":")
+    if recipe.data_dir and kind != "graph200k":
+        raise UserError(f"--data-dir {recipe.data_dir}: only graph200k lies in one; leave it out")
     for form, opener in SOURCES.items():
         if form.partition(":")[:2] == (kind, colon):
-            if opener is None:
-                raise UserError(f"--data {recipe.data}: not yet; use graphemoji or your own data")
             return resolve_name(opener)(part, recipe)
     if not recipe.data or not Path(recipe.data).exists():
-        known = ", ".join(form for form, opener in SOURCES.items() if opener)
+        known = ", ".join(SOURCES)
         raise UserError(
             f"--data {recipe.data}: no such data; use {known}, a JSON-lines file or a folder of "
             "pairs"

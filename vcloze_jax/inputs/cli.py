@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv):
         """The flags, --weights as a folder on this machine."""
         args = super().parse_args(argv)
-        if args.weights:
+        if getattr(args, "weights", None):
             args.weights = find_weights(args.weights, args.download)
         return args
 

@@ -100,6 +100,12 @@ def measure_picture(path: str | Path, ground: str = "white") -> PictureSize:
     return PictureSize(*open_picture(path).size)  # says what is wrong, or reads it all the same
 
 
+def decode_picture(content: bytes, name: str, ground: str = "white") -> Image.Image:
+    """The picture that a file of that `content` would hold. Raises PictureError about `name`."""
+    with _decoding(name):
+        return _decode(io.BytesIO(content), ground)
+
+
 def copy_picture(picture: Image.Image, ground: str = "white") -> Image.Image:
     """A picture in memory as `open_picture` would read it from a file."""
     with _decoding(f"a picture of mode {picture.mode}"):
