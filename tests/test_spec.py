@@ -178,8 +178,8 @@ BAD_NUMBERS = (None, True, False, "30", [], {}, -1, 10**30, float("nan"), float(
 BAD_TEXTS = (0, False, ["a"], {"a": 1}, 1.5, "\ud800")
 BAD = [
     # the file
-    ("", "not JSON"),
-    (" ", "not JSON"),
+    ("", "is empty"),
+    (" ", "is empty"),
     ("{", "not JSON"),
     ("{'image': []}", "not JSON"),
     ('{"image": [[null]],}', "not JSON"),

@@ -44,7 +44,7 @@ class JSONLinesGrids:
             for number, line in enumerate(lines, start=1):
                 if line.strip() or number < len(lines):  # the last line may end the file
                     with error_context(f"line {number}"):
-                        table = parse_json(line)
+                        table = parse_line(line)
                         example = read_example(table, resolution, Path(path).parent)
                     self.groups[example.grid.shape].append(example)
                     self.hash.update(line.strip())
@@ -80,9 +80,17 @@ class JSONLinesGrids:
         return example._replace(prompt="") if rng.random() < self.dropout else example
 
 
+def parse_line(line):
+    """The object of a line, or UserError that says what a line must be."""
+    try:
+        return check_type(parse_json(line), dict)
+    except UserError as error:
+        raise UserError(f"{error}; each line is a JSON object, a grid whole") from None
+
+
 def read_example(table, resolution, folder):
     """One line's object -> Example."""
-    check_keys(check_type(table, dict), KEYS)
+    check_keys(table, KEYS)
     table = {key: value for key, value in table.items() if value is not None}
     if "image" not in table:
         raise UserError("image: missing; give rows of pictures, the last cell is learnt")
