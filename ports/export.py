@@ -67,14 +67,18 @@ def write_adapter(
         modules[branch.stem.removeprefix(naming.prefixes[0])] = len(branch.a), branch.alpha
     tensors |= spell_norms(norms, naming)
     part = out.with_name(out.name + ".part")
-    if naming.ending == ".pth":
-        torchfile.save(part, tensors)
-    else:
-        biased = any(key.endswith(".bias") for key in tensors)
-        header = describe_alphas(modules, biased) if naming.alpha == "header" else {}
-        tensors = {key: np.asarray(x, order="C") for key, x in tensors.items()}
-        save_tensors(part, tensors, {"format": "pt"} | header | (note or {}))
-    os.replace(part, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if naming.ending == ".pth":
+            torchfile.save(part, tensors)
+        else:
+            biased = any(key.endswith(".bias") for key in tensors)
+            header = describe_alphas(modules, biased) if naming.alpha == "header" else {}
+            tensors = {key: np.asarray(x, order="C") for key, x in tensors.items()}
+            save_tensors(part, tensors, {"format": "pt"} | header | (note or {}))
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
     return len(modules)
 
 
