@@ -120,7 +120,7 @@ class Recipe:
         384, "a cell's area is its square; of JSON-lines data", DATA, least=16
     )
     caption_dropout: float = setting(0.1, "share of grids without any text", DATA)
-    rank: int = setting(256, "of the adapter; 0 trains the MMDiT itself")
+    rank: int = setting(256, "of the adapter; 0 trains the MMDiT itself", least=0)
     lr: float = setting(1e-4, "learning rate", free=True)
     warmup: int = setting(0, "steps over which the rate rises to --lr", least=0)
     decay_steps: int = setting(0, "at which a cosine ends at lr / 100; 0: constant", least=0)

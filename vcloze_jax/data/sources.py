@@ -60,6 +60,11 @@ SOURCES = {
 JSON_LINES = "vcloze_jax.data.jsonlines:JSONLinesGrids"  # of any other name, which is a file's
 
 
+def is_sized(name: str) -> bool:
+    """Whether what --data names has a size of its own: a row of `SOURCES`, not the user's file."""
+    return any(form.partition(":")[0] == name.partition(":")[0] for form in SOURCES)
+
+
 def open_source(name: str, resolution: int, dropout: float) -> Source:
     """What --data names: a row of `SOURCES`, or a JSON-lines file.
 

@@ -125,6 +125,8 @@ def check_writable(folder: Path, name: str, flag: str = "--out") -> None:
     """Prove that a file `name` can be saved in a folder, which is made if need be, and leave
     nothing behind. Raises UserError naming the folder as that of `flag`."""
     file = folder / name
+    if URL.search(str(folder)) and not folder.exists():
+        raise UserError(f"{flag} {folder}: an address, not a path; choose a folder here")
     made = [above for above in file.parents if not os.path.exists(above)]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

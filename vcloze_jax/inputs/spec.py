@@ -75,11 +75,9 @@ def read_specs(paths: list[str | Path], preset: Preset) -> list[Spec]:
 
 
 def check_outputs(out: Path, specs: list[Spec]) -> None:
-    """Make the folder. Raises UserError where an output cannot be written, or would replace an
-    input."""
+    """Raise UserError where an output cannot be written, or would replace an input."""
     names = [name for spec in specs for name in output_names(spec.name, len(spec.grid.targets))]
     check_writable(out, max(names, key=lambda name: len(os.fsencode(name))))
-    out.mkdir(parents=True, exist_ok=True)
     inputs = set()
     for spec in specs:
         cells = (cell for row in spec.resolved["image"] for cell in row if cell)
