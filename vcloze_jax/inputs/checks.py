@@ -67,8 +67,11 @@ def fold_name(name: str) -> str:
 
 def describe_with_file(error: Exception, file="") -> str:
     """`describe_error` after the file that the exception names, or else `file`."""
-    file = getattr(error, "filename", None) or file
-    return f"{file}: {describe_error(error)}" if file else describe_error(error)
+    file, reason = getattr(error, "filename", None) or file, describe_error(error)
+    if isinstance(error, FileNotFoundError):
+        remedy = explain_missing(file) if file else "the working directory is gone; cd to another"
+        reason += remedy and f"; {remedy}"
+    return f"{file}: {reason}" if file else reason
 
 
 @contextmanager

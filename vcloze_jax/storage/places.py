@@ -5,17 +5,20 @@ import json
 import math
 import os
 import re
+import stat
 import tempfile
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from vcloze_jax.config import FLUX_FILL, PRESETS, UserError
-from vcloze_jax.inputs.checks import describe_error
+from vcloze_jax.inputs.checks import describe_error, explain_missing
 
 MINI_FOLDER = (
     Path(__file__).parents[1] / "mini"
 )  # shipped weights: the base, lora.safetensors beside it
 MINI_LORA = MINI_FOLDER / "lora.safetensors"
-DIGESTED = ".safetensors", ".sft", ".json", ".model"
+DIGESTED = ".safetensors", ".sft", ".bin", ".json", ".model"
 LARGE, HEADER, BLOCK = 2**26, 2**20, 2**16  # bytes
 BLOCKS = 64  # of a large file, beside its header
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -89,13 +92,38 @@ def file_and_scale(text):
     return Path(file), scale
 
 
+def suggest_adapter(file):
+    """What helps where --lora names a file that is not there, as the tail of a message, or ""."""
+    if HUB_ID.fullmatch(name := str(file)):
+        fetch = f"hf download {name} --local-dir {Path(name).name}"
+        return f"; of Hugging Face it is fetched first: {fetch}"
+    stem, colon, _ = name.rpartition(":")
+    if colon and Path(stem).exists():
+        return "; training takes no :SCALE"
+    return f"; {explain_missing(file) or 'check the path'}"
+
+
 def cache_folder():
     """Where compiled programs and text embeddings are kept between runs: $XDG_CACHE_HOME if it is
     absolute, as its specification has it, else the home; of a process without one, temporary."""
     for folder in os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"):
         if os.path.isabs(folder):
             return Path(folder, "vcloze_jax")
-    return Path(tempfile.gettempdir(), f"vcloze_jax_{os.getuid()}")
+    return temporary_cache()
+
+
+@cache
+def temporary_cache():
+    """The cache of a process without a home. Its name can be foreseen, so a folder that somebody
+    else has made there, and may have filled with programs, is passed over for a new one."""
+    folder = Path(tempfile.gettempdir(), f"vcloze_jax_{os.getuid()}")
+    with suppress(OSError):
+        folder.mkdir(mode=0o700)
+    with suppress(OSError):
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o22:
+            return folder
+    return Path(tempfile.mkdtemp(prefix="vcloze_jax_"))
 
 
 def named_preset(folder):
