@@ -78,6 +78,7 @@ def assert_refused(answer, message):
         ("--gird fox.json", "unrecognized arguments: --gird"),
         ("--gri fox.json", "unrecognized arguments: --gri"),
         ("--grid fox.json --lora a.safetensors:nan", "the scale must be finite"),
+        ("--grid fox.json --lora :0.5", "--lora :0.5: no file before the scale"),
         ("--grid missing.json", "missing.json: "),
         ("--grid bad.json", "bad.json: image[0][1]: "),
         ("--grid bad.json --grid fox.json", "bad.json: image[0][1]: "),
@@ -120,6 +121,16 @@ def test_sample_refuses_weights_and_meshes(folder, call, monkeypatch, argv, mess
     monkeypatch.chdir(folder)
     assert_refused(call(sample.main, f"--grid fox.json {argv}", jax=True), message)
     assert not (folder / "outputs").exists()
+
+
+def test_what_a_system_leaves_in_a_folder(folder, call, monkeypatch):
+    """A run may begin where macOS has left a hidden file, and Windows' mark of UTF-8 begins a
+    preset."""
+    monkeypatch.chdir(folder)
+    (folder / "none/.DS_Store").write_bytes(b"Bud1")
+    RunFolder("none").compare(MINI.recipe)
+    (folder / "none/vcloze.json").write_text('{"preset": "mini"}', "utf-8-sig")
+    assert places.named_preset("none") is MINI
 
 
 def test_list_tasks(call):

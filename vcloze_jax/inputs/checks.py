@@ -23,6 +23,13 @@ REMEDIES = {
     errno.EMFILE: "raise the limit, ulimit -n",
     errno.EIO: "the disk or the network drive failed; try again",
 }
+# What a file that should be JSON is by its first bytes, and what helps.
+BINARY = {
+    b"\x1f\x8b": "is compressed by gzip; unpack it",
+    b"PK\x03\x04": "is a zip file; unpack it",
+    b"\x89PNG": "is a picture; give the JSON file that names it",
+    b"\xff\xd8\xff": "is a picture; give the JSON file that names it",
+}
 LONGEST = 300  # characters of a foreign message, or of a name
 
 
@@ -94,7 +101,8 @@ def parse_json(content: bytes):
             raise UserError("begins with a byte order mark; save it as UTF-8 without one")
         return json.loads(text, object_pairs_hook=_unite_pairs, parse_int=_parse_int)
     except UnicodeDecodeError:
-        raise UserError("is not UTF-8; save it as UTF-8") from None
+        kind = next((kind for start, kind in BINARY.items() if content.startswith(start)), None)
+        raise UserError(kind or "is not UTF-8; save it as UTF-8") from None
     except ValueError as error:
         empty = not text.strip()
         raise UserError("is empty" if empty else f"is not JSON: {error}") from None

@@ -60,6 +60,8 @@ def read_specs(paths: list[str | Path], preset: Preset) -> list[Spec]:
         with error_context(path):
             content = parse_json(_read_bytes(path))
             many = isinstance(content, list)
+            if not many and "spec" in check_type(content, dict):
+                raise UserError("a record of a painting; give its entry 'spec' as a file")
             if (count := len(specs) + (len(content) if many else 1)) > MAX_SPECS:
                 raise UserError(f"grid {count} of at most {MAX_SPECS} at once; split them up")
             if not many:

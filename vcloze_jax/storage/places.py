@@ -87,6 +87,8 @@ def file_and_scale(text):
         colon = ""
     if not colon or Path(text).exists():
         return Path(text), 1.0
+    if not file:
+        raise UserError(f"--lora {text}: no file before the scale")
     if not math.isfinite(scale):
         raise UserError(f"--lora {text}: the scale must be finite")
     return Path(file), scale
@@ -132,7 +134,7 @@ def named_preset(folder):
     if not file.is_file():
         return FLUX_FILL
     try:
-        return PRESETS[json.loads(file.read_text())["preset"]]
+        return PRESETS[json.loads(file.read_bytes())["preset"]]
     except (OSError, ValueError, KeyError, TypeError):
         names = ", ".join(PRESETS)
         raise UserError(f'{file}: must say {{"preset": NAME}} with a name of {names}') from None
