@@ -18,9 +18,9 @@ from vcloze_jax.storage import places
 
 def parse(argv):
     p = cli.Parser(__doc__)
-    p.add_argument("--grid", nargs="+", type=Path, metavar="SPEC.json", default=[])
+    p.add_argument("--grid", nargs="+", action="extend", type=cli.path, metavar="SPEC.json")
     cli.add_model_flags(p)
-    p.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR")
+    p.add_argument("--out", type=cli.path, default=Path("outputs"), metavar="DIR")
     p.add_argument("--list-tasks", action="store_true", help='names for "task" in a spec')
     p.add_argument("--check", action="store_true", help="validate everything, paint nothing")
     p.add_argument("--plan", action="store_true", help="print tokens, FLOPs and bytes, and exit")

@@ -20,7 +20,7 @@ from vcloze_jax.storage import places
 def parse(argv):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, metavar="RUN", help="the run's folder (default: runs/PRESET)")
+    add("--out", type=cli.path, metavar="RUN", help="the run's folder (default: runs/PRESET)")
     add("--check", action="store_true", help="validate everything, train nothing")
     add("--plan", action="store_true", help="print tokens, FLOPs and bytes of a step, and exit")
     accept = "go on with a run although these are not those that it was begun with"
@@ -43,13 +43,13 @@ def main(argv):
     from vcloze_jax import plan  # JAX from here on
     from vcloze_jax.devices import make_mesh, parse_mesh
     from vcloze_jax.sharding import compute_dtype
-    from vcloze_jax.storage.models import check_for_training, describe_origins
+    from vcloze_jax.storage.models import checked_training_preset, describe_origins
     from vcloze_jax.trainer import micro_size
 
     mesh = make_mesh(parse_mesh(recipe.mesh) if recipe.mesh else None)
     micro_size(recipe, mesh)
     folder = Path(args.weights or places.MINI_FOLDER)
-    preset = check_for_training(folder, recipe)
+    preset = checked_training_preset(folder, recipe)
     origins = describe_origins(folder, recipe, source.digest(), compute_dtype(mesh))
     run.compare_origins(recipe, origins, args.accept)
     if args.plan:

@@ -26,7 +26,7 @@ from vcloze_jax.data.sources import draw_group, open_source  # noqa: E402
 from vcloze_jax.devices import make_mesh  # noqa: E402
 from vcloze_jax.step import purpose_key  # noqa: E402
 from vcloze_jax.storage import places  # noqa: E402
-from vcloze_jax.storage.models import check_for_training, load_for_training  # noqa: E402
+from vcloze_jax.storage.models import checked_training_preset, load_for_training  # noqa: E402
 from vcloze_jax.storage.textreader import Tokenizers  # noqa: E402
 from vcloze_jax.trainer import Trainer, zeros_like  # noqa: E402
 
@@ -75,7 +75,7 @@ def main():
     count = parser.parse_args().steps * RECIPE.batch // RECIPE.group
     mesh = make_mesh()
     source = open_source(RECIPE)
-    preset = check_for_training(places.MINI_FOLDER, RECIPE)
+    preset = checked_training_preset(places.MINI_FOLDER, RECIPE)
     parts = load(preset, None, mesh)
     trainer = Trainer(parts, preset, Tokenizers(places.MINI_FOLDER, preset.t5, preset.clip), mesh)
     groups = [draw_group(source, RECIPE.seed, n, RECIPE.group) for n in range(count)]

@@ -19,6 +19,8 @@ from ports.diagnose import PortError
 from ports.tables.namings import NAMINGS, TARGETS, Naming
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
+from vcloze_jax.inputs.cli import path
+from vcloze_jax.inputs.pictures import check_writable
 from vcloze_jax.inputs.terminal import guard_streams, tell_error
 from vcloze_jax.storage.places import find_weights
 
@@ -42,12 +44,15 @@ def run_lora(argv) -> str:
     known = "an adapter in any naming that is known, or a folder RUN/checkpoints/STEP"
     add("file", type=Path, metavar="FILE", help=known)
     add("--to", choices=TARGETS, required=True, help="the naming to write")
-    add("--out", type=Path, metavar="FILE", required=True)
+    add("--out", type=path, metavar="FILE", required=True)
     args = parser.parse_args(argv)
     naming = NAMINGS[args.to]
     if args.out.suffix != naming.ending:
         ending = f"--to {args.to} writes a file that ends in {naming.ending}"
         raise UserError(f"--out {args.out}: {ending}")
+    if args.out.exists():
+        raise UserError(f"--out {args.out}: exists already; name a new file")
+    check_writable(args.out.parent, args.out.name)
     try:
         is_step = args.file.is_dir() and args.file.resolve().name.isdecimal()
         convert = export_checkpoint if is_step else export.convert_adapter
@@ -56,6 +61,8 @@ def run_lora(argv) -> str:
         raise UserError(f"{args.file}: {error}") from error
     except OSError as error:
         raise UserError(describe_with_file(error, args.file)) from error
+    except SafetensorError as error:  # of writing: a file that is read is checked before
+        raise UserError(f"{args.out}: cannot be written ({describe_error(error)})") from error
     return f"{args.out}: {count} linear layers in {naming.title} naming"
 
 
@@ -78,7 +85,7 @@ def run_folder(argv) -> str:
     """`python -m ports SRC --out DST`, as above."""
     parser = argparse.ArgumentParser("python -m ports", description=__doc__)
     parser.add_argument("source", type=find_weights, metavar="SRC", help="a weights folder")
-    parser.add_argument("--out", type=Path, metavar="DST", required=True, help="a new folder")
+    parser.add_argument("--out", type=path, metavar="DST", required=True, help="a new folder")
     dtypes = tuple(dict.fromkeys(engine.DTYPES.values()))
     parser.add_argument("--dtype", choices=dtypes, help="of all tensors (default: the source's)")
     args = parser.parse_args(argv)
@@ -100,7 +107,7 @@ def write_folder(source: Path, out: Path, dtype: str | None = None) -> int:
         raise UserError(f"{out}: exists already; name a new folder")
     if source.resolve() in out.resolve().parents:
         raise UserError(f"{out}: is inside of {source}; name a folder beside it")
-    preset = weights.check(source)
+    preset = weights.checked_preset(source)
     print(f"weights: {weights.summary(source, preset)}")
     part_of, rounded = out.with_name(out.name + ".part"), 0
     shutil.rmtree(part_of, ignore_errors=True)

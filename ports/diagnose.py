@@ -11,7 +11,10 @@ SHOWN = 10  # keys that an error names
 # What a file is by its first bytes, where it is not safetensors.
 MAGIC = (
     (rb"GGUF", "a GGUF file, of quantised weights, which are not read"),
-    (rb"PK\x03\x04|\x80[\x02-\x05]", "a pickle, which could run anything when it is opened"),
+    (
+        rb"PK\x03\x04|\x80[\x02-\x05]",
+        "a pickle, which could run anything when it is opened: take safetensors",
+    ),
     (rb"\x89HDF", "an HDF5 file"),
     (rb"version https://git-lfs", "a pointer of git-lfs, not the file itself: run git lfs pull"),
     (rb"\s*<", "a web page: the download failed"),

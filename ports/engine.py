@@ -37,9 +37,9 @@ EIGHT_BIT_NOTES = r"(.*\.)?(scaled_fp8|comfy_quant|scale_input|input_scale)"  # 
 BLOCK = 2**19  # numbers copied at once: they stay in the cache while they are transposed
 
 # What tools that wrap a model leave in its keys: PEFT (before modules, around a base layer, and the
-# name of an adapter), torch.compile (whose dots kohya's naming makes "_"), DDP, FSDP.
+# name of an adapter), torch.compile (whose dots kohya's naming makes "_"), DDP, DeepSpeed, FSDP.
 WRAPPERS = re.compile(
-    r"(?<![^.])(base_model\.model|base_layer|module|_fsdp_wrapped_module|"
+    r"(?<![^.])(base_model\.model|base_layer|(_forward_)?module|_fsdp_wrapped_module|"
     r"_checkpoint_wrapped_module)\.|(?<![^._])_orig_mod[._]|"
     r"(?<=\.lora_[AB])\.[^.]+(?=\.(weight|bias)$)"
 )

@@ -69,13 +69,17 @@ def write_adapter(
     spelled = (spell_branch(branch, naming).items() for branch in fit_branches(read(), naming))
     tensors = chain(chain.from_iterable(spelled), norms.items())
     part = out.with_name(out.name + ".part")
-    if naming.ending == ".pth":
-        torchfile.save(part, dict(tensors))
-    else:
-        biased = any(key.endswith(".bias") for key in layout)
-        header = describe_alphas(modules, biased) if naming.alpha == "header" else {}
-        stream_tensors(part, layout, tensors, {"format": "pt"} | header | (note or {}))
-    os.replace(part, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if naming.ending == ".pth":
+            torchfile.save(part, dict(tensors))
+        else:
+            biased = any(key.endswith(".bias") for key in layout)
+            header = describe_alphas(modules, biased) if naming.alpha == "header" else {}
+            stream_tensors(part, layout, tensors, {"format": "pt"} | header | (note or {}))
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
     return len(modules)
 
 

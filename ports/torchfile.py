@@ -166,7 +166,7 @@ def read_zip(zipped: zipfile.ZipFile, size: int):
     entries = {entry.filename: entry for entry in zipped.infolist()}
     name = next((name for name in entries if name.endswith("/data.pkl")), None)
     if name is None:
-        raise PortError("is a zip file, but none of torch.save")
+        raise PortError("is a zip file, but none of torch.save; unpack it, and give the file in it")
     folder = name.removesuffix("data.pkl")
     if any(entry.compress_type for entry in entries.values()):
         raise PortError("is packed; torch.save stores tensors as they are")

@@ -102,7 +102,7 @@ def key_list(name):
     return {key: tuple(map(int, shape)) for key, *shape in map(str.split, lines)}
 
 
-def refusal(folder, act=weights.check):
+def refusal(folder, act=weights.checked_preset):
     """The message of a UserError: one line, that begins with the folder and names ten at most."""
     with pytest.raises(UserError) as error:
         act(folder)

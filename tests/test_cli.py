@@ -26,8 +26,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """Specs: fox.json is good, bad.json is not; an empty weights folder; a file that is none."""
+def folder(tmp_path, monkeypatch):
+    """Specs: fox.json is good, bad.json is not; an empty weights folder; a file that is none; a
+    home."""
     save_png(tmp_path / "a.png", np.zeros((64, 64, 3), np.uint8))
     (tmp_path / "fox.json").write_text(json.dumps({"image": [["a.png", None]]}))
     (tmp_path / "bad.json").write_text(json.dumps({"image": [["a.png", "missing.png"]]}))
@@ -37,6 +38,9 @@ def folder(tmp_path):
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd/vcloze.json").write_text('{"preset": "maxi"}')
     (tmp_path / "file").write_text("text")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/file").write_text("text")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return tmp_path
 
 
@@ -74,8 +78,14 @@ def assert_refused(answer, message):
         ("--gird fox.json", "unrecognized arguments: --gird"),
         ("--gri fox.json", "unrecognized arguments: --gri"),
         ("--grid fox.json --lora a.safetensors:nan", "the scale must be finite"),
+        ("--grid fox.json --lora :0.5", "--lora :0.5: no file before the scale"),
         ("--grid missing.json", "missing.json: "),
         ("--grid bad.json", "bad.json: image[0][1]: "),
+        ("--grid bad.json --grid fox.json", "bad.json: image[0][1]: "),
+        ("--grid fox.json --weights=", "argument --weights: an empty path"),
+        ("--grid fox.json --out=", "argument --out: an empty path"),
+        ("--grid fox.json --out s3://b/fox", "--out s3:/b/fox: an address, not a path"),
+        ("--grid fox.json --out=~/file", "home/file: File exists"),
         ("--grid fox.json bad.json", "bad.json: image[0][1]: "),
         ("--grid fox.json fox.json", "output 'fox' is also that of"),
         ("--grid a.png", "a.png: "),
@@ -92,7 +102,7 @@ def test_sample_refuses(folder, call, monkeypatch, argv, message):
     """Wrong flags and specs are told before JAX is imported."""
     monkeypatch.chdir(folder)
     assert_refused(call(sample.main, argv), message)
-    assert not (folder / "outputs").exists() or not any((folder / "outputs").iterdir())
+    assert not (folder / "outputs").exists()
 
 
 @pytest.mark.parametrize(
@@ -110,7 +120,17 @@ def test_sample_refuses_weights_and_meshes(folder, call, monkeypatch, argv, mess
     """So are weights that are not there and a mesh that is none, when JAX is."""
     monkeypatch.chdir(folder)
     assert_refused(call(sample.main, f"--grid fox.json {argv}", jax=True), message)
-    assert not any((folder / "outputs").iterdir())
+    assert not (folder / "outputs").exists()
+
+
+def test_what_a_system_leaves_in_a_folder(folder, call, monkeypatch):
+    """A run may begin where macOS has left a hidden file, and Windows' mark of UTF-8 begins a
+    preset."""
+    monkeypatch.chdir(folder)
+    (folder / "none/.DS_Store").write_bytes(b"Bud1")
+    RunFolder("none").compare(MINI.recipe)
+    (folder / "none/vcloze.json").write_text('{"preset": "mini"}', "utf-8-sig")
+    assert places.named_preset("none") is MINI
 
 
 def test_list_tasks(call):
@@ -137,9 +157,18 @@ def test_help(call, main):
         ("--batch -1", "--batch -1: must be at least 1"),
         ("--batch 8 --micro-batch 3", "--batch 8: not a multiple of --micro-batch 3"),
         ("--resolution 8", "--resolution 8: must be at least 16"),
-        ("--lr nan", "--lr between 0 and 1"),
-        ("--seed -1", "--seed in 0"),
-        ("--rank -1", "--rank from 0"),
+        ("--lr nan", "--lr nan: must be above 0, below 1"),
+        ("--seed -1", "--seed -1: must be in 0 … 2^32-1"),
+        ("--clip 0", "--clip 0.0: must be above 0"),
+        ("--mask-fill 7", "--mask-fill 7.0: must be from -1 to 1"),
+        ("--time-mean inf", "--time-mean inf: must be a finite number"),
+        ("--guidance-range 30 1", "--guidance-range 30 1: must be LOW HIGH"),
+        ("--guidance-range nan 1", "--guidance-range nan 1: must be LOW HIGH"),
+        ("--weight-decay nan", "--weight-decay nan: must be at least 0"),
+        (f"--steps {10**20}", f"--steps {10**20}: must be below 2^31"),
+        ("--decay-steps 10", "--decay-steps 10: must be 0, or more than --warmup 50"),
+        ("--data=", "argument --data: an empty path"),
+        ("--rank -1", "--rank -1: must be at least 0"),
         ("--preset maxi", "argument --preset: invalid choice: 'maxi'"),
         ("--preset flux-fill", "--preset flux-fill: its weights are yours; add --weights DIR"),
         ("--from-scratch --rank 4", "--from-scratch trains every weight"),
@@ -151,7 +180,7 @@ def test_help(call, main):
         ("--data file", "file: line 1: is not JSON"),
         ("--data bad.json", "bad.json: line 1: image[0][1]: "),
         ("--tensorboard", "--tensorboard: pip install tensorboardX, please"),
-        ("--profile 0", "argument --profile: invalid positive_int value: '0'"),
+        ("--profile 0", "argument --profile: '0' is no whole number from 1"),
         ("--out file", "file: not a run of train.py"),
         ("--out .", ".: not a run of train.py, and not empty"),
         ("--out odd", "odd: not a run of train.py, and not empty"),

@@ -56,6 +56,6 @@ def test_a_file_that_may_not_be_read_is_not_broken(request, layout, tmp_path, mo
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     monkeypatch.setattr(shards, "describe_start", refuse)
-    message = folders.refusal(folder, weights.check)
+    message = folders.refusal(folder, weights.checked_preset)
     assert "Permission denied" in message and "not a whole" not in message
     assert ".safetensors" in message

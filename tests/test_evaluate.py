@@ -69,6 +69,15 @@ def test_card_is_refused(card, content, message, monkeypatch):
     assert f"{refused.value}".startswith(f"--card {card}: ") and "\n" not in f"{refused.value}"
 
 
+@pytest.mark.parametrize("flag", ["--subjects 0", "--subjects 129", "--num-inference-steps 0"])
+def test_numbers_are_refused_before_anything_is_loaded(flag, tmp_path, monkeypatch):
+    """A number that cannot be costs one line, not a model and a traceback."""
+    monkeypatch.setattr(evaluate, "load_painter", None)
+    with pytest.raises(UserError, match=flag.split()[0]):
+        evaluate.main([*flag.split(), "--out", f"{tmp_path}/out"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_shipped_card():
     """The card of mini can be written anew, and shows each task in each setting; what the README
     says of them is in it."""

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from folders import key_list
 from lorafiles import NAMINGS, PLAIN, edited, folded, renamed, same_tensors, same_trees, tensors
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from ports import __main__ as command
+from ports import export
 from ports.adapters import check_adapter
 from ports.diagnose import PortError
 from ports.tables import lay_out, mmdit
@@ -68,7 +69,13 @@ SPELLINGS = {  # naming it starts from, what is done to its keys
     "DDP, compiled": ("diffusers", lambda key: "module._orig_mod." + key),
     "kohya, compiled": ("kohya", lambda key: key.replace("unet_", "unet__orig_mod_", 1)),
     "FSDP": ("diffusers", lambda key: key.replace(".attn", "._fsdp_wrapped_module.attn")),
+    "DeepSpeed": ("diffusers", lambda key: "_forward_module." + key),
     "diffusers, old": ("diffusers", down_up),
+    "diffusers, older": ("diffusers", lambda key: down_up(key).replace(".lora_", ".lora.")),
+    "diffusers, oldest": (
+        "diffusers",
+        lambda key: down_up(key).replace(".lora_", ".lora_linear_layer."),
+    ),
     "OneTrainer": ("diffusers", flat),
     "BFL": ("visualcloze", str),
     "ComfyUI": ("visualcloze", lambda key: f"diffusion_model.{key}"),
@@ -308,6 +315,23 @@ def test_command_errors(file, tmp_path, capsys):
         assert command.main(arguments) == 2
         assert re.fullmatch(rf"error: [^\n]*{re.escape(words)}[^\n]*\n", capsys.readouterr().err)
         assert not (tmp_path / out).exists()
+
+
+def test_command_writes_whole_new_files(file, tmp_path, capsys, monkeypatch):
+    """The folder is made, what is there stays, and of a write that fails nothing does."""
+    argv = ["lora", str(file), "--to", "kohya", "--out", str(tmp_path / "new/a.safetensors")]
+    assert command.main(argv) == 0
+    assert command.main(argv) == 2 and "exists already; name a new file" in capsys.readouterr().err
+
+    def fail(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(export, "save_tensors", fail)
+    argv[-1] = str(tmp_path / "new/b.safetensors")
+    assert command.main(argv) == 2 and "(No space left on device" in capsys.readouterr().err
+    argv[-1] = "/proc/none/a.safetensors"
+    assert command.main(argv) == 2 and "--out /proc/none: No such file" in capsys.readouterr().err
+    assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["a.safetensors"]
 
 
 def full_size(rank=2):

@@ -8,6 +8,8 @@ from tiny import part
 
 from vcloze_jax import flow
 from vcloze_jax.config import FlowConfig
+from vcloze_jax.grid import Grid, Spec
+from vcloze_jax.painter import initial_noise
 
 C = FlowConfig()
 KEYS = jax.random.split(jax.random.key(0), 10_000)
@@ -160,3 +162,19 @@ def test_training_guidance():
     assert g.min() >= 1 and g.max() <= 50.0001
     assert abs(np.median(np.log(g)) / np.log(50) - 0.5) < 0.025
     np.testing.assert_array_equal(flow.draw_guidance(KEYS, (1.0, 1.0)), 1)
+
+
+def test_draws_are_those_of_single_precision():
+    """What is drawn is the same numbers where JAX_ENABLE_X64 is set, as some environments have
+    it."""
+    spec = Spec(Grid.from_cells(np.zeros((1, 1, 32, 32, 3), np.uint8), True), "", 1, 30.0, 7)
+    draws = {
+        "noise": lambda: initial_noise(spec),
+        "time": lambda: flow.draw_time(KEYS[:4]),
+        "guidance": lambda: flow.draw_guidance(KEYS[:4], (1.0, 50.0)),
+    }
+    for name, draw in draws.items():
+        single = np.asarray(draw())
+        with jax.enable_x64(True):
+            double = np.asarray(draw())
+        assert double.dtype == np.float32 and np.array_equal(single, double), name

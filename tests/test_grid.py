@@ -329,6 +329,7 @@ WIDE, EDGE = picture(90, 30), np.arange(90) < 5 + np.zeros((30, 1))
         ([[A, (WIDE, EDGE)]], r"image\[0\]\[1\]: what the mask marks is cut off"),
         ([[picture(5000, 1), None]], r"image\[0\]: a picture of 5000x1 .* crop it to 16x1 or less"),
         ([[A, A], [picture(9000, 2), None]], r"image\[1\]: a picture of 9000x2 .* crop it to 32x2"),
+        ([[picture(640, 160)] * 3, [picture(160, 640), None, None]], r"image\[0\]: .* of 32x16"),
         ([[A, (A, MASK[:16])]], r"image\[0\]\[1\]: the mask is 32x16, its picture 32x32"),
     ],
 )

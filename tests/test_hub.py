@@ -53,7 +53,7 @@ def test_an_id_is_its_snapshot(repository):
     assert places.named_model(ID, None)[0] == there
     assert sample.parse(["--grid", "a.json", "--weights", ID]).weights == there
     assert train.parse(["--weights", ID]).weights == there
-    assert weights.check(there) == PRESET
+    assert weights.checked_preset(there) == PRESET
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_addresses_and_revisions_are_refused(cache, name):
 def test_a_file_of_a_folder_is_not_called_broken(saved):
     """A JSON file given for its folder is told so, not that it is a broken file of tensors."""
     with pytest.raises(UserError, match="of a kind that is not known; give the folder that holds"):
-        weights.check(saved / "model_index.json")
+        weights.checked_preset(saved / "model_index.json")
 
 
 def test_snapshots_without_a_main_branch(repository):

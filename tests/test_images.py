@@ -163,7 +163,7 @@ def encoded(fmt, **options):
 
 
 REFUSED = {
-    "empty.png": (b"", "none of"),
+    "empty.png": (b"", "is empty"),
     "text.png": (b"hello", "none of"),
     "script.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of"),
     "cut.png": (encoded("PNG")[:-40], "cannot be read"),
@@ -256,9 +256,10 @@ def test_metadata_fails_no_other_format(tmp_path, suffix):
 
 def test_float_tiff_is_refused(tmp_path):
     """Law: a picture whose white is not known is refused, not guessed."""
-    Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "a.tiff")
-    with pytest.raises(UserError, match="16 bits"):
-        open_picture(tmp_path / "a.tiff")
+    for dtype in (np.float32, np.int32):
+        Image.fromarray(np.full((2, 2), 255, dtype)).save(tmp_path / "a.tiff")
+        with pytest.raises(UserError, match="16 bits.*save it anew, in 8 bits"):
+            open_picture(tmp_path / "a.tiff")
 
 
 def test_only_regular_files_are_opened(tmp_path):
@@ -275,11 +276,32 @@ def test_only_regular_files_are_opened(tmp_path):
         "FILE:///etc/passwd": "URL",
         "s3://bucket/a.png": "URL",
         "": "No such file",
-        "data:image/png;base64," + "A" * 5000: "cannot be opened",
+        "data:image/png;base64," + "A" * 5000: "URL",
         "a\0b.png": "null",
     }.items():
-        with pytest.raises(UserError, match=reason):
+        with pytest.raises(UserError, match=reason) as caught:
             open_picture(path)
+        assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "there, asked, remedy",
+    [
+        ("caf\u00e9.png", "cafe\u0301.png", "accents are encoded in another way"),
+        ("Fox.PNG", "fox.png", r"there is 'Fox\.PNG'"),
+        ("fox.png", "~/fox.png", "~ stands for no home"),
+        ("fox.png", "..\\fox.png", "write / instead"),
+        ("fox.png", "gone.png", "is a link to nowhere"),
+        ("fox.png", "wolf.png", "check the path"),
+    ],
+)
+def test_a_missing_file_is_explained(tmp_path, there, asked, remedy):
+    """Law: where a file seems to be there and is not, the line says what hides it: macOS decomposes
+    accents, Windows knows no case, no shell expands what stands in a file."""
+    (tmp_path / there).write_bytes(b"")
+    (tmp_path / "gone.png").symlink_to("nowhere")
+    with pytest.raises(UserError, match=f"No such file or directory; .*{remedy}"):
+        open_picture(tmp_path / asked)
 
 
 @pytest.mark.filterwarnings("error")

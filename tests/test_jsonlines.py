@@ -173,8 +173,8 @@ def test_wrong_folders_are_named(tmp_path):
 
 BAD = [  # beside what test_spec.py says of JSON and of cells: a line is read by the same functions
     # the line
-    (b"{", "is not JSON"),
-    (b"", "is not JSON"),
+    (b"{", "is not JSON.*; each line is a JSON object"),
+    (b"", "is empty; each line is a JSON object"),
     (b'{"image": [["\xff.png"]]}', "is not UTF-8"),
     (b"\xef\xbb\xbf{}", "begins with a byte order mark"),
     (b'{"image": [["0.png"]], "image": [["0.png"]]}', "'image': given twice"),
@@ -222,7 +222,7 @@ def test_wrong_lines_are_named(lines, record, message):
 
 def test_an_empty_file_is_refused(lines):
     """A file without a grid is an error, not an endless wait."""
-    with pytest.raises(UserError, match="no grid in it"):
+    with pytest.raises(UserError, match="is empty"):
         lines()
     with pytest.raises(UserError, match="line 1: is not JSON"):
         lines(b"", b"")

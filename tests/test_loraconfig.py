@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import lorafiles
 import numpy as np
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from ports import __main__ as command
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.cli import file_and_scale
-from vcloze_jax.storage import adapters
+from vcloze_jax.storage import adapters, places
 
 Q = "transformer_blocks.0.attn.to_q"
 CLIPPED = "time_text_embed.text_embedder.linear_1"  # whose width is below the rank
@@ -202,3 +203,30 @@ def test_what_peft_writes_is_read(tmp_path, tree, changes):
     (folder / "adapter_config.json").unlink()
     config.save_pretrained(folder)
     adapters.check(folder, PLAIN)
+
+
+def test_a_folder_is_known_by_all_its_tensors(tmp_path):
+    """The digest of an adapter's folder sees its tensors, whatever PEFT called their file."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    digests = set()
+    for name in ("adapter_model.bin", "adapter_model.safetensors"):
+        for content in (b"1", b"2"):
+            (tmp_path / name).write_bytes(content)
+            digests.add(places.digest_files(tmp_path))
+    assert len(digests) == 4
+
+
+@pytest.mark.parametrize(
+    "name, remedy",
+    [
+        ("fox/FLUX.1-style", "hf download fox/FLUX.1-style --local-dir FLUX.1-style"),
+        ("there.safetensors:0.5", "training takes no :SCALE"),
+        ("There.safetensors", "there is 'there.safetensors'"),
+    ],
+)
+def test_an_adapter_that_is_not_there(tmp_path, monkeypatch, name, remedy):
+    """The line says what would do, of a hub's id, a scale or a name that is nearly right."""
+    monkeypatch.chdir(tmp_path)
+    Path("there.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=f"{name}: there is no such adapter; .*{remedy}"):
+        adapters.check(Path(name), PLAIN)

@@ -132,7 +132,7 @@ def test_train(tmp_path, capsys, nothing_loads):
     argv = ["--out", f"{tmp_path}/run", "--plan", "--data", "graphemoji:gray->fluent_flat"]
     train.main(argv)
     out = capsys.readouterr().out
-    flux = ranked(weights.check(places.MINI_FOLDER), MINI.recipe.rank).flux
+    flux = ranked(weights.checked_preset(places.MINI_FOLDER), MINI.recipe.rank).flux
     _, adapter, _ = weights.abstract(Flux, flux)
     exact = 4 * sum(x.size for x in jax.tree.leaves(adapter))
     assert f"learnt {plan.si(exact, 'B')}, its gradients {plan.si(2 * exact, 'B')}" in out

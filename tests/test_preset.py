@@ -69,7 +69,7 @@ def test_a_config_beside_single_files_holds(bfl, tmp_path):
     entries |= {"attention_head_dim": 12, "axes_dims_rope": [8, 2, 2], "joint_attention_dim": 10}
     entries |= {"pooled_projection_dim": 6, "guidance_embeds": True, "out_channels": 64}
     (folder / "transformer/config.json").write_text(json.dumps(entries))
-    assert weights.check(folder).flux == replace(FLUX, axes_dim=(8, 2, 2))
+    assert weights.checked_preset(folder).flux == replace(FLUX, axes_dim=(8, 2, 2))
 
 
 def test_configs_as_published(saved, tmp_path):
@@ -265,3 +265,20 @@ def test_wrong_configs(saved, tmp_path, kind):
     message = refusal(folder)
     assert message.startswith(str(folder)) and words in message, message
     assert kind == "wider" or message.startswith(str(folder / part)), message
+
+
+@pytest.mark.parametrize(
+    "file, name",
+    [
+        ("vae/config.json", "scaling_factor"),
+        ("scheduler/scheduler_config.json", "max_shift"),
+        ("transformer/config.json", "axes_dims_rope"),
+    ],
+)
+def test_null_is_no_default(saved, tmp_path, file, name):
+    """An entry that is null is none that is absent: diffusers would fail on it, so it is refused
+    by name."""
+    folder = folders.copy(saved, tmp_path)
+    entries = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(entries | {name: None}))
+    assert f"{file}: {name} cannot be null" in refusal(folder)

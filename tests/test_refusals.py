@@ -364,6 +364,6 @@ def test_non_finite_tensors(saved, tmp_path, value):
     """NaN and infinity are refused by name when tensors are read, and only then."""
     folder = folders.copy(saved, tmp_path)
     change(folder / FILE, lambda d: d | {KEY: np.full_like(d[KEY], value)})
-    weights.check(folder)
+    weights.checked_preset(folder)
     message = refusal(folder, lambda folder: weights.load(Flux, FLUX, folder))
     assert f"transformer: {KEY} holds NaN or infinity" in message

@@ -95,6 +95,20 @@ def test_meshes_that_are_refused(text):
     """Anything else is one line that names the flag, what was written, and what can be."""
     with pytest.raises(UserError, match="^--mesh .* write 8, or data=2,fsdp=4$"):
         parse_mesh(text)
+    for spelled, fault in (("0", "fsdp has 0 devices"), ("data=2,data=4", "data is there twice")):
+        with pytest.raises(UserError, match=fault):  # which is not that of another spelling
+            parse_mesh(spelled)
+
+
+def test_a_platform_that_is_not_here(monkeypatch):
+    """What JAX raises where it finds no device of those asked for is the user's one line."""
+
+    def fail():
+        raise RuntimeError("Unable to initialize backend 'cuda'")
+
+    monkeypatch.setattr(jax, "devices", fail)
+    with pytest.raises(UserError, match="JAX has no device here: Unable to .*JAX_PLATFORMS"):
+        make_mesh()
 
 
 def test_meshes_are_made():

@@ -178,8 +178,8 @@ BAD_NUMBERS = (None, True, False, "30", [], {}, -1, 10**30, float("nan"), float(
 BAD_TEXTS = (0, False, ["a"], {"a": 1}, 1.5, "\ud800")
 BAD = [
     # the file
-    ("", "not JSON"),
-    (" ", "not JSON"),
+    ("", "is empty"),
+    (" ", "is empty"),
     ("{", "not JSON"),
     ("{'image': []}", "not JSON"),
     ('{"image": [[null]],}', "not JSON"),
@@ -190,6 +190,9 @@ BAD = [
     ('{"image": [[null]]}'.encode("utf-16"), "UTF-8"),
     (b'{"image": [["\xff.png", null]]}', "UTF-8"),
     (b"\0" * 64, "not JSON"),
+    (b"\x1f\x8b\x08\x00\xff", "is compressed by gzip; unpack it"),
+    (b"\x89PNG\r\n\x1a\n", "is a picture; give the JSON file"),
+    ('{"spec": {"image": [[null]]}, "prompt": ""}', "a record of a painting; give its entry"),
     ("[" * 200_000, "too deep"),
     (deep(100_000), "too deep"),
     (" " * (2**22 + 1), "bytes"),

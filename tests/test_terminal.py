@@ -16,7 +16,7 @@ import train
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.runfolder import RunFolder
-from vcloze_jax.storage import checkpoint
+from vcloze_jax.storage import checkpoint, places
 from vcloze_jax.storage.places import cache_folder
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +66,13 @@ def test_nobody_has_to_read(tmp_path, ending, unbuffered):
     line = f"$P $S --list-tasks {ending}"
     done = shell(tmp_path, line, PYTHONUNBUFFERED=unbuffered)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_a_mistake_has_a_line_of_its_own(tmp_path):
+    """A progress bar that stands on the line is left behind, not continued."""
+    code = "import sys; from vcloze_jax.inputs.terminal import guard_streams, tell_error;"
+    code += "guard_streams(); sys.stderr.write('50%'); tell_error('a'); tell_error('b')"
+    assert shell(tmp_path, f'$P -c "{code}"').stderr == b"50%\nerror: a\nerror: b\n"
 
 
 def test_closed_streams_are_nobodys_file(tmp_path):
@@ -152,8 +159,31 @@ def test_the_cache_is_never_here(monkeypatch, home, cache):
         if value is not None:
             monkeypatch.setenv(name, value)
     folder = cache_folder()
+    assert cache_folder() == folder
     assert folder.is_absolute() and "relative" not in folder.parts and "~" not in folder.parts
     assert (folder == Path("/absolute/vcloze_jax")) == (cache == "/absolute")
     monkeypatch.setenv("HOME", "/home/fox")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert cache_folder() == Path("/home/fox/.cache/vcloze_jax")
+
+
+@pytest.mark.parametrize("trap", ["a link", "open to all", "a file"])
+def test_a_cache_that_others_may_have_filled_is_passed_over(monkeypatch, tmp_path, trap):
+    """The name of a temporary cache can be foreseen: what lies there counts only if it is a folder
+    of ours that nobody else can write."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    places.temporary_cache.cache_clear()
+    foreseen = places.temporary_cache()
+    assert foreseen.parent == tmp_path and foreseen.stat().st_mode & 0o77 == 0
+    foreseen.rmdir()
+    (tmp_path / "theirs").mkdir()
+    if trap == "a link":
+        foreseen.symlink_to(tmp_path / "theirs")
+    elif trap == "a file":
+        foreseen.write_bytes(b"")
+    else:
+        foreseen.mkdir()
+        foreseen.chmod(0o777)
+    places.temporary_cache.cache_clear()
+    assert places.temporary_cache() not in (foreseen, tmp_path / "theirs")
+    places.temporary_cache.cache_clear()

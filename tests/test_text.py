@@ -1,5 +1,6 @@
 """T5, CLIP and the tokenizers: laws, and parity with transformers (stored and live)."""
 
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -225,6 +226,18 @@ def test_wrong_tokenizers_are_refused(tmp_path):
     shutil.copytree(MINI_FOLDER / "tokenizer", tmp_path / "tokenizer")
     (tmp_path / "tokenizer/merges.txt").unlink()
     with pytest.raises(UserError, match="tokenizer: not a tokenizer .vocab.json: .*merges"):
+        Tokenizers(tmp_path, MINI.t5, MINI.clip)
+
+
+@pytest.mark.parametrize("side", ["padding_side", "truncation_side"])
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
+def test_tokenizers_that_pad_or_cut_on_the_left_are_refused(tmp_path, part, side):
+    """What tokenizer_config.json says and would change the tokens is obeyed or refused by name."""
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(MINI_FOLDER / name, tmp_path / name)
+    file = tmp_path / part / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {side: "left"}))
+    with pytest.raises(UserError, match=f"{part}/tokenizer_config.json: {side} is 'left'"):
         Tokenizers(tmp_path, MINI.t5, MINI.clip)
 
 

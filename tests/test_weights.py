@@ -50,7 +50,7 @@ def loaded(saved):
 
 def test_save_and_load_is_the_identity(saved, loaded):
     """A saved folder gives back every array and every size; bfloat16 rounds once."""
-    assert weights.check(saved) == PRESET
+    assert weights.checked_preset(saved) == PRESET
     mine = {
         f"{field}/{path}": array
         for field in weights.MODELS
@@ -64,7 +64,7 @@ def test_save_and_load_is_the_identity(saved, loaded):
 def test_bfls_files_fill_the_same_bits(bfl, loaded):
     """Single files in BFL's naming are the same preset, sizes from their shapes, and the same bits
     in every leaf, as the folder in diffusers' layout."""
-    assert weights.check(bfl) == replace(PRESET, flow=weights.check(bfl).flow)
+    assert weights.checked_preset(bfl) == replace(PRESET, flow=weights.checked_preset(bfl).flow)
     same(tensors(bfl, PRESET), loaded)
 
 
@@ -78,7 +78,7 @@ def test_names_mean_nothing(bfl, loaded, tmp_path):
     shutil.move(folder / "transformer" / "flux1-dev.safetensors", folder / "vae" / "x.safetensors")
     adapter = {"double_blocks.0.img_attn.qkv.lora_A.weight": np.zeros(1)}
     save_file(adapter, folder / "flux1-fill-dev.safetensors")
-    weights.check(folder)
+    weights.checked_preset(folder)
     same(tensors(folder, PRESET), loaded)
 
 
@@ -91,7 +91,7 @@ def test_shards_and_one_file_fill_the_same_bits(saved, loaded, tmp_path):
             folder / part.folder, part.stem, load_file(file).items(), "float32", 5_000
         )
         assert len(list(file.parent.glob("*-of-*.safetensors"))) > 1
-    weights.check(folder)
+    weights.checked_preset(folder)
     same(tensors(folder, PRESET), loaded)
 
 
@@ -126,7 +126,7 @@ def test_variants_fill_the_same_bits(saved, loaded, tmp_path, spelling):
             if index:
                 new = inside / index.format(stem=part.stem)
                 new.write_text(json.dumps({"weight_map": where}))
-    weights.check(folder)
+    weights.checked_preset(folder)
     same(tensors(folder, PRESET), loaded)
     if "fp16" in name:
         save_file(there, folder / "text_encoder/model.safetensors")
@@ -148,7 +148,7 @@ def test_single_text_encoders(saved, loaded, tmp_path):
     save_file(t5, folder / "t5xxl_fp16.safetensors")
     for name in ("text_encoder", "text_encoder_2"):
         shutil.rmtree(folder / name)
-    assert weights.check(folder) == PRESET
+    assert weights.checked_preset(folder) == PRESET
     same(tensors(folder, PRESET), loaded)
 
 
@@ -162,7 +162,7 @@ def test_what_lies_beside(bfl, loaded, tmp_path):
     whole = (folder / SINGLES["flux"]).read_bytes()
     (folder / "flux1-dev.safetensors").write_bytes(whole[:-1])
     (folder / "gone.safetensors").symlink_to(folder / "nowhere")
-    weights.check(folder)
+    weights.checked_preset(folder)
     same(tensors(folder, PRESET), loaded)
 
 
@@ -191,7 +191,7 @@ def test_eight_bits(saved, tmp_path, kind, scale):
         eight |= {"scaled_fp8": np.zeros(2, kind), "a.scale_input": np.ones(1)}
         save_file(eight, tmp_path / "8" / file)
         save_file(wide, tmp_path / "16" / file)
-    weights.check(tmp_path / "8")
+    weights.checked_preset(tmp_path / "8")
     same(tensors(tmp_path / "8", PRESET), tensors(tmp_path / "16", PRESET))
 
 
@@ -216,7 +216,7 @@ def test_shards_of_the_mesh(bfl, loaded):
 
 def test_summary(saved, bfl):
     """One line says what a folder is: layout, base, size, input channels."""
-    line = weights.summary(saved, weights.check(saved))
+    line = weights.summary(saved, weights.checked_preset(saved))
     assert re.fullmatch(r".*: diffusers' layout, mini, 0\.\d M parameters, 384 input chan.*", line)
     fill = replace(PRESET, name="flux-fill")
     assert "BFL's single files, FLUX.1-Fill, " in weights.summary(bfl, fill)
@@ -230,7 +230,7 @@ def test_clip_with_and_without_prefix(saved, tmp_path, prefix):
     good = {key.removeprefix("text_model."): x for key, x in load_file(file).items()}
     good["embeddings.position_ids"] = np.arange(77)[None]
     save_file({prefix + key: x for key, x in good.items()}, file)
-    weights.check(folder)
+    weights.checked_preset(folder)
 
 
 def test_flux_dev(saved, tmp_path):
@@ -241,8 +241,8 @@ def test_flux_dev(saved, tmp_path):
     weights.save_pipeline(folder, dev, {"flux": module("flux", dev.flux)}, "float32")
     folders.save_bfl(folder, tmp_path / "bfl", dev)
     for path, layout in ((folder, "diffusers' layout"), (tmp_path / "bfl", "BFL's single files")):
-        assert weights.check(path).flux.in_channels == 64
-        assert f"{layout}, FLUX.1-dev, " in weights.summary(path, weights.check(path))
+        assert weights.checked_preset(path).flux.in_channels == 64
+        assert f"{layout}, FLUX.1-dev, " in weights.summary(path, weights.checked_preset(path))
         with pytest.raises(UserError, match="64 input channels; grids need a model of 384"):
             Pipeline.load(path)
 
@@ -261,7 +261,7 @@ def test_command(saved, bfl, tmp_path, capsys):
         assert command.main([str(source), "--out", str(tmp_path / name)]) == 0
         assert files(tmp_path / name) == files(saved)
         assert "weights: " in capsys.readouterr().out
-        assert weights.check(tmp_path / name).flux == FLUX
+        assert weights.checked_preset(tmp_path / name).flux == FLUX
     for file in files(saved):
         if file.suffix == ".safetensors":
             first, *others = ((tmp_path / name / file).read_bytes() for name in kinds)
@@ -328,16 +328,16 @@ def test_no_weights_folder(saved, tmp_path):
     """What is no folder of weights at all says what it is."""
     file = saved / "vae" / "diffusion_pytorch_model.safetensors"
     with pytest.raises(UserError, match="an autoencoder in diffusers' naming; give the folder"):
-        weights.check(file)
+        weights.checked_preset(file)
     with pytest.raises(UserError, match="holds no transformer: .* and no single file"):
-        weights.check(tmp_path)
+        weights.checked_preset(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
-        weights.check(tmp_path / "nowhere")
+        weights.checked_preset(tmp_path / "nowhere")
     for name in ("big", [], 3):
         folder = folders.copy(saved, tmp_path / "folder")
         weights.write_json(folder / "vcloze.json", {"preset": name})
         with pytest.raises(UserError, match="with a name of mini, flux-fill"):
-            weights.check(folder)
+            weights.checked_preset(folder)
 
 
 def test_default_device(saved):

@@ -124,7 +124,7 @@ class Recipe:
     content_sentence: float = setting(0.8, "share whose text says what the last cell shows", DATA)
     fixed_templates: bool = setting(False, "sentences are worded as in sampling", DATA)
     caption_dropout: float = setting(0.1, "share of grids without any text", DATA)
-    rank: int = setting(256, "of the adapter; 0 trains the MMDiT itself")
+    rank: int = setting(256, "of the adapter; 0 trains the MMDiT itself", least=0)
     lr: float = setting(1e-4, "learning rate", free=True)
     warmup: int = setting(0, "steps over which the rate rises to --lr", least=0)
     decay_steps: int = setting(0, "at which a cosine ends at lr / 100; 0: constant", least=0)

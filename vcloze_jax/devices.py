@@ -8,7 +8,10 @@ import jaxlib
 from jax.sharding import AxisType
 
 from vcloze_jax.config import UserError
+from vcloze_jax.inputs.checks import describe_error
 from vcloze_jax.sharding import AXES
+
+MOST = 65_536  # devices on an axis
 
 
 def parse_mesh(text):
@@ -18,12 +21,15 @@ def parse_mesh(text):
     if len(parts) == 1 and not parts[0][1]:
         parts = [("fsdp", "=", parts[0][0])]
     for axis, _, size in parts:
-        once = axis in sizes and text.count(axis) < 2
-        if not once or not size.isdecimal() or not 1 <= int(size) <= 65_536:
-            raise UserError(
-                f"--mesh {text}: '{axis}={size}' is not AXIS=SIZE with an axis of "
-                f"{', '.join(AXES)}; write 8, or data=2,fsdp=4"
-            )
+        fault = ""
+        if axis not in sizes or not size.isdecimal():
+            fault = f"'{axis}={size}' is not AXIS=SIZE with an axis of {', '.join(AXES)}"
+        elif text.count(axis) > 1:
+            fault = f"{axis} is there twice"
+        elif not 1 <= int(size) <= MOST:
+            fault = f"{axis} has {size} devices, not 1 to {MOST}"
+        if fault:
+            raise UserError(f"--mesh {text}: {fault}; write 8, or data=2,fsdp=4")
         sizes[axis] = int(size)
     return sizes
 
@@ -32,13 +38,18 @@ def make_mesh(sizes=None):
     """Mesh of the given axis sizes; None takes all accelerators, or one CPU device.
 
     Without an accelerator as many virtual CPU devices are made as the mesh needs: this must then
-    be the first thing a process does with JAX. Raises UserError if there are too few accelerators.
+    be the first thing a process does with JAX. Raises UserError if there are too few accelerators,
+    or JAX finds none of those that the environment asks for.
     """
     wanted = math.prod((sizes or {}).values())
     ready_xla(wanted)
     if wanted > max(1, jax.config.jax_num_cpu_devices):
         jax.config.update("jax_num_cpu_devices", wanted)
-    devices = jax.devices()
+    try:
+        devices = jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        reason = f"JAX has no device here: {describe_error(error)}"
+        raise UserError(f"{reason}; unset JAX_PLATFORMS, or mend its driver") from error
     if sizes is None:
         count = 1 if devices[0].platform == "cpu" else len(devices)
         sizes = dict(data=1, fsdp=count, tensor=1)

@@ -218,20 +218,22 @@ def contact_sheet(source, task, cells, subjects):
 def main(argv):
     parser = cli.Parser(__doc__)
     cli.add_model_flags(parser)
-    parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR")
+    parser.add_argument("--out", type=cli.path, default=Path("evaluation"), metavar="DIR")
     parser.add_argument("--subjects", type=int, default=64, help="of the 128 held out")
-    parser.add_argument("--num-inference-steps", type=int, default=12)
-    parser.add_argument("--card", type=Path, metavar="FILE", help="a model card, with the markers")
+    parser.add_argument("--num-inference-steps", type=cli.positive_int, default=12)
+    parser.add_argument(
+        "--card", type=cli.path, metavar="FILE", help="a model card, with the markers"
+    )
     args = parser.parse_args(argv)
     if args.card:
         split_card(args.card)  # now, not after the painting
         check_writable(args.card.parent, args.card.name, "--card")
     check_writable(args.out, "table.json")
 
-    painter = load_painter(args.weights, args.lora, args.mesh)
     source = open_tasks("", MINI.recipe).held_out()
     if not 1 <= args.subjects <= len(source.names):
         raise UserError(f"--subjects {args.subjects}: 1 to {len(source.names)} are held out")
+    painter = load_painter(args.weights, args.lora, args.mesh)
     subjects = np.linspace(0, len(source.names) - 1, args.subjects).astype(int)
     args.out.mkdir(parents=True, exist_ok=True)
     table = {}

@@ -46,13 +46,14 @@ def draw_time(keys, mean=0.0):
     Source: lzyhha/VisualCloze:train.py with `--snr_type lognorm`, whose mean is 0. In little noise
     a small picture is seen as it is, and nothing is learned from its neighbours.
     """
-    return jax.nn.sigmoid(mean + jax.vmap(jax.random.normal)(keys))
+    return jax.nn.sigmoid(mean + jax.vmap(lambda key: jax.random.normal(key, (), "f4"))(keys))
 
 
 def draw_guidance(keys, bounds):
     """Guidance values, log-uniform between two bounds, float32 [B] of B keys."""
     low, high = math.log(bounds[0]), math.log(bounds[1])
-    return jnp.exp(low + (high - low) * jax.vmap(jax.random.uniform)(keys))
+    draw = jax.vmap(lambda key: jax.random.uniform(key, (), "f4"))
+    return jnp.exp(low + (high - low) * draw(keys))
 
 
 def interpolate(x, noise, t):

@@ -195,7 +195,7 @@ def initial_noise(spec):
     """Noise of a spec, float32 [S, 64]: drawn without padding, so that no bucket changes it."""
     if spec.latents is not None:
         return spec.latents
-    return np.asarray(jax.random.normal(jax.random.key(spec.seed), (spec.grid.tokens, 64)))
+    return np.asarray(jax.random.normal(jax.random.key(spec.seed), (spec.grid.tokens, 64), "f4"))
 
 
 def modulate_steps(flux, times, context):

@@ -57,7 +57,9 @@ class Painting:
         return found
 
     def save(self, folder, name):
-        """Write NAME.png, NAME_target0.png … and last the record, NAME.json; each atomically."""
+        """Write NAME.png, NAME_target0.png … and last the record, NAME.json; each atomically, into
+        a folder that is made if need be."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
         names = output_names(name, len(self.images))
         grid, *targets, record = (Path(folder, name) for name in names)
         save_png(grid, np.asarray(self.grid))
@@ -114,7 +116,7 @@ def load_painter(folder, lora, mesh):
     """A Painter of what those three name; see Pipeline.load."""
     folder, loras = places.named_model(folder, lora)
     mesh = make_mesh(parse_mesh(mesh) if mesh else None)
-    preset = weights.check_fill(folder)
+    preset = weights.checked_fill_preset(folder)
     for file, _ in loras:
         adapters.check(file, preset.flux)
     models = LazyModels(folder, preset, loras, mesh)

@@ -79,7 +79,7 @@ def encode_batch(frozen, batch, key, *, graphdefs, preset, dtype):
         models.vae, batch.rows, recipe.mask_fill, for_vae, dtype
     )
     x = x.astype(jnp.float32)
-    noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(for_noise)
+    noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], "f4"))(for_noise)
     t = flow.draw_time(for_time, recipe.time_mean)
     if recipe.time_shift:
         t = flow.shift_time(t, x.shape[1], preset.flow)

@@ -53,6 +53,8 @@ class Naming(NamedTuple):
 
 AB = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".alpha"
 DOWN = ".lora_down.weight", ".lora_up.weight", None, ".alpha"
+DOTTED = ".lora.down.weight", ".lora.up.weight", None, ".alpha"
+LAYER_DOWN = ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight", None, ".alpha"
 DOTS = "transformer.", "diffusion_model.", ""
 BARE = "", "diffusion_model.", "transformer."
 UNET = ("lora_unet_",)
@@ -68,6 +70,8 @@ NAMINGS = {
     "visualcloze": Naming("VisualCloze's (BFL's)", BFL,       ".", AB,   BARE, "B",      PICKLE),
     "onetrainer":  Naming("OneTrainer's",          DIFFUSERS, "_", DOWN, FLAT),
     "old":         Naming("diffusers' old",        DIFFUSERS, ".", DOWN, DOTS),
+    "older":       Naming("diffusers' older",      DIFFUSERS, ".", DOTTED, DOTS),
+    "oldest":      Naming("diffusers' oldest",     DIFFUSERS, ".", LAYER_DOWN, DOTS),
     "comfyui":     Naming("ComfyUI's",             BFL,       ".", DOWN, DOTS),
 }
 # fmt: on

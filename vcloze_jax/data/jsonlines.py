@@ -81,7 +81,7 @@ class LineSamples(Sequence):
         return f"{self.path}: line {i + 1}"
 
     def __getitem__(self, i: int) -> OwnSample:
-        return read_line(parse_json(self.content[self.starts[i] : self.starts[i + 1]]))
+        return read_line(parse_line(self.content[self.starts[i] : self.starts[i + 1]]))
 
 
 class FolderSamples(Sequence):
@@ -123,9 +123,16 @@ def read_samples(path: Path) -> LineSamples | FolderSamples:
     return FolderSamples(path) if path.is_dir() else LineSamples(path)
 
 
+def parse_line(line: bytes) -> dict:
+    """The object of a line. Raises UserError that says what a line must be."""
+    try:
+        return check_type(parse_json(line), dict)
+    except UserError as error:
+        raise UserError(f"{error}; each line is a JSON object, a grid or a pair") from None
+
+
 def read_line(table: dict) -> OwnSample:
     """One line's object, a grid or a pair in any of the `SPELLINGS`. Raises UserError."""
-    check_type(table, dict)
     table = {key: value for key, value in table.items() if value is not None}
     for target, spelling in SPELLINGS.items():
         columns = [key for key in spelling.conditions if key in table]

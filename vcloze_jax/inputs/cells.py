@@ -121,21 +121,31 @@ def check_layout(cells: list[list[tuple]]) -> None:
 
 def _row_sizes(cells: list[list[tuple]], resolution: int) -> list[tuple[int, int]]:
     """Cell size (w, h) of every row."""
-    sizes = []
-    for r, row in enumerate(cells):
-        first = next((picture.size for picture, _ in row if picture), (resolution, resolution))
-        sizes.append(row_size(*first, resolution))
-        (w, h), (own_w, own_h) = sizes[-1], first
+    own = []
+    for row in cells:
+        pictures = (picture.size for picture, _ in row if picture)
+        own.append(next(pictures, (resolution, resolution)))
+    sizes = [row_size(*size, resolution) for size in own]
+    _refuse_small(sizes, own, resolution)
+    if sum(picture is None or mask is not None for picture, mask in cells[-1]) > 1:
+        width = sizes[-1][0]  # several targets: one width for all rows
+        sizes = [(width, floor(h * width // w)) for w, h in sizes]
+        remedy = "several targets make all rows as wide as the last; crop it to a shape like that"
+        _refuse_small(sizes, own, resolution, remedy)
+    return sizes
+
+
+def _refuse_small(
+    sizes: list[tuple[int, int]], own: list[tuple[int, int]], resolution: int, remedy: str = ""
+) -> None:
+    """Raise UserError for the first row whose cells are much smaller than what is asked for."""
+    for r, ((w, h), (own_w, own_h)) in enumerate(zip(sizes, own, strict=True)):
         if w * h < LEAST_SHARE * resolution**2:
             longest = own_h * (resolution // PATCH) ** 2
             raise UserError(
                 f"image[{r}]: a picture of {own_w}x{own_h} makes a cell of {w}x{h}, not of about "
-                f"{resolution}x{resolution}; crop it to {longest}x{own_h} or less"
+                f"{resolution}x{resolution}; {remedy or f'crop it to {longest}x{own_h} or less'}"
             )
-    if sum(picture is None or mask is not None for picture, mask in cells[-1]) > 1:
-        width = sizes[-1][0]  # several targets: one width for all rows
-        sizes = [(width, floor(h * width // w)) for w, h in sizes]
-    return sizes
 
 
 def fit_cell(

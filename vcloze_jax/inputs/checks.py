@@ -5,8 +5,9 @@ import errno
 import json
 import math
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vcloze_jax.config import UserError
@@ -22,7 +23,14 @@ REMEDIES = {
     errno.EMFILE: "raise the limit, ulimit -n",
     errno.EIO: "the disk or the network drive failed; try again",
 }
-LONGEST = 300  # characters of a foreign message
+# What a file that should be JSON is by its first bytes, and what helps.
+BINARY = {
+    b"\x1f\x8b": "is compressed by gzip; unpack it",
+    b"PK\x03\x04": "is a zip file; unpack it",
+    b"\x89PNG": "is a picture; give the JSON file that names it",
+    b"\xff\xd8\xff": "is a picture; give the JSON file that names it",
+}
+LONGEST = 300  # characters of a foreign message, or of a name
 
 
 def describe_error(error: Exception) -> str:
@@ -32,14 +40,45 @@ def describe_error(error: Exception) -> str:
     for number, remedy in REMEDIES.items():  # a library often has it in the midst of its own
         if (reason := os.strerror(number)) in text:
             return f"{reason} ({remedy})"
-    text = " ".join(text.split())
+    return shorten(" ".join(text.split()))
+
+
+def shorten(text: str) -> str:
+    """At most the first 300 characters."""
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
+
+
+def explain_missing(path: str | Path) -> str:
+    """Why a file that is not there looks as if it were, and what helps; "" where nothing tells."""
+    path = Path(path)
+    folder, name = path.parent, path.name
+    if os.path.islink(path):
+        return f"it is a link to {os.readlink(path)}, which is gone; fetch it again"
+    if "~" in path.parts:
+        return "~ stands for no home here; write the path in full"
+    if "\\" in name:
+        return "write / instead of \\"
+    with suppress(OSError, ValueError):
+        alike = [near for near in os.listdir(folder) if fold_name(near) == fold_name(name)]
+        if alike and alike[0].casefold() == name.casefold():
+            return f"there is {alike[0]!r}; write the name as it is there"
+        if alike:
+            return "there is one whose accents are encoded in another way (NFC, NFD); rename it"
+    return ""
+
+
+def fold_name(name: str) -> str:
+    """A file's name as macOS and Windows compare it: whatever its case and Unicode form."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def describe_with_file(error: Exception, file="") -> str:
     """`describe_error` after the file that the exception names, or else `file`."""
-    file = getattr(error, "filename", None) or file
-    return f"{file}: {describe_error(error)}" if file else describe_error(error)
+    file, reason = getattr(error, "filename", None) or file, describe_error(error)
+    if isinstance(error, FileNotFoundError):
+        remedy = explain_missing(file) if file else "the working directory is gone; cd to another"
+        reason += remedy and f"; {remedy}"
+    return f"{file}: {reason}" if file else reason
 
 
 @contextmanager
@@ -62,9 +101,11 @@ def parse_json(content: bytes):
             raise UserError("begins with a byte order mark; save it as UTF-8 without one")
         return json.loads(text, object_pairs_hook=_unite_pairs, parse_int=_parse_int)
     except UnicodeDecodeError:
-        raise UserError("is not UTF-8; save it as UTF-8") from None
+        kind = next((kind for start, kind in BINARY.items() if content.startswith(start)), None)
+        raise UserError(kind or "is not UTF-8; save it as UTF-8") from None
     except ValueError as error:
-        raise UserError(f"is not JSON: {error}") from None
+        empty = not text.strip()
+        raise UserError("is empty" if empty else f"is not JSON: {error}") from None
     except RecursionError:
         raise UserError("is nested too deeply") from None
 

@@ -18,6 +18,7 @@ from vcloze_jax.inputs.terminal import guard_streams, tell_error
 from vcloze_jax.storage.places import cache_folder, file_and_scale, find_weights
 
 DOWNLOAD = "fetch --weights OWNER/NAME from Hugging Face, where it is not in its cache"
+PATHS = "weights", "lora", "data"  # of the recipe
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
@@ -57,21 +58,34 @@ class PackageFlag(argparse.Action):
 
 def positive_int(text):
     """A whole number from 1, as a type of argparse."""
-    if int(text) < 1:
-        raise ValueError
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
     return int(text)
+
+
+def expand(text):
+    """A path as a type of argparse: ~ is the home also in --out=~/x, which no shell expands; an
+    empty one is what a variable leaves that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path; is a variable not set?")
+    return os.path.expanduser(text)
+
+
+def path(text):
+    """`expand` as a Path."""
+    return Path(expand(text))
 
 
 def add_model_flags(parser):
     """The flags that say what to paint with, and where."""
     add = parser.add_argument
     default = "folder in diffusers' layout, or an id of Hugging Face (default: mini, adapted)"
-    add("--weights", metavar="DIR", help=default)
+    add("--weights", type=expand, metavar="DIR", help=default)
     add("--download", action="store_true", help=DOWNLOAD)
     add(
         "--lora",
         action="append",
-        type=file_and_scale,
+        type=lambda text: file_and_scale(expand(text)),
         metavar="FILE[:SCALE]",
         help="adapter to fold in, repeatable; on mini it replaces mini's own",
     )
@@ -88,6 +102,8 @@ def add_recipe_flags(parser):
             options["action"] = "store_true"
         elif isinstance(f.default, tuple):
             options |= dict(type=float, nargs=len(f.default))
+        elif f.name in PATHS:
+            options["type"] = expand
         elif f.default is not None:
             options["type"] = type(f.default)
         if f.name == "preset":
@@ -118,22 +134,38 @@ def read_recipe(args):
     return check_recipe(replace(preset.recipe, **given))
 
 
+LARGEST = 2**31  # above what a device counts in int32
+SHARE = (lambda x: 0 <= x <= 1), "from 0 to 1"
+RANGES = {  # field of Recipe: what holds of its value, and that in words; NaN fails each
+    "lr": (lambda x: 0 < x < 1, "above 0, below 1"),
+    "clip": (lambda x: x > 0, "above 0"),
+    "ema": (lambda x: 0 <= x < 1, "at least 0, below 1"),
+    "mask_fill": (lambda x: -1 <= x <= 1, "from -1 to 1"),
+    "time_mean": (math.isfinite, "a finite number"),
+    "guidance_range": (lambda x: 0 < x[0] <= x[1] <= 1000, "LOW HIGH, above 0, to 1000"),
+    "seed": (lambda x: 0 <= x < 2**32, "in 0 … 2^32-1"),
+}
+
+
 def check_recipe(recipe):
     """The recipe; UserError where a value, or two together, cannot be."""
     for f in fields(recipe):
         value, least = getattr(recipe, f.name), f.metadata["least"]
-        if least is not None and value < least:
-            raise UserError(f"{flag(f.name)} {value}: must be at least {least}")
-        if f.metadata["section"] == DATA and isinstance(value, float) and not 0 <= value <= 1:
-            raise UserError(f"{flag(f.name)} {value}: from 0 to 1, please")
-    if recipe.rank < 0 or not 0 <= recipe.seed < 2**32 or not 0 < recipe.lr < 1:
-        raise UserError("--rank from 0, --seed in 0 … 2^32-1, --lr between 0 and 1")
+        if least is not None and not least <= value < LARGEST:  # NaN is neither
+            words = "below 2^31" if value >= LARGEST else f"at least {least}"
+            raise UserError(f"{flag(f.name)} {value}: must be {words}")
+        share = SHARE if f.metadata["section"] == DATA and isinstance(value, float) else None
+        holds, words = RANGES.get(f.name, share or (None, None))
+        if holds and not holds(value):
+            shown = " ".join(f"{x:g}" for x in value) if isinstance(value, tuple) else value
+            raise UserError(f"{flag(f.name)} {shown}: must be {words}")
+    if 0 < recipe.decay_steps <= recipe.warmup:
+        reason = f"must be 0, or more than --warmup {recipe.warmup}"
+        raise UserError(f"--decay-steps {recipe.decay_steps}: {reason}")
     for part in ("micro_batch", "group"):
         size = getattr(recipe, part)
         if size and recipe.batch % size:
             raise UserError(f"--batch {recipe.batch}: not a multiple of {flag(part)} {size}")
-    if not 0 <= recipe.ema < 1:
-        raise UserError(f"--ema {recipe.ema}: from 0, below 1, please")
     if recipe.from_scratch and (recipe.rank or recipe.lora):
         raise UserError("--from-scratch trains every weight: leave --rank and --lora away")
     return recipe

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
 from vcloze_jax.config import UserError
-from vcloze_jax.inputs.checks import describe_error
+from vcloze_jax.inputs.checks import describe_error, explain_missing, shorten
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 MAX_PIXELS = 2**26  # 8192 x 8192, 256 MiB as Pillow holds it
@@ -27,7 +27,7 @@ TURNS = b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"  # keywords of text t
 LARGE = 2**20  # bytes of such text
 EXIF = {"exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow keeps what may turn a picture
 TURNED = 0x0112, range(5, 9)  # EXIF's orientation, and those that swap width and height
-URL = re.compile(r"(^|/)[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+URL = re.compile(r"(^|/)([a-z][a-z0-9+.-]+:/|data:[a-z]+/)", re.IGNORECASE)
 
 
 class PictureError(UserError):
@@ -45,20 +45,21 @@ class PictureSize:
 def check_file(path: str | Path) -> Path:
     """Return `path` if it is a regular file, so that opening it can neither wait nor act.
 
-    Raises PictureError naming the file: missing, a URL, a folder, a pipe, a device.
+    Raises PictureError naming the file: missing, empty, a URL, a folder, a pipe, a device.
     """
-    name = repr(str(path))
+    name = repr(shorten(str(path)))
     try:
-        mode = os.stat(path).st_mode
+        found = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         if URL.search(str(path)):
-            raise PictureError(f"{name} is a URL; download it and give the file") from None
-        raise PictureError(
-            f"{name} cannot be opened: {describe_error(error)}; check the path"
-        ) from None
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+            raise PictureError(f"{name} is a URL; save it and give the file's path") from None
+        remedy = explain_missing(path) or "check the path"
+        raise PictureError(f"{name} cannot be opened: {describe_error(error)}; {remedy}") from None
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
         raise PictureError(f"{name} is {kind}; give a regular file")
+    if not found.st_size:
+        raise PictureError(f"{name} is empty; fetch or save it again")
     return Path(path)
 
 
@@ -69,7 +70,7 @@ def open_picture(path: str | Path, ground: str = "white") -> Image.Image:
     Raises PictureError naming the file.
     """
     path = check_file(path)
-    with _decoding(repr(str(path))):
+    with _decoding(repr(shorten(str(path)))):
         try:
             return _decode(path, ground)
         except Image.DecompressionBombError:
@@ -177,6 +178,8 @@ def check_writable(folder: Path, name: str, flag: str = "--out") -> None:
     """Prove that a file `name` can be saved in a folder, which is made if need be, and leave
     nothing behind. Raises UserError naming the folder as that of `flag`."""
     file = folder / name
+    if URL.search(str(folder)) and not folder.exists():
+        raise UserError(f"{flag} {folder}: an address, not a path; choose a folder here")
     made = [above for above in file.parents if not os.path.exists(above)]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -206,9 +209,8 @@ def _decoding(name: str) -> Iterator[None]:
     except Image.UnidentifiedImageError:
         raise PictureError(f"{name} is none of {', '.join(FORMATS)}; convert it") from None
     except Exception as error:  # a decoder may raise anything on a hostile file
-        raise PictureError(
-            f"{name} cannot be read: {describe_error(error)}; save it anew"
-        ) from None
+        remedy = "save it anew, in 8 bits"
+        raise PictureError(f"{name} cannot be read: {describe_error(error)}; {remedy}") from None
 
 
 def _decode(file: Path | io.BytesIO, ground: str) -> Image.Image:
@@ -259,7 +261,8 @@ def _to_rgb(picture: Image.Image, ground: str) -> Image.Image:
 
 def _from_deep_grey(picture: Image.Image, ground: str) -> Image.Image:
     grey = np.asarray(picture)
-    if picture.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+    wide = picture.mode == "F" or (picture.mode, picture.format) == ("I", "TIFF")
+    if wide or grey.min() < 0 or grey.max() > 65535:
         raise ValueError("more than 16 bits per pixel")  # where is its white?
     levels = np.rint(grey / np.float32(257)).astype(np.uint8)
     clear = grey == picture.info.get("transparency", -1)  # the grey that a PNG calls clear

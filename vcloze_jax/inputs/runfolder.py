@@ -45,7 +45,8 @@ class RunFolder:
             )
         begun = os.path.exists(self.config)
         if not begun and os.path.exists(self.path):
-            if not self.path.is_dir() or any(self.path.iterdir()):
+            # What is hidden is of the system's, as macOS's .DS_Store.
+            if not self.path.is_dir() or any(self.path.glob("[!.]*")):
                 raise UserError(
                     f"{self.path}: not a run of train.py, and not empty; choose another --out"
                 )

@@ -60,6 +60,8 @@ def read_specs(paths: list[str | Path], preset: Preset) -> list[Spec]:
         with error_context(path):
             content = parse_json(_read_bytes(path))
             many = isinstance(content, list)
+            if not many and "spec" in check_type(content, dict):
+                raise UserError("a record of a painting; give its entry 'spec' as a file")
             if (count := len(specs) + (len(content) if many else 1)) > MAX_SPECS:
                 raise UserError(f"grid {count} of at most {MAX_SPECS} at once; split them up")
             if not many:
@@ -75,11 +77,9 @@ def read_specs(paths: list[str | Path], preset: Preset) -> list[Spec]:
 
 
 def check_outputs(out: Path, specs: list[Spec]) -> None:
-    """Make the folder. Raises UserError where an output cannot be written, or would replace an
-    input."""
+    """Raise UserError where an output cannot be written, or would replace an input."""
     names = [name for spec in specs for name in output_names(spec.name, len(spec.grid.targets))]
     check_writable(out, max(names, key=lambda name: len(os.fsencode(name))))
-    out.mkdir(parents=True, exist_ok=True)
     inputs = set()
     for spec in specs:
         cells = (cell for row in spec.resolved["image"] for cell in row if cell)

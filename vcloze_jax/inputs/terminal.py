@@ -8,7 +8,10 @@ import sys
 class _Stream(io.FileIO):
     """A descriptor whose reader may be gone, or whose disk be full: what it refuses is dropped."""
 
+    last = b"\n"  # byte written
+
     def write(self, data):
+        self.last = bytes(data[-1:]) or self.last
         try:
             return super().write(data) or len(data)
         except OSError:
@@ -30,6 +33,11 @@ def guard_streams():
 
 
 def tell_error(error):
-    """Print a mistake on one line of standard error, whatever the names in it hold."""
+    """Print a mistake on one line of standard error, whatever the names in it hold, and although a
+    progress bar may stand there."""
+    sys.stderr.flush()
+    raw = getattr(getattr(sys.stderr, "buffer", None), "raw", None)
+    if getattr(raw, "last", b"\n") not in b"\r\n":
+        print(file=sys.stderr)
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
     print(f"error: {text}", file=sys.stderr)

@@ -14,6 +14,7 @@ from ports.tables import mmdit
 from ports.tables.namings import NAMINGS
 from vcloze_jax.config import FluxConfig, UserError
 from vcloze_jax.model.mmdit import Flux
+from vcloze_jax.storage import places
 from vcloze_jax.storage.preset import translate_errors
 from vcloze_jax.storage.weights import abstract, shapes
 
@@ -27,6 +28,8 @@ def open_for(config: FluxConfig, file: Path) -> Adapter:
 def check(file: Path, config: FluxConfig):
     """Everything that can be wrong with an adapter for this model without reading a tensor. Says so
     where it was made for another base."""
+    if not file.exists():
+        raise UserError(f"{file}: there is no such adapter{places.suggest_adapter(file)}")
     with translate_errors(file):
         if open_for(config, file).narrow:
             others = f"with zeros for the other {config.in_channels - mmdit.LATENT}"

@@ -77,14 +77,14 @@ def load_model(name, preset, folder, dtype, mesh):
     return weights.load(weights.MODULES[name], getattr(preset, name), folder, dtype, place)
 
 
-def check_for_training(folder, recipe):
+def checked_training_preset(folder, recipe):
     """The preset of this recipe and these weights, after everything was checked that can be wrong
     with weights and adapter without reading a tensor. Raises UserError."""
     preset = PRESETS[recipe.preset]
     if recipe.from_scratch:
         preset = replace(preset, vae=read_config(folder, "vae", preset.vae))
     else:
-        preset = weights.check_fill(folder)
+        preset = weights.checked_fill_preset(folder)
         if preset.name != recipe.preset:
             raise UserError(f"{folder}: its preset is {preset.name}; add --preset {preset.name}")
         print(f"weights: {weights.summary(folder, preset)}")

@@ -5,17 +5,20 @@ import json
 import math
 import os
 import re
+import stat
 import tempfile
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from vcloze_jax.config import FLUX_FILL, PRESETS, UserError
-from vcloze_jax.inputs.checks import describe_error
+from vcloze_jax.inputs.checks import describe_error, explain_missing
 
 MINI_FOLDER = (
     Path(__file__).parents[1] / "mini"
 )  # shipped weights: the base, lora.safetensors beside it
 MINI_LORA = MINI_FOLDER / "lora.safetensors"
-DIGESTED = ".safetensors", ".sft", ".json", ".model"
+DIGESTED = ".safetensors", ".sft", ".bin", ".json", ".model"
 LARGE, HEADER, BLOCK = 2**26, 2**20, 2**16  # bytes
 BLOCKS = 64  # of a large file, beside its header
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -84,9 +87,22 @@ def file_and_scale(text):
         colon = ""
     if not colon or Path(text).exists():
         return Path(text), 1.0
+    if not file:
+        raise UserError(f"--lora {text}: no file before the scale")
     if not math.isfinite(scale):
         raise UserError(f"--lora {text}: the scale must be finite")
     return Path(file), scale
+
+
+def suggest_adapter(file):
+    """What helps where --lora names a file that is not there, as the tail of a message, or ""."""
+    if HUB_ID.fullmatch(name := str(file)):
+        fetch = f"hf download {name} --local-dir {Path(name).name}"
+        return f"; of Hugging Face it is fetched first: {fetch}"
+    stem, colon, _ = name.rpartition(":")
+    if colon and Path(stem).exists():
+        return "; training takes no :SCALE"
+    return f"; {explain_missing(file) or 'check the path'}"
 
 
 def cache_folder():
@@ -95,7 +111,21 @@ def cache_folder():
     for folder in os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"):
         if os.path.isabs(folder):
             return Path(folder, "vcloze_jax")
-    return Path(tempfile.gettempdir(), f"vcloze_jax_{os.getuid()}")
+    return temporary_cache()
+
+
+@cache
+def temporary_cache():
+    """The cache of a process without a home. Its name can be foreseen, so a folder that somebody
+    else has made there, and may have filled with programs, is passed over for a new one."""
+    folder = Path(tempfile.gettempdir(), f"vcloze_jax_{os.getuid()}")
+    with suppress(OSError):
+        folder.mkdir(mode=0o700)
+    with suppress(OSError):
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o22:
+            return folder
+    return Path(tempfile.mkdtemp(prefix="vcloze_jax_"))
 
 
 def named_preset(folder):
@@ -104,7 +134,7 @@ def named_preset(folder):
     if not file.is_file():
         return FLUX_FILL
     try:
-        return PRESETS[json.loads(file.read_text())["preset"]]
+        return PRESETS[json.loads(file.read_bytes())["preset"]]
     except (OSError, ValueError, KeyError, TypeError):
         names = ", ".join(PRESETS)
         raise UserError(f'{file}: must say {{"preset": NAME}} with a name of {names}') from None

@@ -17,6 +17,8 @@ from vcloze_jax.config import PRESETS, CLIPConfig, FluxConfig, Preset, UserError
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
 from vcloze_jax.storage.places import named_preset
 
+NULLABLE = "out_channels", "model_max_length"  # null: as many as in_channels; as the encoder reads
+
 
 @contextmanager
 def translate_errors(path):
@@ -124,12 +126,13 @@ def axes(head_dim, default):
 
 
 def read_fields(file, names, default):
-    """The entries of a JSON file that `names` pairs with our fields, as {field: value}."""
+    """The entries of a JSON file that `names` pairs with our fields, as {field: value}. UserError
+    for one that is null where its library would take that for no default of its own."""
     entries = read_json(file)
     return {
         field: typed(file, name, entries[name], getattr(default, field))
         for name, field in names.items()
-        if entries.get(name) is not None
+        if entries.get(name) is not None or (name in entries and name not in NULLABLE)
     }
 
 
@@ -155,5 +158,6 @@ def typed(file, name, value, example):
         float: number and math.isfinite(value),
     }
     if not fits.get(type(example), False):
-        raise UserError(f"{file}: {name} cannot be {value!r}; {example!r} is one that can")
+        said = "null" if value is None else repr(value)
+        raise UserError(f"{file}: {name} cannot be {said}; {example!r} is one that can")
     return type(example)(value)

@@ -177,6 +177,10 @@ def load_tokenizer(cls, folder, vocab):
     except Exception as error:  # tokenizers raises bare Exception on a broken file
         reason = f"{' and '.join(names)}: {describe_error(error)}"
         raise UserError(f"{folder}: not a tokenizer ({reason}); fetch it again") from error
+    for side in ("padding_side", "truncation_side"):
+        if (said := getattr(tokenizer, side)) != "right":
+            file = folder / "tokenizer_config.json"
+            raise UserError(f"{file}: {side} is {said!r}, only 'right' can be read")
     if len(tokenizer) > vocab:
         raise UserError(
             f"{folder}: {len(tokenizer)} tokens, but the text encoder knows {vocab}; "

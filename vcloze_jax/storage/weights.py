@@ -55,17 +55,18 @@ def match_files(module, config, folder):
         return source, graphdef, base, engine.plan_leaves(table, shapes(base), source)
 
 
-def check(folder: Path) -> Preset:
-    """Everything of a weights folder that can be wrong without reading a tensor, but tokenizers."""
+def checked_preset(folder: Path) -> Preset:
+    """The preset of a folder, after everything was checked that can be wrong without reading
+    a tensor, but tokenizers. Raises UserError."""
     preset = load_preset(folder)
     for field, (module, _) in MODELS.items():
         match_files(module, getattr(preset, field), folder)
     return preset
 
 
-def check_fill(folder: Path) -> Preset:
-    """`check`, and that the model reads noise, condition and mask side by side, as grids need."""
-    preset, wanted = check(folder), FLUX_FILL.flux.in_channels
+def checked_fill_preset(folder: Path) -> Preset:
+    """`checked_preset` of a model that reads noise, condition and mask together, as grids need."""
+    preset, wanted = checked_preset(folder), FLUX_FILL.flux.in_channels
     if preset.flux.in_channels != wanted:
         raise UserError(
             f"{folder}: {preset.flux.in_channels} input channels; grids need a model of {wanted}, "
@@ -92,7 +93,7 @@ def load(module: type, config, folder: Path, dtype="float32", sharding=None):
     Shard by shard from mapped files, so that the host never holds more than one shard of the
     largest leaf, and reads only what its own devices are given; nothing is initialised. `sharding`
     maps the tree of shapes to one of Shardings; None: the default device. Raises UserError as
-    `check` does, and for NaN.
+    `checked_preset` does, and for NaN.
     """
     source, graphdef, base, leaves = match_files(module, config, folder)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
