@@ -175,7 +175,7 @@ def test_help(call, main):
         ("--data nowhere.jsonl", "--data nowhere.jsonl: no such data"),
         ("--data nowhere", "--data nowhere: no such data"),
         ("--data none", "none: no pair in it: "),
-        ("--held-out 2", "--held-out 2.0: from 0 to 1, please"),
+        ("--held-out 2", "--held-out 2.0: must be from 0 to 1"),
         ("--resolution 128", "--resolution 128: GraphEmoji's pictures have 64 x 64 pixels"),
         ("--data file", "file: line 1: is not JSON"),
         ("--data bad.json", "bad.json: line 1: image[0][1]: "),

@@ -326,7 +326,7 @@ def test_command_writes_whole_new_files(file, tmp_path, capsys, monkeypatch):
     def fail(*_):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(export, "save_tensors", fail)
+    monkeypatch.setattr(export, "stream_tensors", fail)
     argv[-1] = str(tmp_path / "new/b.safetensors")
     assert command.main(argv) == 2 and "(No space left on device" in capsys.readouterr().err
     argv[-1] = "/proc/none/a.safetensors"

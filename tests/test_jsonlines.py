@@ -224,7 +224,7 @@ def test_an_empty_file_is_refused(lines):
     """A file without a grid is an error, not an endless wait."""
     with pytest.raises(UserError, match="is empty"):
         lines()
-    with pytest.raises(UserError, match="line 1: is not JSON"):
+    with pytest.raises(UserError, match="line 1: is empty; each line is a JSON object"):
         lines(b"", b"")
 
 
