@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import suppress
 
 import jax
 import jaxlib
@@ -32,20 +33,24 @@ def make_mesh(sizes=None):
     """Mesh of the given axis sizes; None takes all accelerators, or one CPU device.
 
     Without an accelerator as many virtual CPU devices are made as the mesh needs: this must then
-    be the first thing a process does with JAX. Raises UserError if there are too few accelerators.
+    be the first thing a process does with JAX. Raises UserError if there are too few devices.
     """
     wanted = math.prod((sizes or {}).values())
     ready_xla(wanted)
     if wanted > max(1, jax.config.jax_num_cpu_devices):
-        jax.config.update("jax_num_cpu_devices", wanted)
+        with suppress(RuntimeError):  # JAX has started, and its devices are as they are
+            jax.config.update("jax_num_cpu_devices", wanted)
     devices = jax.devices()
     if sizes is None:
         count = 1 if devices[0].platform == "cpu" else len(devices)
         sizes = dict(data=1, fsdp=count, tensor=1)
     elif wanted > len(devices):
+        remedy = f"use --mesh {len(devices)} or fewer"
+        if devices[0].platform == "cpu":
+            remedy = f"JAX had started: make this mesh first, or set JAX_NUM_CPU_DEVICES={wanted}"
         raise UserError(
             f"--mesh: {wanted} devices asked for, {len(devices)} {devices[0].platform} here; "
-            f"use --mesh {len(devices)} or fewer"
+            f"{remedy}"
         )
     count = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
     shape = tuple(sizes[axis] for axis in AXES)

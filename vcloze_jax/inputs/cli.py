@@ -9,6 +9,7 @@ import threading
 import traceback
 from contextlib import suppress
 from dataclasses import fields, replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -145,10 +146,16 @@ def run(main):
     """
     guard_streams()
     watch_signals()
-    # Transformers says at import that torch is missing, which is as intended.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "programs"))
+    # Programs that compile in less than a second are kept, too: the next run compiles none.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     leave(exit_code(main))
+
+
+def run_command():
+    """`run` of the module that a console command is named after: vcloze-sample, vcloze-train …"""
+    name = Path(sys.argv[0]).stem.removeprefix("vcloze-")
+    run(import_module(f"vcloze_jax.{name}").main)
 
 
 def exit_code(main):

@@ -130,6 +130,8 @@ class Tokenizers:
     """
 
     def __init__(self, folder: Path, t5: T5Config, clip: CLIPConfig):
+        # It says at import that torch is missing, which is as intended.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import CLIPTokenizer, T5Tokenizer  # slow to import
 
         self.t5 = load_tokenizer(T5Tokenizer, Path(folder) / "tokenizer_2", t5.vocab)
