@@ -19,10 +19,10 @@ import ml_dtypes  # noqa: F401 (NumPy learns bfloat16)
 import numpy as np
 from safetensors import SafetensorError
 
-from ports import engine
 from vcloze_jax import conditioning
 from vcloze_jax.config import CLIPConfig, T5Config, UserError
 from vcloze_jax.inputs.checks import describe_error
+from vcloze_jax.ports import engine
 from vcloze_jax.programs import timed
 
 LIMIT = 256  # files, 1 GiB of FLUX's; the oldest go first
