@@ -13,7 +13,6 @@ from pathlib import Path
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.specfiles import add_spec_flags, check_outputs, read_changes, read_specs
 from vcloze_jax.inputs.tasks import describe_tasks
-from vcloze_jax.storage import places
 
 
 def parse(argv):
@@ -25,7 +24,7 @@ def parse(argv):
     p.add_argument("--film", action="store_true", help="NAME_film.webp, too: all steps of a grid")
     p.add_argument("--list-tasks", action="store_true", help='names for "task" in a spec')
     p.add_argument("--check", action="store_true", help="validate everything, paint nothing")
-    p.add_argument("--plan", action="store_true", help="print tokens, FLOPs and bytes, and exit")
+    cli.add_plan_flags(p, cli.PRESETS)
     args = p.parse_args(argv)
     if not args.grid and not args.list_tasks:
         p.error("--grid SPEC.json is needed")
@@ -34,7 +33,7 @@ def parse(argv):
 
 def main(argv):
     args = parse(argv)
-    preset = places.named_preset(args.weights or places.MINI_FOLDER)
+    preset = cli.read_preset(args)
     if args.list_tasks:
         print(describe_tasks(preset))
         return
@@ -46,11 +45,12 @@ def main(argv):
     from vcloze_jax.pipeline import Pipeline
     from vcloze_jax.programs import spent  # JAX from here on
 
+    if args.plan:
+        print(plan.describe_sampling(args, preset, specs))
+        return
     pipeline = Pipeline.load(args.weights, args.lora, args.mesh)
     print(pipeline.summary())
-    if args.plan:
-        print(plan.sampling(pipeline.painter.preset, specs, pipeline.painter.mesh))
-    if args.check or args.plan:
+    if args.check:
         return
     on_step = Film(args.out) if args.film else None
     paintings = pipeline.paint(specs, progress=True, on_step=on_step)

@@ -60,15 +60,17 @@ def tell_steps(on_step, painter):
 
 class Film:
     """Writes FOLDER/NAME_film.webp of each grid when its last step is done: the sheets of its first
-    pass. Give it as `on_step`."""
+    pass, each of which a call returns. Give it as `on_step`."""
 
     def __init__(self, folder):
         self.folder, self.frames = Path(folder), defaultdict(list)
 
     def __call__(self, step):
+        sheet = step.sheet()
         if step.second_pass:
-            return
-        self.frames[step.spec.name].append(step.sheet())
+            return sheet
+        self.frames[step.spec.name].append(sheet)
         if step.index == step.count - 1:
             *_, name, _ = output_names(step.spec.name, 0, film=True)
             save_film(self.folder / name, self.frames.pop(step.spec.name))
+        return sheet
