@@ -123,6 +123,7 @@ def page(folder, tmp_path):
         with sync_playwright() as play:
             browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": 1500, "height": 1200})
+            page.set_default_timeout(180_000)
             page.goto(f"http://127.0.0.1:{port}")
             page.wait_for_selector("#cell_0_0")
             yield page
@@ -137,7 +138,7 @@ def answers(port):
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-def wait(ready, seconds=180):
+def wait(ready, seconds=300):
     """Until `ready()` is true, which it gives."""
     end = time.monotonic() + seconds
     while not (found := ready()):
