@@ -5,25 +5,26 @@
 
 A spec holds rows of pictures; in its last row, null is what will be painted:
     {"image": [["a_gray.png", "a.png"], ["b_gray.png", null]], "task_prompt": "In each row, …"}
-For fox.json, --out gets fox.png (the grid), fox_target0.png … and fox.json (the record).
+For fox.json, --out gets fox.png (the grid), fox_target0.png … and fox.json (a record, a spec too).
 """
 
 from pathlib import Path
 
-from vcloze_jax import prompts
 from vcloze_jax.inputs import cli
-from vcloze_jax.inputs.spec import check_outputs, read_specs
-from vcloze_jax.storage import places
+from vcloze_jax.inputs.specfiles import add_spec_flags, check_outputs, read_changes, read_specs
+from vcloze_jax.inputs.tasks import describe_tasks
 
 
 def parse(argv):
     p = cli.Parser(__doc__)
     p.add_argument("--grid", nargs="+", action="extend", type=cli.path, metavar="SPEC.json")
     cli.add_model_flags(p)
+    add_spec_flags(p)
     p.add_argument("--out", type=cli.path, default=Path("outputs"), metavar="DIR")
+    p.add_argument("--film", action="store_true", help="NAME_film.webp, too: all steps of a grid")
     p.add_argument("--list-tasks", action="store_true", help='names for "task" in a spec')
     p.add_argument("--check", action="store_true", help="validate everything, paint nothing")
-    p.add_argument("--plan", action="store_true", help="print tokens, FLOPs and bytes, and exit")
+    cli.add_plan_flags(p, cli.PRESETS)
     args = p.parse_args(argv)
     if not args.grid and not args.list_tasks:
         p.error("--grid SPEC.json is needed")
@@ -32,31 +33,32 @@ def parse(argv):
 
 def main(argv):
     args = parse(argv)
+    preset = cli.read_preset(args)
     if args.list_tasks:
-        for name, task in prompts.TASKS.items():
-            print(f"{name} ({task.columns} columns): {task.prompt}")
+        print(describe_tasks(preset))
         return
-    specs = read_specs(args.grid, places.named_preset(args.weights or places.MINI_FOLDER))
-    check_outputs(args.out, specs)
+    specs = read_specs(args.grid, preset, read_changes(args))
+    check_outputs(args.out, specs, args.film)
 
     from vcloze_jax import plan
-    from vcloze_jax.pipeline import Pipeline, steps_bar
-    from vcloze_jax.programs import spent
-    from vcloze_jax.storage import weights  # JAX from here on
+    from vcloze_jax.film import Film
+    from vcloze_jax.pipeline import Pipeline
+    from vcloze_jax.programs import spent  # JAX from here on
 
-    pipeline = Pipeline.load(args.weights, args.lora, args.mesh)
-    print(
-        f"weights: {weights.summary(args.weights or places.MINI_FOLDER, pipeline.painter.preset)}"
-    )
     if args.plan:
-        print(plan.sampling(pipeline.painter.preset, specs, pipeline.painter.mesh))
-    if args.check or args.plan:
+        print(plan.describe_sampling(args, preset, specs))
         return
-    for spec, painting in zip(specs, pipeline.paint(specs, steps_bar), strict=True):
+    pipeline = Pipeline.load(args.weights, args.lora, args.mesh)
+    print(pipeline.summary())
+    if args.check:
+        return
+    on_step = Film(args.out) if args.film else None
+    paintings = pipeline.paint(specs, progress=True, on_step=on_step)
+    for spec, painting in zip(specs, paintings, strict=True):
         painting.save(args.out, spec.name)
-        for sentence in painting.unread:
+        for sentence in painting.remarks:
             print(f"{spec.name}: {sentence}")
-    print(f"{len(specs)} grids painted, {spent['programs']} programs compiled: {args.out}/")
+    print(f"{len(specs)} grids painted, {spent['compiled']} programs compiled: {args.out}/")
 
 
 if __name__ == "__main__":

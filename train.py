@@ -22,7 +22,7 @@ def parse(argv):
     add = parser.add_argument
     add("--out", type=cli.path, metavar="RUN", help="the run's folder (default: runs/PRESET)")
     add("--check", action="store_true", help="validate everything, train nothing")
-    add("--plan", action="store_true", help="print tokens, FLOPs and bytes of a step, and exit")
+    cli.add_plan_flags(parser)
     accept = "go on with a run although these are not those that it was begun with"
     add("--accept", nargs="+", choices=ORIGINS, default=[], help=accept)
     add("--tensorboard", action=cli.PackageFlag, const="tensorboardX", help="into RUN/tensorboard")
@@ -53,7 +53,7 @@ def main(argv):
     origins = describe_origins(folder, recipe, source.digest(), compute_dtype(mesh))
     run.compare_origins(recipe, origins, args.accept)
     if args.plan:
-        print(plan.training(preset, recipe, source, mesh))
+        print(plan.training(preset, recipe, source, mesh, args.device))
     if args.check:
         print(show_source(source, recipe, run.path.with_name(f"{run.path.name}-check.png")))
     if args.plan or args.check:

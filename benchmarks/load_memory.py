@@ -19,9 +19,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ports import engine  # noqa: E402
-from ports.tables import mmdit  # noqa: E402
 from vcloze_jax.config import FluxConfig  # noqa: E402
+from vcloze_jax.ports import engine  # noqa: E402
+from vcloze_jax.ports.tables import mmdit  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 MB = 1e6

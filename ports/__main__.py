@@ -14,14 +14,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ports import engine, export
-from ports.diagnose import PortError
-from ports.tables.namings import NAMINGS, TARGETS, Naming
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
 from vcloze_jax.inputs.cli import path
 from vcloze_jax.inputs.pictures import check_writable
 from vcloze_jax.inputs.terminal import guard_streams, tell_error
+from vcloze_jax.ports import engine, export
+from vcloze_jax.ports.diagnose import PortError
+from vcloze_jax.ports.tables.namings import NAMINGS, TARGETS, Naming
 from vcloze_jax.storage.places import find_weights
 
 

@@ -17,11 +17,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ports import engine, torchfile
-from ports.diagnose import PortError, describe_header, describe_key, in_brackets, list_faults
-from ports.loraconfig import LoraConfig, find_adapter, read_lora_config
-from ports.tables import Leaf, Piece, lay_out, mmdit, split_name
-from ports.tables.namings import NAMINGS, Naming
+from vcloze_jax.ports import engine, torchfile
+from vcloze_jax.ports.diagnose import (
+    PortError,
+    describe_header,
+    describe_key,
+    in_brackets,
+    list_faults,
+)
+from vcloze_jax.ports.loraconfig import LoraConfig, find_adapter, read_lora_config
+from vcloze_jax.ports.tables import Leaf, Piece, lay_out, mmdit, split_name
+from vcloze_jax.ports.tables.namings import NAMINGS, Naming
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 PICKLE = rb"PK\x03\x04|\x80[\x00-\x05]"

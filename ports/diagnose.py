@@ -4,7 +4,7 @@ that are not what they should be can be told."""
 import re
 from pathlib import Path
 
-from ports.tables import mmdit, text, vae
+from vcloze_jax.ports.tables import mmdit, text, vae
 
 SHOWN = 10  # keys that an error names
 

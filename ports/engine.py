@@ -10,7 +10,7 @@ from pathlib import Path
 import ml_dtypes  # which also makes bfloat16 a dtype of NumPy
 import numpy as np
 
-from ports.diagnose import (
+from vcloze_jax.ports.diagnose import (
     PortError,
     describe_header,
     describe_remedy,
@@ -18,8 +18,8 @@ from ports.diagnose import (
     list_faults,
     misshapen,
 )
-from ports.shards import find_shards, read_header
-from ports.tables import Leaf, Table, lay_out
+from vcloze_jax.ports.shards import find_shards, read_header
+from vcloze_jax.ports.tables import Leaf, Table, lay_out
 
 EIGHT_BITS = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 # types of a file -> as what they are read; bfloat16 holds all numbers of 8 bits

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ports import torchfile
-from ports.adapters import (
+from vcloze_jax.ports import torchfile
+from vcloze_jax.ports.adapters import (
     Branch,
     Tuned,
     merge_branches,
@@ -32,11 +32,11 @@ from ports.adapters import (
     read_branches,
     read_norms,
 )
-from ports.diagnose import PortError
-from ports.engine import export_arrays, stream_tensors
-from ports.loraconfig import METADATA
-from ports.tables import is_stacked, lay_out, mmdit
-from ports.tables.namings import NAMINGS, Naming
+from vcloze_jax.ports.diagnose import PortError
+from vcloze_jax.ports.engine import export_arrays, stream_tensors
+from vcloze_jax.ports.loraconfig import METADATA
+from vcloze_jax.ports.tables import is_stacked, lay_out, mmdit
+from vcloze_jax.ports.tables.namings import NAMINGS, Naming
 
 
 def convert_adapter(file: Path, naming: Naming, out: Path) -> int:

@@ -9,10 +9,16 @@ import re
 from itertools import count
 from pathlib import Path
 
-from ports.diagnose import PortError, describe_header, describe_start, in_brackets, list_faults
-from ports.engine import SafetensorsFile, spell_table
-from ports.shards import list_variants
-from ports.tables import LEAVES, Part, Table, find_row, order_axes
+from vcloze_jax.ports.diagnose import (
+    PortError,
+    describe_header,
+    describe_start,
+    in_brackets,
+    list_faults,
+)
+from vcloze_jax.ports.engine import SafetensorsFile, spell_table
+from vcloze_jax.ports.shards import list_variants
+from vcloze_jax.ports.tables import LEAVES, Part, Table, find_row, order_axes
 
 OPENED = ".safetensors", ".sft"
 REFUSED = ".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".pt", ".pth"

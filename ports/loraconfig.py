@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from ports.diagnose import PortError, refuse_entries
+from vcloze_jax.ports.diagnose import PortError, refuse_entries
 
 METADATA = "lora_adapter_metadata"  # diffusers' entry of the header: LoraConfig as JSON
 SIDECAR = "adapter_config.json"

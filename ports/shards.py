@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ports.diagnose import PortError, describe_start
+from vcloze_jax.ports.diagnose import PortError, describe_start
 
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' and of transformers' folders
 NAME = re.compile(

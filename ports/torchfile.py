@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ports.diagnose import PortError
-from ports.engine import DTYPES, NUMBERS, check_finite, unwrap_keys
+from vcloze_jax.ports.diagnose import PortError
+from vcloze_jax.ports.engine import DTYPES, NUMBERS, check_finite, unwrap_keys
 
 OPCODES = (  # of plain data, of calls of a name, and of what lies outside
     "PROTO FRAME STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE "

@@ -20,8 +20,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import injected  # noqa: E402
 import tiny  # noqa: E402
 
-from ports.tables import is_stacked, lay_out  # noqa: E402
-from ports.tables.mmdit import DIFFUSERS  # noqa: E402
+from vcloze_jax.ports.tables import is_stacked, lay_out  # noqa: E402
+from vcloze_jax.ports.tables.mmdit import DIFFUSERS  # noqa: E402
 
 REGIONS = ("target", "grid")
 GRIDS = 4  # of a step

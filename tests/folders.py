@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from ports import engine
-from ports.tables.folder import PARTS
 from vcloze_jax.config import MINI, CLIPConfig, FluxConfig, T5Config, UserError, VAEConfig
+from vcloze_jax.ports import engine
+from vcloze_jax.ports.tables.folder import PARTS
 from vcloze_jax.storage import weights
 
 DATA = Path(__file__).parent / "data"

@@ -9,11 +9,11 @@ import numpy as np
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from ports import export, torchfile
-from ports.tables import namings
 from vcloze_jax.model import lora
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.ops import rope_table
+from vcloze_jax.ports import export, torchfile
+from vcloze_jax.ports.tables import namings
 from vcloze_jax.storage import adapters, weights
 
 PLAIN = tiny.FLUX

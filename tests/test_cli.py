@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.metrics import draw_curves
 from vcloze_jax.inputs.pictures import save_png
 from vcloze_jax.inputs.runfolder import FREE, ORIGINS, Log, RunFolder
+from vcloze_jax.inputs.tasks import find_task
 from vcloze_jax.storage import places
 
 ROOT = Path(__file__).parents[1]
@@ -133,10 +135,18 @@ def test_what_a_system_leaves_in_a_folder(folder, call, monkeypatch):
     assert places.named_preset("none") is MINI
 
 
-def test_list_tasks(call):
-    """--list-tasks needs no spec, and names what a spec may say."""
+def test_list_tasks(call, folder):
+    """--list-tasks needs no spec, and names the tasks that the model knows, as a shell takes them:
+    each is one that a spec of its columns may name."""
     code, out, _ = call(sample.main, "--list-tasks")
-    assert code == 0 and "depth-to-image (2 columns): In each row" in out
+    assert code == 0 and "gray-to-fluent_3d (2 columns): In each row" in out
+    assert "depth-to-image" not in out and not set("<>&|;$*") & set(out)
+    code, authors, _ = call(sample.main, f"--list-tasks --weights {folder}")  # no mini by its file
+    assert code == 0 and "depth-to-image (2 columns): In each row" in authors
+    for line in (out + authors).splitlines():
+        name, columns, sentence = re.fullmatch(r"(\S+) \((\d) columns\): (.+)", line).groups()
+        assert find_task(name) == (sentence, int(columns))
+    assert find_task("gray->fluent_3d") == find_task("gray-to-fluent_3d") and not find_task("grey")
 
 
 @pytest.mark.parametrize("main", [sample.main, train.main])

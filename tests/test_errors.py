@@ -6,9 +6,9 @@ import os
 import folders
 import pytest
 
-from ports import shards
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
+from vcloze_jax.ports import shards
 from vcloze_jax.storage import weights
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/a.png")

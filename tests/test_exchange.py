@@ -16,13 +16,13 @@ from lorafiles import NAMINGS, PLAIN, edited, folded, renamed, same_tensors, sam
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from ports import __main__ as command
-from ports import export
-from ports.adapters import check_adapter
-from ports.diagnose import PortError
-from ports.tables import lay_out, mmdit
 from vcloze_jax.config import FLUX_FILL, UserError
 from vcloze_jax.model.mmdit import Flux
+from vcloze_jax.ports import __main__ as command
+from vcloze_jax.ports import export
+from vcloze_jax.ports.adapters import check_adapter
+from vcloze_jax.ports.diagnose import PortError
+from vcloze_jax.ports.tables import lay_out, mmdit
 from vcloze_jax.storage import adapters, weights
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,10 @@ ports/      knows neither JAX nor us
 
 import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +26,7 @@ STORY = tuple(
         "model.ops model.layers model.mmdit model.vae model.text model.lora"
     ).split()
 )
+PORTS = "vcloze_jax.ports"  # where a link is to them
 LONGEST_STORY = 2400  # lines
 LONGEST_FILE = 320
 SAME = {"main", "parse", "load", "save", "check"}  # the same done to different things
@@ -31,10 +34,12 @@ SAME = {"main", "parse", "load", "save", "check"}  # the same done to different 
 
 @cache
 def modules():
-    """{dotted name: file} of all our modules, but packages that are empty."""
+    """{dotted name: file} of all our modules, but packages that are empty, and links."""
     files = [*ROOT.glob("vcloze_jax/**/*.py"), *ROOT.glob("ports/**/*.py"), *ROOT.glob("*.py")]
+    files = [file for file in files if not file.is_symlink()]
     names = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in files}
     names = {name.removesuffix(".__init__"): file for name, file in names.items()}
+    names = {re.sub(r"^ports\b", PORTS, name): file for name, file in names.items()}
     return {name: file for name, file in names.items() if file.stat().st_size}
 
 
@@ -66,7 +71,7 @@ def importers(*tops):
 
 def ours(name):
     """What a module imports of ours; the package itself, which holds a version, left out."""
-    tops = {"vcloze_jax", "ports", *ENTRIES}
+    tops = {"vcloze_jax", *ENTRIES}
     return {i for i in imports(name) if i.partition(".")[0] in tops} - {"vcloze_jax"}
 
 
@@ -99,14 +104,26 @@ def test_data_knows_no_model():
 
 def test_storage_alone_knows_ports_and_orbax():
     """Names of foreign tensors and files of checkpoints are storage's affair."""
-    knowing = importers("ports", "orbax") - set(within("ports"))
+    knowing = importers(PORTS, "orbax") - set(within(PORTS))
     assert knowing <= set(within("vcloze_jax.storage"))
 
 
 def test_ports_stand_alone():
     """Weight tables and their engine are NumPy; only their command knows the rest."""
-    known = set(within("ports")) & importers("jax", "jaxlib", "flax", "vcloze_jax")
-    assert known <= {"ports.__main__"}
+    alone = set(within(PORTS)) - {f"{PORTS}.__main__"}
+    assert alone.isdisjoint(importers("jax", "jaxlib", "flax"))
+    for name in alone:
+        assert ours(name) <= set(within(PORTS)) | {PORTS}, name
+
+
+def test_what_is_installed_has_our_name():
+    """All of it lies in one package: where ports/, sample.py and train.py are not, links are; and
+    nobody imports ports by the name that only the repository knows."""
+    for name in ("ports", "sample.py", "train.py"):
+        assert (ROOT / "vcloze_jax" / name).resolve() == ROOT / name
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert {name.partition(".")[0] for name in settings["packages"]} == {"vcloze_jax"}
+    assert not importers("ports")
 
 
 def test_inputs_need_no_jax(tmp_path):

@@ -11,11 +11,11 @@ from folders import FLUX as PLAIN
 from jax.extend.core import jaxprs_in_params
 from lorafiles import folded, velocity
 
-from ports.tables import lay_out, mmdit
 from vcloze_jax.config import FLUX_FILL
 from vcloze_jax.model import lora
 from vcloze_jax.model.layers import Dense
 from vcloze_jax.model.mmdit import Flux
+from vcloze_jax.ports.tables import lay_out, mmdit
 from vcloze_jax.sharding import Split
 from vcloze_jax.storage import weights
 

@@ -10,9 +10,9 @@ import pytest
 from lorafiles import PLAIN, edited, same_trees
 from safetensors.numpy import load_file, save_file
 
-from ports import __main__ as command
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.cli import file_and_scale
+from vcloze_jax.ports import __main__ as command
 from vcloze_jax.storage import adapters, places
 
 Q = "transformer_blocks.0.attn.to_q"

@@ -12,7 +12,7 @@ import reference
 
 from vcloze_jax.config import MINI
 from vcloze_jax.grid import Spec
-from vcloze_jax.inputs.spec import read_specs
+from vcloze_jax.inputs.specfiles import read_specs
 from vcloze_jax.pipeline import load_painter
 from vcloze_jax.storage import places
 

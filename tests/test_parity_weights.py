@@ -10,9 +10,9 @@ import pytest
 from folders import FLUX, PRESET, SINGLES, VARIANTS, key_list, module
 from safetensors.numpy import load_file, save_file
 
-from ports.tables.folder import PARTS
 from vcloze_jax.model.ops import rope_table
 from vcloze_jax.model.vae import VAE
+from vcloze_jax.ports.tables.folder import PARTS
 from vcloze_jax.storage import weights
 
 pytestmark = pytest.mark.parity

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 import sample
 from vcloze_jax import Pipeline
 from vcloze_jax.config import UserError
+from vcloze_jax.inputs.spec import ANSWERS
 from vcloze_jax.storage import places, weights
 
 PICTURES = Path(__file__).parents[1] / "examples/pictures"
@@ -80,6 +82,77 @@ def test_arguments(pipeline):
             pipeline(GRID, **SMALL, **arguments)
     with pytest.raises(UserError, match=r"image\[0\]\[1\]: a cell is a path, null or"):
         pipeline([[POODLE[0], 3]])
+
+
+def test_arrays(pipeline):
+    """A PIL image and the same picture as uint8 or float in [0, 1] are the same; so are a mask of
+    PIL and of bools, and NumPy's integers and Python's."""
+    pictures = [Image.open(file) for file in (*POODLE, ROCKET[1])]
+    half = Image.open(PICTURES / "right_half.png")
+    bools = np.asarray(half.convert("L")) >= 128
+    kinds = {
+        "PIL": (lambda x: x, half, 4),
+        "uint8": (np.asarray, np.asarray(half), np.uint32(4)),
+        "float": (lambda x: np.asarray(x.convert("RGB")) / 255, bools, np.int64(4)),
+    }
+    bytes_of = set()
+    for convert, mask, seed in kinds.values():
+        a, b, c = map(convert, pictures)
+        painting = pipeline([[a, b], [{"image": c, "mask": mask}, None]], seed=seed, **SMALL)
+        assert painting.record["spec"]["seed"] == 4
+        bytes_of.add(painting.grid.tobytes())
+    assert len(bytes_of) == 1
+    for array, message in [
+        (np.zeros((8, 8, 3), np.int64), r"an array int64 \[8, 8, 3\]; a picture is uint8"),
+        (np.zeros((3, 8, 8), np.uint8), r"an array uint8 \[3, 8, 8\]; a picture is uint8"),
+        (np.full((8, 8, 3), 255.0), r"a float picture must be in \[0, 1\]"),
+        (np.full((8, 8, 3), np.nan), r"a float picture must be in \[0, 1\]"),
+    ]:
+        with pytest.raises(UserError, match=rf"image\[0\]\[0\]: {message}"):
+            pipeline([[array, None]])
+
+
+def test_specs_and_files(pipeline, tmp_path):
+    """paint() takes what a file would hold, files, and records, in order; several pictures of one
+    spec are those of its seeds, one by one. A record of pictures in memory says so."""
+    rows = json.loads(json.dumps(GRID, default=str))
+    (tmp_path / "fox.json").write_text(json.dumps({"image": rows, "seed": 1, **SMALL}))
+    several = {"image": GRID, "seed": 3, "num_images_per_prompt": 2, **SMALL}
+    first, *rest = pipeline.paint([tmp_path / "fox.json", several])
+    assert [p.record["spec"]["seed"] for p in rest] == [3, 4]
+    for painting in (first, *rest):
+        one = pipeline(GRID, seed=painting.record["spec"]["seed"], **SMALL)
+        assert one.grid.tobytes() == painting.grid.tobytes()
+        painting.save(tmp_path, "record")
+        (again,) = pipeline.paint([str(tmp_path / "record.json")])
+        assert again.grid.tobytes() == painting.grid.tobytes()
+    pipeline([[Image.open(ROCKET[0]), None]], **SMALL).save(tmp_path, "record")
+    with pytest.raises(UserError, match=r"image\[0\]\[0\]: '64x64, in memory': a program had it"):
+        pipeline.paint([tmp_path / "record.json"])
+
+
+@pytest.mark.parametrize("name, answer", ANSWERS.items())
+def test_names_of_diffusers(pipeline, tmp_path, name, answer):
+    """What diffusers' pipeline is told and ours is not, is answered with our name for it."""
+    with pytest.raises(UserError, match=f"'{name}': {re.escape(answer)}"):
+        pipeline(GRID, **{name: 1})
+
+
+def test_one_mesh_a_process():
+    """A mesh that needs more devices than JAX has started with says what to do, in one line."""
+    count = jax.device_count()
+    with pytest.raises(UserError, match=f"{2 * count} devices asked for, {count} cpu here; JAX"):
+        Pipeline.load(mesh=str(2 * count))
+
+
+def test_which_adapters():
+    """The line of adapters says whether mini's own is among them."""
+    tell, mini, own = places.describe_adapters, places.MINI_FOLDER, (places.MINI_LORA, 1.0)
+    mine = Path("mine"), 0.5
+    assert tell(Path("w"), [mine]) == "adapter: mine:0.5"
+    assert tell(mini, [mine]) == "adapter: mine:0.5, in place of mini's own"
+    assert tell(mini, [own, mine]) == f"adapter: {places.MINI_LORA} + mine:0.5"
+    assert tell(mini, []) == "adapter: none, not even mini's own"
 
 
 def test_dropped_tokens(pipeline):

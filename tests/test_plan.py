@@ -73,8 +73,8 @@ def test_bytes_of_weights():
 def test_activations_are_split(learning):
     """Eight grids on eight devices need on each what one grid needs on one."""
     one, eight = (make_mesh(parse_mesh(text)) for text in ("1", "data=8"))
-    single = plan.flux_temporaries(tiny.TINY, 1, 64, one, learning)
-    split = plan.flux_temporaries(tiny.TINY, 8, 64, eight, learning)
+    single = plan.flux_temporaries(tiny.TINY, 1, 64, one, "float32", learning=learning)
+    split = plan.flux_temporaries(tiny.TINY, 8, 64, eight, "float32", learning=learning)
     assert split == pytest.approx(single, rel=0.1)
 
 
@@ -82,8 +82,10 @@ def test_activations_of_a_gradient():
     """A gradient keeps what a velocity lets go, block by block, and with remat a fraction of it."""
     mesh, deep = make_mesh(parse_mesh("1")), replace(tiny.TINY.flux, single_blocks=5)
     keep, again = (replace(tiny.TINY, flux=replace(deep, remat=x)) for x in (False, True))
-    velocity = plan.flux_temporaries(again, 4, 64, mesh)
-    kept, remade = (plan.flux_temporaries(x, 4, 64, mesh, learning=True) for x in (keep, again))
+    velocity = plan.flux_temporaries(again, 4, 64, mesh, "float32")
+    kept, remade = (
+        plan.flux_temporaries(x, 4, 64, mesh, "float32", learning=True) for x in (keep, again)
+    )
     assert velocity < remade < kept / 2
 
 
@@ -101,10 +103,12 @@ def test_verdict():
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 100})
     mesh = SimpleNamespace(devices=np.array([device]))
     stages = {"reading": {"t5": 90}, "painting": {"flux": 30, "activations": 50}}
-    assert plan.verdict(stages, mesh)[-1] == "it fits into 100 B"
+    assert plan.verdict(stages, mesh, None)[-1] == "it fits into 100 B"
     stages["painting"]["activations"] = 80
-    assert "painting: 110 B (flux 30 B, activations 80 B)" in plan.verdict(stages, mesh)[1]
-    assert plan.verdict(stages, mesh)[-1].startswith("it does not fit into 100 B: try a larger --m")
+    assert "painting: 110 B (flux 30 B, activations 80 B)" in plan.verdict(stages, mesh, None)[1]
+    assert plan.verdict(stages, mesh, None)[-1].startswith(
+        "it does not fit into 100 B: try a larger --m"
+    )
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import pytest
 from folders import FLUX, PRESET, VARIANTS, arrays, key_list, shapes
 from safetensors.numpy import load_file, save
 
-from ports import engine
-from ports.diagnose import PortError
-from ports.tables import Table, find_row, mmdit, text, vae
-from ports.tables.folder import PARTS
 from vcloze_jax.config import FLUX_FILL
+from vcloze_jax.ports import engine
+from vcloze_jax.ports.diagnose import PortError
+from vcloze_jax.ports.tables import Table, find_row, mmdit, text, vae
+from vcloze_jax.ports.tables.folder import PARTS
 
 NAMINGS = {
     f"{name}, {'diffusers' if n == 0 else 'bfl'}": (field, config, table)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from folders import FLUX, arrays, key_list, refusal
 
-from ports import engine
-from ports.locate import SIZES, recognise_table
-from ports.tables.folder import PARTS
 from vcloze_jax import flow
 from vcloze_jax.config import FLUX_FILL, PRESETS
+from vcloze_jax.ports import engine
+from vcloze_jax.ports.locate import SIZES, recognise_table
+from vcloze_jax.ports.tables.folder import PARTS
 from vcloze_jax.storage import weights
 from vcloze_jax.storage.preset import axes, load_preset
 

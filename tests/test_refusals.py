@@ -11,9 +11,9 @@ import pytest
 from folders import FLUX, SINGLES, arrays, change, refusal
 from safetensors.numpy import load_file, save_file
 
-from ports import engine
-from ports.tables import mmdit
 from vcloze_jax.model.mmdit import Flux
+from vcloze_jax.ports import engine
+from vcloze_jax.ports.tables import mmdit
 from vcloze_jax.storage import weights
 
 FILE = "transformer/diffusion_pytorch_model.safetensors"

@@ -23,9 +23,9 @@ from safetensors.numpy import load_file
 
 import sample
 import train
-from ports import __main__ as ports
 from vcloze_jax import plan
 from vcloze_jax.config import PRESETS, UserError
+from vcloze_jax.ports import __main__ as ports
 from vcloze_jax.step import init_state, learning_rate, make_optimizer, make_step
 from vcloze_jax.storage import adapters, checkpoint, weights
 

@@ -18,7 +18,7 @@ import sample
 from vcloze_jax.config import UserError
 from vcloze_jax.data.graph import NODES
 from vcloze_jax.data.graphemoji import read_nodes
-from vcloze_jax.inputs.spec import read_specs
+from vcloze_jax.inputs.specfiles import read_specs
 from vcloze_jax.pipeline import load_painter
 from vcloze_jax.programs import spent
 
@@ -99,10 +99,64 @@ def test_record(run):
     assert record["dropped_tokens"] == {"t5": 0, "clip": 0}
     assert set(record["seconds"]) == {"load", "text", "vae", "compile", "paint", "decode"}
     assert min(record["seconds"].values()) >= 0 < record["seconds"]["compile"]
-    assert record["compiles"] > 0
+    assert record["compiles"] >= 0  # none where the cache held all of them
     assert record["versions"]["jax"] == jax.__version__
     again = record["spec"] | {"num_inference_steps": 1}
     assert json.loads((run({"fox": again}) / "fox.json").read_text())["spec"] == again
+
+
+def test_a_record_is_painted_again(run, folder):
+    """A record is a spec of its own: painted again where it lies, it gives the same bytes; with
+    another seed, another picture."""
+    out = run({"fox": PARTLY}, "out", "--images", "2", "--seed", "5")
+    assert names(out)[0] == "fox_seed5.json" and names(out)[4] == "fox_seed6.json"
+    argv = ["--grid", f"{out}/fox_seed6.json", "--weights", str(folder), "--out", str(out)]
+    before = {name: (out / name).read_bytes() for name in names(out)}
+    sample.main(argv)
+    assert names(out) == list(before)
+    for name in names(out):
+        if name.endswith(".png"):
+            assert (out / name).read_bytes() == before[name]
+    sample.main([*argv, "--seed", "7"])
+    assert (out / "fox_seed6.png").read_bytes() != before["fox_seed6.png"]
+    with pytest.raises(UserError, match="fox.json is an input; choose another"):
+        run({"fox": PARTLY}, ".")
+
+
+def test_flags_are_keys(run):
+    """A flag says of all specs what its key says of one; several pictures are those of their
+    seeds, painted alone."""
+    one = {"seed": 3, "num_inference_steps": 1, "guidance_scale": 7.5}
+    out = run({"fox": PARTLY | one, "owl": BLANK | one}, "keys")
+    flags = "--seed 3 --steps 1 --guidance 7.5".split()
+    changed = run({"fox": PARTLY, "owl": BLANK}, "flags", *flags)
+    several = run({"fox": PARTLY | {"num_images_per_prompt": 3, "seed": 1}}, "several", *flags[2:])
+    for name in ("fox", "owl"):
+        spec = json.loads((changed / f"{name}.json").read_text())["spec"]
+        assert {key: spec[key] for key in one} == one
+        assert (changed / f"{name}.png").read_bytes() == (out / f"{name}.png").read_bytes()
+    assert [name for name in names(several) if name.endswith(".json")] == [
+        f"fox_seed{k}.json" for k in (1, 2, 3)
+    ]
+    last, alone = (pixels(f).astype(int) for f in (several / "fox_seed3.png", out / "fox.png"))
+    assert np.abs(last - alone).max() <= 1  # batches of three and of two round apart
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--seed -1", r"^--seed -1: must be an integer in 0"),
+        ("--steps 0", r"^--steps 0: must be an integer in 1"),
+        ("--guidance nan", r"^--guidance nan: must be a number"),
+        ("--images 2000", r"^--images 2000: must be an integer in 1 ... 1024"),
+        ("--images 1000", r"grid 2000 of at most 1024 at once"),
+        ("--images 2 --seed 4294967295", r"fox.json: num_images_per_prompt: the last seed would"),
+    ],
+)
+def test_wrong_flags(run, flags, message):
+    """A number that cannot be is told with its flag, before anything is painted."""
+    with pytest.raises(UserError, match=message):
+        run({"fox": BLANK, "owl": BLANK}, "out", *flags.split())
 
 
 def test_boxes(run):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vcloze_jax import prompts
 from vcloze_jax.config import FLUX_FILL, MINI, UserError
-from vcloze_jax.inputs.spec import read_specs
+from vcloze_jax.inputs.specfiles import read_specs
 
 ROW = [["a.png", "b.png"]]
 GRID = [["a.png", "b.png"], ["b.png", None]]

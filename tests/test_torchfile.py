@@ -12,9 +12,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ports import torchfile
-from ports.adapters import open_adapter
-from ports.diagnose import PortError
+from vcloze_jax.ports import torchfile
+from vcloze_jax.ports.adapters import open_adapter
+from vcloze_jax.ports.diagnose import PortError
 
 ROOT = Path(__file__).parents[1]
 STATE = {

@@ -14,7 +14,8 @@ from PIL import Image
 from vcloze_jax import flow
 from vcloze_jax.config import MINI, UserError
 from vcloze_jax.grid import Upsampling
-from vcloze_jax.inputs.spec import read_specs, upsampled_size
+from vcloze_jax.inputs.spec import upsampled_size
+from vcloze_jax.inputs.specfiles import read_specs
 from vcloze_jax.painter import Canvas, second_passes
 from vcloze_jax.pipeline import describe, load_painter
 

@@ -15,13 +15,13 @@ from flax import nnx
 from folders import FLUX, PRESET, SINGLES, arrays, leaves, module
 from safetensors.numpy import load_file, save_file
 
-from ports import __main__ as command
-from ports import engine
-from ports.locate import locate
-from ports.tables.folder import PARTS
 from vcloze_jax.config import UserError
 from vcloze_jax.devices import make_mesh
 from vcloze_jax.pipeline import Pipeline
+from vcloze_jax.ports import __main__ as command
+from vcloze_jax.ports import engine
+from vcloze_jax.ports.locate import locate
+from vcloze_jax.ports.tables.folder import PARTS
 from vcloze_jax.sharding import shardings
 from vcloze_jax.storage import weights
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import suppress
 
 import jax
 import jaxlib
@@ -44,7 +45,8 @@ def make_mesh(sizes=None):
     wanted = math.prod((sizes or {}).values())
     ready_xla(wanted)
     if wanted > max(1, jax.config.jax_num_cpu_devices):
-        jax.config.update("jax_num_cpu_devices", wanted)
+        with suppress(RuntimeError):  # JAX has started, and its devices are as they are
+            jax.config.update("jax_num_cpu_devices", wanted)
     try:
         devices = jax.devices()
     except (AssertionError, RuntimeError) as error:
@@ -54,9 +56,12 @@ def make_mesh(sizes=None):
         count = 1 if devices[0].platform == "cpu" else len(devices)
         sizes = dict(data=1, fsdp=count, tensor=1)
     elif wanted > len(devices):
+        remedy = f"use --mesh {len(devices)} or fewer"
+        if devices[0].platform == "cpu":
+            remedy = f"JAX had started: make this mesh first, or set JAX_NUM_CPU_DEVICES={wanted}"
         raise UserError(
             f"--mesh: {wanted} devices asked for, {len(devices)} {devices[0].platform} here; "
-            f"use --mesh {len(devices)} or fewer"
+            f"{remedy}"
         )
     count = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
     shape = tuple(sizes[axis] for axis in AXES)

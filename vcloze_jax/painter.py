@@ -2,9 +2,9 @@
 
 All grids go through one stage before the next begins: texts, condition latents, Euler steps,
 pictures; then through all but the first again where a second pass is asked for, which paints each
-target once more, enlarged, from a start that is half noise. For the steps,
-grids are grouped by token bucket and number of steps, padded on the right, and painted as batches;
-the result of one does not depend on the others.
+target once more, enlarged, from a start that is half noise. For the steps, grids are grouped by
+token bucket and number of steps, padded on the right, and painted as batches; the result of one
+does not depend on the others.
 """
 
 import math
@@ -67,23 +67,25 @@ class Painter:
         self.euler_step = jax.jit(euler_step, **placed)
         self.decode_row = jax.jit(decode_row, static_argnums=(2, 3))
 
-    def __call__(self, specs, progress=lambda steps, label: steps):
+    def __call__(self, specs, progress=lambda steps, label: steps, watch=None):
         """Paint every spec -> list of Canvas, in order.
 
-        `progress(steps, label)` wraps the Euler steps of each batch. Raises FloatingPointError if
-        a picture is not finite.
+        `progress(steps, label)` wraps the Euler steps of each batch; `watch(canvases, i, latents)`
+        is told of each, with a batch's latents [B, bucket, 64] at times[i + 1]. Raises
+        FloatingPointError if a picture is not finite.
         """
         prompts = [spec.prompt for spec in specs]
         texts = self.read_texts(prompts + [s.content_prompt for s in specs if s.upsampling])
         canvases = [Canvas(spec, *texts[spec.prompt]) for spec in specs]
-        self.run_pass(canvases, progress)
+        self.run_pass(canvases, progress, watch)
         for canvas in canvases:
-            again = second_passes(canvas.spec, canvas.targets)
-            canvas.second_passes = [Canvas(spec, *texts[spec.prompt]) for spec in again]
-        self.run_pass([second for canvas in canvases for second in canvas.second_passes], progress)
+            asked = second_passes(canvas.spec, canvas.targets)
+            canvas.second_passes = [Canvas(spec, *texts[spec.prompt]) for spec in asked]
+        again = [second for canvas in canvases for second in canvas.second_passes]
+        self.run_pass(again, progress, watch)
         return canvases
 
-    def run_pass(self, canvases, progress):
+    def run_pass(self, canvases, progress, watch):
         """One pass over all canvases."""
         for canvas in canvases:
             canvas.seconds = Counter(canvas.seconds)  # a text may be that of several
@@ -92,9 +94,10 @@ class Painter:
             label = f"{len(members)} x {size} tokens"
             label += ", upsampling" if members[0].spec.strength else ""
             steps = progress(range(len(members[0].times) - 1), label)
-            self.denoise(members, copies, size, steps)
+            self.denoise(members, copies, size, steps, watch)
         for canvas in canvases:
-            self.decode(canvas)
+            with timed(canvas.seconds, "decode"):
+                canvas.pixels = self.decode(canvas.spec.grid, canvas.latents)
 
     def encode(self, canvas):
         """Condition, times and noise of one grid, whose rows are encoded at their exact width."""
@@ -135,7 +138,7 @@ class Painter:
                     members = group[start : start + full]
                     yield size, members, full - len(members)
 
-    def denoise(self, members, copies, size, steps):
+    def denoise(self, members, copies, size, steps, watch):
         """The Euler steps of a batch, padded to `size` tokens."""
         seconds, batch = Counter(), members + members[:1] * copies
         with timed(seconds, "load"):
@@ -146,6 +149,8 @@ class Painter:
             for i in steps:
                 mod, t, t_next = self.select_step(mods, times, i)
                 x = self.euler_step(flux, x, mod, context, t, t_next).block_until_ready()
+                if watch:
+                    watch(members, i, np.array(x))  # a copy: the next step reuses the memory of x
         for canvas, latents in zip(members, np.asarray(x), strict=False):
             canvas.latents = latents[: len(canvas.latents)]
             canvas.seconds.update(seconds)
@@ -165,16 +170,13 @@ class Painter:
         latents = np.stack([pad(canvas.latents, size) for canvas in batch])
         return latents, np.stack([canvas.times for canvas in batch]), context
 
-    def decode(self, canvas):
-        """Latents -> pixels. Pictures are decoded one by one, each in one piece: its norms and its
-        attention see all of it, so that tiles would not give the same picture."""
-        row = canvas.spec.grid.query
-        with timed(canvas.seconds, "load"):
-            vae = self.models.vae
-        with timed(canvas.seconds, "decode"):
-            h, w = row.height // 8, row.width // 8
-            last = canvas.latents[None, -(h * w // 4) :].astype(self.dtype)
-            canvas.pixels = conditioning.to_pixels(self.decode_row(vae, last, h, w)[0])
+    def decode(self, grid, latents):
+        """Latents float32 [S, 64] of a grid -> its query row, uint8 [h, C*w, 3], in one piece:
+        norms and attention see all of a picture, so that tiles would not give the same."""
+        h, w = grid.query.height // 8, grid.query.width // 8
+        last = latents[None, -(h * w // 4) :].astype(self.dtype)
+        with jax.set_mesh(self.mesh):  # as where the steps are watched: one program for both
+            return conditioning.to_pixels(self.decode_row(self.models.vae, last, h, w)[0])
 
 
 def second_passes(spec, targets):

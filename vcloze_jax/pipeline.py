@@ -6,8 +6,11 @@ painting.images[0].save("b.png")
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
+from typing import Never
 
 import flax
 import jax
@@ -16,11 +19,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from vcloze_jax import __version__
+from vcloze_jax.config import UserError
 from vcloze_jax.devices import make_mesh, parse_mesh
-from vcloze_jax.grid import bucket
+from vcloze_jax.film import Step, tell_steps
+from vcloze_jax.grid import Spec, bucket
 from vcloze_jax.inputs.pictures import save_png, save_text
 from vcloze_jax.inputs.sheet import cell_boxes, compose
-from vcloze_jax.inputs.spec import output_names, read_spec
+from vcloze_jax.inputs.spec import read_spec
+from vcloze_jax.inputs.specfiles import output_names, read_specs
+from vcloze_jax.inputs.world import describe_unlike_mini
 from vcloze_jax.painter import Painter
 from vcloze_jax.programs import spent
 from vcloze_jax.storage import adapters, places, weights
@@ -36,6 +43,7 @@ class Painting:
     images: list[Image.Image]  # the targets in column order, upsampled if that was asked for
     grid: Image.Image  # all cells, the painted ones marked at their corners
     record: dict  # the spec as resolved, prompt, sizes, boxes, tokens, seconds by part, versions
+    latents: np.ndarray  # float32 [S, 64], packed: all rows at t = 0, of the first pass
 
     @property
     def dropped(self):
@@ -55,6 +63,11 @@ class Painting:
             if unknown := count_unread(part, "unknown_characters"):
                 found.append(f"the {name} has characters that no token stands for: {unknown}")
         return found
+
+    @property
+    def remarks(self):
+        """All that may have made the picture worse, a sentence each."""
+        return [*self.unread, *filter(None, [self.record["unlike_training"]])]
 
     def save(self, folder, name):
         """Write NAME.png, NAME_target0.png … and last the record, NAME.json; each atomically, into
@@ -84,26 +97,86 @@ class Pipeline:
         """
         return cls(load_painter(weights, lora, mesh))
 
-    def __call__(self, image, **spec):
-        """Paint one grid -> Painting.
+    def __call__(
+        self,
+        image: list[list],
+        *,
+        task_prompt: str | None = None,
+        content_prompt: str | None = None,
+        layout_prompt: str | None = None,
+        task: str | None = None,
+        resolution: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | None = None,
+        latents: np.ndarray | str | Path | None = None,
+        upsampling: dict | None = None,
+        progress: bool = False,
+        on_step: Callable[[Step], None] | None = None,
+        **unknown: Never,
+    ) -> Painting:
+        """Paint one grid. The keys are those of a spec; what is None is as if it were left away.
 
-        `image` holds rows of cells: a PIL image, a path, None (to be painted) or {"image": …,
-        "mask": …}; the last row asks. The rest are the keys of a spec: task_prompt, content_prompt,
-        layout_prompt, task, resolution, num_inference_steps, guidance_scale, seed, latents,
-        upsampling. Raises UserError naming the key, and FloatingPointError for NaN.
+        `image` holds rows of cells, the last row asks. A cell is a path, a PIL image, an array
+        (uint8, or float in [0, 1]; [h, w, 3], [h, w, 4] or [h, w]), None (to be painted) or
+        {"image": …, "mask": …}. `latents` is the noise at t = 1, float32 [S, 64], packed.
+        `progress` shows a bar of the steps; `on_step` is called with each. Raises UserError naming
+        the key, and FloatingPointError for NaN.
         """
-        table = {"image": [list(row) for row in image], **spec}
-        return self.paint([read_spec(table, self.painter.preset)])[0]
+        given = dict(
+            task_prompt=task_prompt,
+            content_prompt=content_prompt,
+            layout_prompt=layout_prompt,
+            task=task,
+            resolution=resolution,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            latents=latents,
+            upsampling=upsampling,
+        )
+        if isinstance(image, str | PathLike | dict):
+            raise UserError("image: rows of cells are wanted; paint([…]) takes specs and files")
+        table = {key: value for key, value in given.items() if value is not None} | unknown
+        table["image"] = [list(row) for row in image]
+        specs = [read_spec(table, self.painter.preset)]
+        return self.paint(specs, progress=progress, on_step=on_step)[0]
 
-    def paint(self, specs, progress=lambda steps, label: steps):
-        """Paint specs (grid.Spec) as batches -> list of Painting, in order."""
-        paintings = []
-        for canvas in self.painter(specs, progress):
-            sheet = compose(canvas.spec.grid, canvas.pixels)
-            images = [Image.fromarray(target) for target in canvas.targets]
-            record = describe(canvas, self.painter.preset)
-            paintings.append(Painting(images, Image.fromarray(sheet), record))
-        return paintings
+    def paint(
+        self,
+        specs: list[Spec | dict | str | Path],
+        *,
+        progress: bool = False,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> list[Painting]:
+        """Paint specs as batches, in order. Each is a Spec, what a spec's file would hold (where
+        cells may be pictures, too), or the path of a file of specs or of a record; those that ask
+        for several pictures give as many paintings. Raises as a call does."""
+        found = []
+        for spec in specs:
+            read = isinstance(spec, Spec)
+            found += [spec] if read else read_specs([spec], self.painter.preset)
+        hooks = (steps_bar,) if progress else ()
+        watch = tell_steps(on_step, self.painter) if on_step else None
+        canvases = self.painter(found, *hooks, watch=watch)
+        return [self.present(canvas) for canvas in canvases]
+
+    def summary(self) -> str:
+        """The weights that paint, and the adapters folded into them, a line each."""
+        models = self.painter.models
+        base = weights.summary(models.folder, self.painter.preset)
+        return f"weights: {base}\n{places.describe_adapters(models.folder, models.loras)}"
+
+    def present(self, canvas) -> Painting:
+        """What a caller is given of a Canvas."""
+        models, sheet = self.painter.models, compose(canvas.spec.grid, canvas.pixels)
+        images = [Image.fromarray(target) for target in canvas.targets]
+        record = describe(canvas, self.painter.preset)
+        record["weights"] = str(models.folder)
+        record["adapters"] = places.describe_adapters(models.folder, models.loras)
+        is_mini = models.folder == places.MINI_FOLDER
+        record["unlike_training"] = describe_unlike_mini(canvas.spec) if is_mini else ""
+        return Painting(images, Image.fromarray(sheet), record, canvas.latents)
 
 
 def count_unread(part, reason):
@@ -132,7 +205,7 @@ def describe(canvas, preset):
         "sizes": [[width // grid.columns, height] for height, width in grid.shape],
         "boxes": cell_boxes(grid),
         **describe_pass(canvas, preset),
-        "compiles": spent["programs"],
+        "compiles": spent["compiled"],
         "versions": {"vcloze_jax": __version__, "jax": jax.__version__, "flax": flax.__version__},
     }
     if canvas.second_passes:

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vcloze_jax import flow
+from vcloze_jax.devices import make_mesh, parse_mesh
 from vcloze_jax.grid import bucket
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.vae import VAE
 from vcloze_jax.painter import BATCH_TOKENS
+from vcloze_jax.pipeline import Pipeline
 from vcloze_jax.sharding import batch_sharding, compute_dtype, shardings
 from vcloze_jax.storage.weights import MODULES, abstract
 from vcloze_jax.trainer import micro_size
@@ -49,9 +51,21 @@ PEAKS = {
 }
 
 
-def sampling(preset, specs, mesh):
-    """What painting specs costs, as text."""
-    dtype, shards = compute_dtype(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
+def describe_sampling(args, preset, specs):
+    """What sample.py --plan prints: of its weights and adapters, or of a --preset alone."""
+    if args.preset:
+        mesh = make_mesh(parse_mesh(args.mesh) if args.mesh else None)
+        return sampling(preset, specs, mesh, args.device)
+    pipeline = Pipeline.load(args.weights, args.lora, args.mesh)
+    painter = pipeline.painter
+    return f"{pipeline.summary()}\n{sampling(painter.preset, specs, painter.mesh, args.device)}"
+
+
+def sampling(preset, specs, mesh, device=None):
+    """What painting specs costs, as text; on accelerators of so many bytes, if `device` says so,
+    which need not be here."""
+    dtype, compiled, share = precision(mesh, device)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     lines, counts, pictures, total = [], Counter(), set(), 0
     for name, tokens, steps, rows in passes(preset, specs):
         padded = bucket(tokens, preset.resolution)
@@ -71,16 +85,25 @@ def sampling(preset, specs, mesh):
     }
     # The most tokens need the most memory, or else the longest grids, where scores are kept.
     batches = {max(batches, key=math.prod), max(batches, key=lambda batch: batch[1])}
-    step = max(flux_temporaries(preset, *batch, mesh) for batch in batches)
-    picture = max(temporaries(lower_vae(preset, *call, dtype)) for call in pictures)
+    step = max(flux_temporaries(preset, *batch, mesh, compiled) for batch in batches)
+    picture = max(temporaries(lower_vae(preset, *call, compiled)) for call in pictures)
     weights = weights_on_device(preset, MODULES, mesh, dtype)
     texts = {name: weights.pop(name) for name in ("t5", "clip")}
     stages = {
         "reading": texts,
-        "painting": weights | {"activations": step},
-        "decoding": weights | {"activations": picture},
+        "painting": weights | {"activations": step // share},
+        "decoding": weights | {"activations": picture // share},
     }
-    return "\n".join(lines + verdict(stages, mesh))
+    return "\n".join(lines + verdict(stages, mesh, device))
+
+
+def precision(mesh, device):
+    """The dtype that is computed in, that in which programs are compiled for their temporaries, and
+    by how much those are the larger. For a device that is not here a CPU compiles: in bfloat16 it
+    would hold every weight as float32 once more, so it is asked for float32, and half is taken."""
+    if device:
+        return "bfloat16", "float32", 2
+    return compute_dtype(mesh), compute_dtype(mesh), 1
 
 
 def passes(preset, specs):
@@ -94,9 +117,10 @@ def passes(preset, specs):
                 yield f"{spec.name}_target{i}", up.tokens, len(times) - 1, rows
 
 
-def training(preset, settings, data, mesh):
-    """What an optimizer step on the largest grid of the data costs, as text."""
-    dtype, shards = compute_dtype(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
+def training(preset, settings, data, mesh, device=None):
+    """What an optimizer step on the largest grid of the data costs, as text; see `sampling`."""
+    dtype, compiled, share = precision(mesh, device)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     preset = replace(preset, flux=replace(preset.flux, rank=settings.rank))
     shape = max(data.shapes(), key=lambda shape: shape.tokens)
     rows, tokens, grids = shape.sizes, shape.tokens, micro_size(settings, mesh) // shards
@@ -112,14 +136,14 @@ def training(preset, settings, data, mesh):
     if settings.rank:
         exact = on_device(abstract(Flux, preset.flux)[1], mesh, "flux", "float32")
     # Rows of one size are encoded at once, for all grids.
-    vae = {row: temporaries(lower_vae(preset, VAE.moments, row, dtype)) for row in encoded}
+    vae = {row: temporaries(lower_vae(preset, VAE.moments, row, compiled)) for row in encoded}
     activations = max(
-        flux_temporaries(preset, grids * shards, tokens, mesh, learning=True),
+        flux_temporaries(preset, grids * shards, tokens, mesh, compiled, learning=True),
         *(grids * n * vae[row] for row, n in encoded.items()),
     )
     stage = weights_on_device(preset, frozen, mesh, dtype)
     stage |= {"learnt": exact, "its gradients": 2 * exact, "its moments": 2 * exact}
-    stage |= {"activations": activations}
+    stage |= {"activations": activations // share}
     sides = ", ".join(f"{width}x{height}" for height, width in rows)
     size = f"{tokens} image + {preset.t5.max_length} text tokens"
     lines = [
@@ -127,7 +151,7 @@ def training(preset, settings, data, mesh):
         f"{si(total * settings.batch, 'FLOP')} in a step of {settings.batch}, {grids} at a time on "
         f"each of {mesh.size} {dtype} devices; bytes on each:",
     ]
-    return "\n".join(lines + verdict({"a step": stage}, mesh))
+    return "\n".join(lines + verdict({"a step": stage}, mesh, device))
 
 
 def weights_on_device(preset, names, mesh, dtype):
@@ -183,13 +207,12 @@ def training_speed(preset, tokens, seconds, mesh):
     return speed
 
 
-def flux_temporaries(preset, grids, tokens, mesh, learning=False):
+def flux_temporaries(preset, grids, tokens, mesh, dtype, *, learning=False):
     """Of `flux_program` for so many grids at once, as the mesh runs it."""
 
     def place(tree, dtype, layout):
         return jax.tree.map(lambda x, s: x.update(dtype=dtype, sharding=s), tree, layout)
 
-    dtype = compute_dtype(mesh)
     program, learnt, frozen, inputs = flux_program(preset, grids, tokens, learning)
     learnt = place(learnt, "float32", shardings(learnt, mesh, "flux/"))
     frozen = place(frozen, dtype, shardings(frozen, mesh, "flux/"))
@@ -241,14 +264,16 @@ def lower_vae(preset, method, size, dtype="float32"):
     return jax.jit(method).lower(vae, jax.ShapeDtypeStruct((1, *shape), dtype))
 
 
-def verdict(stages, mesh):
+def verdict(stages, mesh, device):
     """Lines: each stage's bytes by part, and whether the largest fits, or what to change."""
     lines = []
     for name, parts in stages.items():
         each = ", ".join(f"{part} {si(count, 'B')}" for part, count in parts.items())
         lines.append(f"  {name}: {si(sum(parts.values()), 'B')} ({each})")
     peak = max(stages.values(), key=lambda parts: sum(parts.values()))
-    limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
+    limit = device or (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
+    if device:
+        lines.append("activations are estimated from above: half of a CPU's, which has float32")
     if limit is None:
         return [*lines, "this device does not say how much memory it has"]
     if sum(peak.values()) <= limit:

@@ -1,4 +1,4 @@
-"""How many programs XLA compiled in this process, and how long that took."""
+"""How many programs this process made, how many XLA compiled for it, and how long that took."""
 
 import time
 from collections import Counter
@@ -8,16 +8,18 @@ import jax
 
 COMPILE = "/jax/core/compile/backend_compile_duration"  # one event a program, also of the cache's
 LOWER = "/jax/core/compile/jaxpr_to_mlir_module_duration"
-spent = Counter()  # "programs", and "seconds" of lowering and compiling them
+CACHED = "/jax/compilation_cache/cache_hits"
+spent = Counter()  # "programs", those "compiled", and "seconds" of lowering, compiling, loading
 
 
-def _listen(event, seconds, **_):
-    if event in (LOWER, COMPILE):
-        spent["seconds"] += seconds
-        spent["programs"] += event == COMPILE
+def _listen(event, seconds=0.0, **_):
+    spent["seconds"] += seconds if event in (LOWER, COMPILE) else 0
+    spent["programs"] += event == COMPILE
+    spent["compiled"] += (event == COMPILE) - (event == CACHED)
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)
+jax.monitoring.register_event_listener(_listen)
 
 
 @contextmanager

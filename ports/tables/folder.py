@@ -4,7 +4,7 @@ Sources: huggingface/diffusers:src/diffusers/pipelines/flux/pipeline_flux_fill.p
 schedulers/scheduling_flow_match_euler_discrete.py.
 """
 
-from ports.tables import mmdit, text, vae
+from vcloze_jax.ports.tables import mmdit, text, vae
 
 PARTS = {"flux": mmdit.PART, "vae": vae.PART, "t5": text.T5, "clip": text.CLIP}
 

@@ -5,7 +5,7 @@ huggingface/diffusers:src/diffusers/models/transformers/transformer_flux.py and
 scripts/convert_flux_to_diffusers.py (which also shows the swapped halves of the last modulation).
 """
 
-from ports.tables import Joining, Part, Swapped, Table, nest_rows, take_column
+from vcloze_jax.ports.tables import Joining, Part, Swapped, Table, nest_rows, take_column
 
 LATENT = 64  # channels of the noisy latent, which every base reads first
 

@@ -9,7 +9,7 @@ huggingface/diffusers:src/diffusers/loaders/lora_conversion_utils.py for who wri
 import re
 from typing import NamedTuple
 
-from ports.tables import Table, mmdit
+from vcloze_jax.ports.tables import Table, mmdit
 
 LAYER = r"(\d{1,3})"  # no model has a thousand blocks, and a false number must not make one
 

@@ -6,7 +6,7 @@ Their configs hold whatever the text models of transformers have in common, whic
 all that changes what they compute is read or fixed here.
 """
 
-from ports.tables import Part, Table
+from vcloze_jax.ports.tables import Part, Table
 
 # fmt: off
 T5_ROWS = (

@@ -5,7 +5,7 @@ from the last, and whose attention is made of 1 x 1 convolutions);
 huggingface/diffusers:src/diffusers/models/autoencoders/{autoencoder_kl,vae}.py.
 """
 
-from ports.tables import Part, Pointwise, Table, nest_rows, take_column
+from vcloze_jax.ports.tables import Part, Pointwise, Table, nest_rows, take_column
 
 # fmt: off
 BOTH = (

@@ -53,15 +53,21 @@ class Task:
     def name(self):
         return f"{'+'.join(self.conditions)}->{self.target}"
 
+    @property
+    def spelling(self):
+        """The name as a shell takes it, where > would name a file."""
+        return f"{'-and-'.join(self.conditions)}-to-{self.target}"
+
 
 def parse_task(name):
-    """'edges+palette->fluent_3d' -> Task. Raises ValueError that names an unknown node."""
-    conditions, arrow, target = name.partition("->")
+    """'edges-and-palette-to-fluent_3d', or 'edges+palette->fluent_3d' -> Task. Raises ValueError
+    that names an unknown node."""
+    conditions, arrow, target = name.replace("-and-", "+").replace("-to-", "->").partition("->")
     nodes = (*conditions.split("+"), target)
     unknown = [node for node in nodes if node not in NODES]
     if not arrow or unknown or not 2 <= len(nodes) <= 4:
         raise ValueError(
-            f"{name}: not CONDITION[+CONDITION…]->TARGET with nodes of {', '.join(NODES)}"
+            f"{name}: not CONDITION[-and-CONDITION…]-to-TARGET, with nodes of {', '.join(NODES)}"
         )
     return Task(nodes[:-1], target)
 

@@ -4,6 +4,7 @@ import difflib
 import errno
 import json
 import math
+import numbers
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -130,9 +131,11 @@ def read_key(table: dict, key: str, default, check, *limits):
         return check(table[key], *limits) if key in table else default
 
 
-def check_keys(table: dict, known: Iterable[str]) -> None:
-    """Raise UserError for the first key that is not known."""
+def check_keys(table: dict, known: Iterable[str], answers: dict[str, str] | None = None) -> None:
+    """Raise UserError for the first key that is not known; `answers` are to those of others."""
     for key in table:
+        if key in (answers or {}):
+            raise UserError(f"{key!r}: {answers[key]}")
         if key not in known:
             near = suggest_name(key, known)
             raise UserError(f"{key!r}: unknown key{near}; known are {', '.join(known)}")
@@ -168,25 +171,31 @@ def resolve_path(value, folder: Path) -> str:
         value = os.fspath(value)
     if not check_text(value):
         raise UserError("an empty path; give a file, or null for a target")
+    if value.endswith("in memory"):
+        raise UserError(f"{value!r}: a program had it, and no file; save it, and name the file")
     return os.path.abspath(folder / value)
 
 
 def check_integer(value, low: int, high: int) -> int:
-    """An integer of low … high; no boolean."""
-    if type(value) is not int or not low <= value <= high:  # bool is a subclass of int
+    """An integer of low … high, NumPy's included; no boolean."""
+    if not _is_a(numbers.Integral, value) or not low <= value <= high:
         raise UserError(f"must be an integer in {low} ... {high}")
-    return value
+    return int(value)
 
 
 def check_number(value, low: float, high: float) -> float:
-    """A number of low … high, integers included; no boolean, no NaN."""
-    if type(value) not in (int, float) or not low <= value <= high:  # NaN fails both
+    """A number of low … high, integers and NumPy's included; no boolean, no NaN."""
+    if not _is_a(numbers.Real, value) or not low <= value <= high:  # NaN fails both
         raise UserError(f"must be a number in {low} ... {high}")
     return float(value)
 
 
 def check_share(value) -> float:
     """A number above 0, at most 1."""
-    if type(value) not in (int, float) or not 0 < value <= 1:
+    if not _is_a(numbers.Real, value) or not 0 < value <= 1:
         raise UserError("must be a number above 0, at most 1")
     return float(value)
+
+
+def _is_a(kind: type, value) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)  # which Python counts as one

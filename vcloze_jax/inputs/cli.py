@@ -3,19 +3,27 @@
 import argparse
 import math
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
 from contextlib import suppress
 from dataclasses import fields, replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 from vcloze_jax.config import DATA, PRESETS, Recipe, UserError, flag
 from vcloze_jax.inputs.checks import describe_with_file
 from vcloze_jax.inputs.terminal import guard_streams, tell_error
-from vcloze_jax.storage.places import cache_folder, file_and_scale, find_weights
+from vcloze_jax.storage.places import (
+    MINI_FOLDER,
+    cache_folder,
+    file_and_scale,
+    find_weights,
+    named_preset,
+)
 
 DOWNLOAD = "fetch --weights OWNER/NAME from Hugging Face, where it is not in its cache"
 PATHS = "weights", "lora", "data"  # of the recipe
@@ -76,6 +84,35 @@ def path(text):
     return Path(expand(text))
 
 
+def byte_count(text):
+    """'24GiB' or '80GB' -> bytes, as a type of argparse."""
+    if not (found := re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT])(i?)B", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 24GiB, or 80GB")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix) + 1))
+
+
+def add_plan_flags(parser, presets=()):
+    """The flags that plan, also for devices and for the weights of presets that are not here."""
+    add = parser.add_argument
+    add("--plan", action="store_true", help="print tokens, FLOPs and bytes, and exit")
+    device = "--plan for accelerators of that memory, as 24GiB, which need not be here"
+    add("--device", type=byte_count, metavar="SIZE", help=device)
+    if presets:
+        add("--preset", choices=presets, help="--plan for it, without any weights")
+
+
+def read_preset(args):
+    """The preset of --weights, or that of --preset. Raises UserError where both are given, or a
+    preset is to do more than to plan."""
+    if args.preset is None:
+        return named_preset(args.weights or MINI_FOLDER)
+    if args.weights or not args.plan:
+        remedy = "it is for --plan alone; weights say theirs themselves"
+        raise UserError(f"--preset {args.preset}: {remedy}")
+    return PRESETS[args.preset]
+
+
 def add_model_flags(parser):
     """The flags that say what to paint with, and where."""
     add = parser.add_argument
@@ -119,7 +156,7 @@ def read_recipe(args):
     given = {f.name: getattr(args, f.name) for f in fields(Recipe)}
     given = {name: value for name, value in given.items() if value is not None}
     preset = PRESETS[given.get("preset", "mini")]
-    if "weights" not in given and preset.name != "mini":
+    if "weights" not in given and preset.name != "mini" and not args.plan:
         raise UserError(f"--preset {preset.name}: its weights are yours; add --weights DIR")
     for name in {"weights", "lora"} & given.keys():
         given[name] = str(Path(given[name]).resolve())
@@ -179,10 +216,16 @@ def run(main):
     """
     guard_streams()
     watch_signals()
-    # Transformers says at import that torch is missing, which is as intended.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "programs"))
+    # Programs that compile in less than a second are kept, too: the next run compiles none.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     leave(exit_code(main))
+
+
+def run_command():
+    """`run` of the module that a console command is named after: vcloze-sample, vcloze-train …"""
+    name = Path(sys.argv[0]).stem.removeprefix("vcloze-")
+    run(import_module(f"vcloze_jax.{name}").main)
 
 
 def exit_code(main):

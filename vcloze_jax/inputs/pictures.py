@@ -113,6 +113,22 @@ def copy_picture(picture: Image.Image, ground: str = "white") -> Image.Image:
         return _to_upright_rgb(picture.copy(), ground)
 
 
+def picture_of_array(x: np.ndarray) -> Image.Image:
+    """A picture or mask in memory, [h, w], [h, w, 3] or [h, w, 4]: uint8, bool, or float in [0, 1],
+    which is rounded to 8 bits, half to even. Raises UserError that says what it is instead."""
+    if x.dtype == bool:
+        x = x.astype(np.float32)
+    if np.issubdtype(x.dtype, np.floating):
+        if not x.size or not (x.min() >= 0 and x.max() <= 1):  # NaN is neither
+            raise UserError("a float picture must be in [0, 1]; or give 0 … 255 as uint8")
+        x = np.rint(x.astype(np.float32) * 255).astype(np.uint8)
+    fits = x.ndim == 2 or x.ndim == 3 and x.shape[2] in (3, 4)
+    if x.dtype != np.uint8 or not fits or not x.size:
+        found = f"an array {x.dtype} {list(x.shape)}"
+        raise UserError(f"{found}; a picture is uint8, or float in [0, 1], [h, w, 3]")
+    return Image.fromarray(x)
+
+
 def to_mask(picture: Image.Image) -> np.ndarray:
     """RGB to bool [h, w]: white (grey level of 128 or more) is True, to be generated.
 
@@ -146,6 +162,17 @@ def save_png(path: str | Path, pixels: np.ndarray) -> None:
     """Write uint8 pixels [h, w, 3] as PNG, atomically. Raises UserError if the disk refuses."""
     encoded = io.BytesIO()
     Image.fromarray(pixels).save(encoded, "PNG")
+    save_bytes(path, encoded.getvalue())
+
+
+def save_film(path: str | Path, frames: list[Image.Image]) -> None:
+    """Write frames of one size as an animated WebP that shows each for 0.1 s and the last for 2 s,
+    atomically. Raises UserError if the disk refuses."""
+    encoded = io.BytesIO()
+    first, *rest = frames
+    durations = [100] * len(rest) + [2000]
+    how = dict(quality=90, duration=durations, loop=0, save_all=True, append_images=rest)
+    first.save(encoded, "WEBP", **how)
     save_bytes(path, encoded.getvalue())
 
 

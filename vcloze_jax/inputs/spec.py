@@ -1,4 +1,4 @@
-"""spec.json: read it strictly, open everything that it names, and say exactly what is wrong.
+"""One spec: read it strictly, open everything that it names, and say exactly what is wrong.
 
 A spec uses the argument names of diffusers' VisualCloze pipeline. Every message reads
 `SPEC: key: reason; remedy`, and all of this runs before JAX is imported.
@@ -23,96 +23,76 @@ from vcloze_jax.inputs.checks import (
     check_type,
     describe_error,
     error_context,
-    parse_json,
     read_key,
     resolve_path,
     suggest_name,
 )
 from vcloze_jax.inputs.pictures import (
     check_file,
-    check_writable,
     copy_picture,
     open_picture,
+    picture_of_array,
     quiet_decoders,
     to_mask,
 )
+from vcloze_jax.inputs.tasks import find_task
 
 PROMPTS = ("layout_prompt", "task_prompt", "content_prompt")
-NUMBERS = ("resolution", "num_inference_steps", "guidance_scale", "seed")
 OPTIONAL = (*PROMPTS, "task", "latents", "upsampling")  # null means absent
-KEYS = ("image", *OPTIONAL, *NUMBERS)
-UPSAMPLING = ("width", "height", "strength", "num_inference_steps", "latents")
-MAX_BYTES = 2**22  # of a spec file
-MAX_SPECS = 1024  # of one command
 MAX_PICTURES = 1024  # of one grid, all of which are held at once
 MAX_SIDE = 4096  # of a picture that is painted
+MAX_SEED = 2**32 - 1  # a JAX key wraps beyond 32 bits
+NUMBERS = {  # each with its check
+    "resolution": (check_integer, 16, MAX_SIDE),
+    "num_inference_steps": (check_integer, 1, 1000),
+    "guidance_scale": (check_number, 0, 1000),
+    "seed": (check_integer, 0, MAX_SEED),
+}
+KEYS = ("image", *OPTIONAL, *NUMBERS)
+UPSAMPLING = ("width", "height", "strength", "num_inference_steps", "latents")
 SIDE = 1024  # an upsampled target whose size nobody asked for has an area of at most SIDE²
 LATENT_WIDTH = 64  # channels of a packed token: 16 of the VAE, 2 x 2 pixels
+IN_MEMORY = "in memory"  # what a record says of a picture or of noise that no file held
 
-
-def read_specs(paths: list[str | Path], preset: Preset) -> list[Spec]:
-    """Read every spec of every file; a file holds one spec or a list of them.
-
-    Raises UserError naming the file and the key, also when two specs would write the same file.
-    """
-    specs = []
-    for path in map(Path, paths):
-        with error_context(path):
-            content = parse_json(_read_bytes(path))
-            many = isinstance(content, list)
-            if not many and "spec" in check_type(content, dict):
-                raise UserError("a record of a painting; give its entry 'spec' as a file")
-            if (count := len(specs) + (len(content) if many else 1)) > MAX_SPECS:
-                raise UserError(f"grid {count} of at most {MAX_SPECS} at once; split them up")
-            if not many:
-                specs.append(read_spec(content, preset, path.stem, path))
-                continue
-            if not content:
-                raise UserError("an empty list; give at least one spec")
-            for i, item in enumerate(content):
-                with error_context(f"[{i}]"):
-                    specs.append(read_spec(item, preset, f"{path.stem}-{i}", path))
-    _check_names(specs)
-    return specs
-
-
-def check_outputs(out: Path, specs: list[Spec]) -> None:
-    """Raise UserError where an output cannot be written, or would replace an input."""
-    names = [name for spec in specs for name in output_names(spec.name, len(spec.grid.targets))]
-    check_writable(out, max(names, key=lambda name: len(os.fsencode(name))))
-    inputs = set()
-    for spec in specs:
-        cells = (cell for row in spec.resolved["image"] for cell in row if cell)
-        inputs.add(spec.source.resolve())
-        for cell in cells:
-            inputs.update(map(Path, cell.values() if isinstance(cell, dict) else [cell]))
-    for name in names:
-        if (out / name).resolve() in inputs:
-            raise UserError(f"--out {out}: {name} is an input; choose another")
-        if (out / name).is_dir():
-            raise UserError(f"--out {out}: {name} is a folder; choose another")
-
-
-def output_names(name: str, targets: int) -> list[str]:
-    """The files that painting a spec writes: grid, targets in column order, and last the record."""
-    return [f"{name}.png", *(f"{name}_target{i}.png" for i in range(targets)), f"{name}.json"]
+# What diffusers' pipelines call it, and what is to be said here.
+WATCH = "say on_step: it is called with each step, in a program"
+ANSWERS = {
+    "upsampling_width": 'say "upsampling": {"width": …}',
+    "upsampling_height": 'say "upsampling": {"height": …}',
+    "upsampling_strength": 'say "upsampling": {"strength": …}',
+    "num_images_per_prompt": "a call paints one; paint([{…}]), a file or --images paints several",
+    "generator": "say seed, an integer; or latents, the noise itself",
+    "callback_on_step_end": WATCH,
+    "callback_on_step_end_tensor_inputs": WATCH,
+    "output_type": "a painting holds images and latents",
+    "return_dict": "a painting comes back, and holds images and latents",
+    "sigmas": "say num_inference_steps; the times follow from it and from the number of tokens",
+    "prompt": "say task_prompt, content_prompt and layout_prompt",
+    "negative_prompt": "guidance is distilled into the model; there is nothing to say it to",
+    "prompt_embeds": "say task_prompt, content_prompt and layout_prompt",
+    "pooled_prompt_embeds": "say task_prompt, content_prompt and layout_prompt",
+    "max_sequence_length": "the weights say how many tokens of a prompt are read",
+    "joint_attention_kwargs": "scale an adapter where it is loaded, FILE:SCALE",
+    "height": "say resolution: rows take their shapes from their pictures",
+    "width": "say resolution: rows take their shapes from their pictures",
+}
 
 
 def read_spec(table: dict, preset: Preset, name: str = "grid", source: Path = Path()) -> Spec:
     """Validate one spec; its paths begin at the folder of `source`, the file that it stood in.
 
-    Pictures and masks may also be PIL images, latents NumPy arrays. Raises UserError naming the
-    key.
+    Pictures and masks may also be PIL images or arrays, latents NumPy arrays. Raises UserError
+    naming the key.
     """
-    check_keys(check_type(table, dict), KEYS)
+    check_keys(check_type(table, dict), KEYS, ANSWERS)
     if "image" not in table:
         raise UserError("image: missing; give rows of cells, the query last")
     table = {key: v for key, v in table.items() if v is not None or key not in OPTIONAL}
-    resolution = read_key(table, "resolution", preset.resolution, check_integer, 16, MAX_SIDE)
-    steps = preset.num_inference_steps
-    steps = read_key(table, "num_inference_steps", steps, check_integer, 1, 1000)
-    guidance = read_key(table, "guidance_scale", preset.guidance_scale, check_number, 0, 1000)
-    seed = read_key(table, "seed", 0, check_integer, 0, 2**32 - 1)  # a JAX key wraps beyond 32 bits
+    defaults = preset.resolution, preset.num_inference_steps, preset.guidance_scale, 0
+    resolution, steps, guidance, seed = (
+        read_key(table, key, default, *NUMBERS[key])
+        for key, default in zip(NUMBERS, defaults, strict=True)
+    )
     given = {key: read_key(table, key, None, check_text) for key in (*PROMPTS, "task")}
 
     folder = source.parent
@@ -167,7 +147,8 @@ def _read_upsampling(
     if max(width, height) > MAX_SIDE:
         raise UserError(f"{width}x{height} has a side above {MAX_SIDE}; give width and height")
     strength = read_key(table, "strength", 0.4, check_share)
-    steps = read_key(table, "num_inference_steps", steps, check_integer, 1, 1000)
+    key = "num_inference_steps"
+    steps = read_key(table, key, steps, *NUMBERS[key])
     tokens = width // PATCH * (height // PATCH)
     path, noise = read_key(
         table, "latents", (None, None), _open_latents, tokens, "an upsampled target", folder
@@ -216,7 +197,7 @@ def open_cells(rows: list, folder: Path, read=open_picture) -> tuple[list, list]
 def _open_cell(cell, folder: Path, read) -> tuple:
     if cell is None:
         return None, None
-    if isinstance(cell, str | os.PathLike | Image.Image):
+    if isinstance(cell, str | os.PathLike | Image.Image) or hasattr(cell, "__array__"):
         return _open_picture(cell, "white", folder, read)
     if not isinstance(cell, dict) or cell.keys() != {"image", "mask"}:
         raise UserError('a cell is a path, null or {"image": path, "mask": path}')
@@ -226,8 +207,10 @@ def _open_cell(cell, folder: Path, read) -> tuple:
 
 
 def _open_picture(picture, ground: str, folder: Path, read=open_picture) -> tuple:
+    if hasattr(picture, "__array__") and not isinstance(picture, Image.Image):
+        picture = picture_of_array(np.asarray(picture))
     if isinstance(picture, Image.Image):
-        return f"{picture.width}x{picture.height}, in memory", copy_picture(picture, ground)
+        return f"{picture.width}x{picture.height}, {IN_MEMORY}", copy_picture(picture, ground)
     path = resolve_path(picture, folder)
     return path, read(path, ground)
 
@@ -244,8 +227,8 @@ def _picture_of(cell: Cell) -> Image.Image | None:
 
 def _open_latents(given, tokens: int, owner: str, folder: Path) -> tuple[str, np.ndarray]:
     wanted = f"must be float32 [{tokens}, {LATENT_WIDTH}]: {owner} has S = {tokens} tokens"
-    if isinstance(given, np.ndarray):
-        path, latents = "in memory", given
+    if hasattr(given, "__array__"):
+        path, latents = IN_MEMORY, np.asarray(given)
     else:
         path = resolve_path(given, folder)
         latents = _open_npy(path, wanted)
@@ -279,30 +262,9 @@ def sentences(given: dict[str, str | None], rows: int, columns: int) -> tuple[st
 def _find_task_prompt(name: str, task_prompt: str | None, columns: int) -> str:
     if task_prompt is not None:
         raise UserError("given beside task_prompt; remove one of them")
-    if name not in prompts.TASKS:
+    task = find_task(name)
+    if task is None:
         raise UserError(f"no task {name!r}{suggest_name(name, prompts.TASKS)}; see --list-tasks")
-    task = prompts.TASKS[name]
     if task.columns != columns:
         raise UserError(f"{name} has {task.columns} columns, the grid {columns}; change one")
     return task.prompt
-
-
-def _check_names(specs: list[Spec]) -> None:
-    owners = {}
-    for spec in specs:
-        names = output_names(spec.name, len(spec.grid.targets))
-        for name in dict.fromkeys(Path(name).stem for name in names):
-            if name in owners:
-                raise UserError(
-                    f"{spec.source}: output {name!r} is also that of {owners[name]}; rename one"
-                )
-            owners[name] = spec.source
-
-
-def _read_bytes(path: Path) -> bytes:
-    if check_file(path).stat().st_size > MAX_BYTES:
-        raise UserError(f"more than {MAX_BYTES} bytes; this is no spec")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot be read: {describe_error(error)}") from None

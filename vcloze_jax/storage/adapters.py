@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ports import export
-from ports.adapters import Adapter, open_adapter, read_arrays
-from ports.tables import mmdit
-from ports.tables.namings import NAMINGS
 from vcloze_jax.config import FluxConfig, UserError
 from vcloze_jax.model.mmdit import Flux
+from vcloze_jax.ports import export
+from vcloze_jax.ports.adapters import Adapter, open_adapter, read_arrays
+from vcloze_jax.ports.tables import mmdit
+from vcloze_jax.ports.tables.namings import NAMINGS
 from vcloze_jax.storage import places
 from vcloze_jax.storage.preset import translate_errors
 from vcloze_jax.storage.weights import abstract, shapes

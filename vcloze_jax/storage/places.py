@@ -78,6 +78,16 @@ def named_model(weights, lora):
     return find_weights(weights or MINI_FOLDER), pairs
 
 
+def describe_adapters(folder, pairs):
+    """Which adapters [(file, scale)] are folded into the weights of a folder, in one line; on mini
+    also whether its own is among them, since a --lora takes its place."""
+    files = " + ".join(f"{file}:{scale:g}" if scale != 1 else str(file) for file, scale in pairs)
+    line = f"adapter: {files or 'none'}"
+    if folder != MINI_FOLDER or any(file.resolve() == MINI_LORA for file, _ in pairs):
+        return line
+    return f"{line}, in place of mini's own" if files else f"{line}, not even mini's own"
+
+
 def file_and_scale(text):
     """'FILE[:SCALE]' -> path and scale; a name of a file that is there is never split."""
     file, colon, tail = text.rpartition(":")

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ports.diagnose import PortError, refuse_entries
-from ports.locate import SIZES, describe_file, locate
-from ports.tables.folder import PARTS, SCHEDULER_FIXED, SHIFT, STATIC
 from vcloze_jax.config import PRESETS, CLIPConfig, FluxConfig, Preset, UserError, VAEConfig
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
+from vcloze_jax.ports.diagnose import PortError, refuse_entries
+from vcloze_jax.ports.locate import SIZES, describe_file, locate
+from vcloze_jax.ports.tables.folder import PARTS, SCHEDULER_FIXED, SHIFT, STATIC
 from vcloze_jax.storage.places import named_preset
 
 NULLABLE = "out_channels", "model_max_length"  # null: as many as in_channels; as the encoder reads

@@ -19,10 +19,10 @@ import ml_dtypes  # noqa: F401 (NumPy learns bfloat16)
 import numpy as np
 from safetensors import SafetensorError
 
-from ports import engine
 from vcloze_jax import conditioning
 from vcloze_jax.config import CLIPConfig, T5Config, UserError
 from vcloze_jax.inputs.checks import describe_error
+from vcloze_jax.ports import engine
 from vcloze_jax.programs import timed
 
 LIMIT = 256  # files, 1 GiB of FLUX's; the oldest go first
@@ -130,6 +130,8 @@ class Tokenizers:
     """
 
     def __init__(self, folder: Path, t5: T5Config, clip: CLIPConfig):
+        # It says at import that torch is missing, which is as intended.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import CLIPTokenizer, T5Tokenizer  # slow to import
 
         self.t5 = load_tokenizer(T5Tokenizer, Path(folder) / "tokenizer_2", t5.vocab)

@@ -14,14 +14,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ports import engine
-from ports.locate import locate
-from ports.tables.folder import BASES, INDEX, PARTS, SCHEDULER, SHIFT
 from vcloze_jax.config import FLUX_FILL, Preset, UserError
 from vcloze_jax.model.lora import split
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.text import CLIPTextEncoder, T5Encoder
 from vcloze_jax.model.vae import VAE
+from vcloze_jax.ports import engine
+from vcloze_jax.ports.locate import locate
+from vcloze_jax.ports.tables.folder import BASES, INDEX, PARTS, SCHEDULER, SHIFT
 from vcloze_jax.storage.preset import load_preset, translate_errors
 
 # field of Preset -> module, and its part of a weights folder

@@ -1,0 +1,211 @@
+"""A page in the browser: drop pictures into a grid, and watch its blank cells being painted.
+
+    python -m vcloze_jax.demo                                  # mini, on any CPU
+    python -m vcloze_jax.demo --weights FLUX.1-Fill-dev --lora visualcloze-384-lora.pth
+
+It needs pip install '.[demo]': Gradio, with which the authors' own demo is made. What is painted
+lies in --out, with its pictures, its film and its record, which the page and sample.py open again.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from vcloze_jax import prompts
+from vcloze_jax.config import UserError
+from vcloze_jax.inputs import cli
+from vcloze_jax.inputs.pictures import check_writable
+from vcloze_jax.inputs.sheet import MARK
+from vcloze_jax.inputs.specfiles import IMAGES, output_names
+from vcloze_jax.inputs.tasks import list_tasks
+
+MOST = 4  # rows of examples, and columns; the query stands in row MOST
+HOW = "Rows show a task; the last row asks. What is empty there, or brushed over, is painted."
+NUMBERS = "seed", "num_inference_steps", "guidance_scale", "resolution"
+LOCAL = "127.0.0.1"  # nobody else's: a page reads and writes the files of whoever started it
+
+
+class Page:
+    """The components of a page, and what they do; `blocks` is Gradio's."""
+
+    def __init__(self, studio):
+        import gradio as gr
+
+        self.gr, self.studio, self.tasks = gr, studio, list_tasks(studio.preset)
+        with gr.Blocks(title="vcloze-jax", analytics_enabled=False, fill_width=True) as self.blocks:
+            gr.Markdown(f"## vcloze-jax\n{HOW}")
+            self.shape = gr.State((2, 2))  # rows, columns
+            with gr.Row():
+                with gr.Column(scale=3):
+                    self.lay_out_grid()
+                    self.lay_out_words()
+                with gr.Column(scale=2):
+                    self.lay_out_results()
+            self.connect()
+
+    def lay_out_grid(self):
+        """All cells that a grid may have, those of one example and a query to be seen."""
+        gr, self.cells = self.gr, {}
+        how = dict(type="pil", sources=["upload", "clipboard"])
+        for r in range(MOST):
+            with gr.Row():
+                for c in range(MOST):
+                    name, here = f"example {r + 1}, column {c + 1}", r < 1 and c < 2
+                    cell = gr.Image(
+                        label=name, height=170, visible=here, elem_id=f"cell_{r}_{c}", **how
+                    )
+                    self.cells[r, c] = cell
+        how |= dict(
+            brush=gr.Brush(colors=[f"rgb{MARK}"], color_mode="fixed", default_size=12), height=330
+        )
+        with gr.Row():
+            for c in range(MOST):
+                name, id = f"query, column {c + 1}", f"cell_{MOST}_{c}"
+                how |= dict(transforms=(), layers=False)
+                self.cells[MOST, c] = gr.ImageEditor(label=name, visible=c < 2, elem_id=id, **how)
+        with gr.Row():
+            self.steps = {
+                gr.Button("+ row", size="sm"): (1, 0),
+                gr.Button("− row", size="sm"): (-1, 0),
+                gr.Button("+ column", size="sm"): (0, 1),
+                gr.Button("− column", size="sm"): (0, -1),
+            }
+
+    def lay_out_words(self):
+        """What is said beside the pictures: every key of a spec."""
+        gr, preset = self.gr, self.studio.preset
+        with gr.Row():
+            self.shows = [
+                gr.Textbox(label=f"column {c + 1} shows", visible=c < 2) for c in range(MOST)
+            ]
+            self.task = gr.Dropdown(["", *self.tasks], label="or a task by its name")
+        self.words = {
+            "task_prompt": gr.Textbox(label="the task, as it will be said", lines=2),
+            "content_prompt": gr.Textbox(label="what the painted picture shows"),
+        }
+        defaults = 0, preset.num_inference_steps, preset.guidance_scale, preset.resolution, 1
+        with gr.Row():
+            self.numbers = {
+                key: gr.Number(value, label=key, min_width=110)
+                for key, value in zip((*NUMBERS, IMAGES), defaults, strict=True)
+            }
+        given = "\n".join(self.studio.adapters)
+        self.adapters = gr.Textbox(given, label="adapters: FILE or FILE:SCALE, one a line")
+        self.fields = self.words | self.numbers
+
+    def lay_out_results(self):
+        """What is painted, as it comes, and what may be kept."""
+        gr = self.gr
+        self.go = gr.Button("paint", variant="primary")
+        self.told = gr.Textbox(label="how it went", elem_id="told", interactive=False)
+        self.shown = gr.Gallery(
+            label="painted", columns=1, height=620, object_fit="contain", elem_id="shown"
+        )
+        self.kept = gr.File(label="sheets, pictures, films, records", file_count="multiple")
+        self.record = gr.File(
+            label="open a record", file_types=[".json"], height=120, elem_id="record"
+        )
+
+    def connect(self):
+        """Say which component does what."""
+        cells, fields = self.cells.values(), self.fields.values()
+        laid = [self.shape, *cells, *self.shows]
+        for button, step in self.steps.items():
+            button.click(lambda shape, by=step: self.change_shape(shape, by), self.shape, laid)
+        for box in self.shows:
+            box.change(self.say_task, [self.shape, *self.shows], self.words["task_prompt"])
+        self.task.change(self.name_task, self.task, self.words["task_prompt"])
+        given = {self.shape, self.adapters, *cells, *fields}
+        self.go.click(self.paint, given, [self.told, self.shown, self.kept])
+        self.record.upload(self.open, self.record, [*laid, *fields, self.told])
+
+    def change_shape(self, shape, by):
+        """Add or remove a row or a column, within what the page has."""
+        rows, columns = (n + step for n, step in zip(shape, by, strict=True))
+        return self.show_shape(min(max(rows, 1), MOST + 1), min(max(columns, 1), MOST))
+
+    def show_shape(self, rows, columns):
+        """Show the cells of a grid of so many rows, the query's included, and hide the others."""
+        seen = {(r, c): c < columns and (r == MOST or r < rows - 1) for r, c in self.cells}
+        update = self.gr.update
+        return {
+            self.shape: (rows, columns),
+            **{cell: update(visible=seen[at]) for at, cell in self.cells.items()},
+            **{box: update(visible=c < columns) for c, box in enumerate(self.shows)},
+        }
+
+    def say_task(self, shape, *phrases):
+        """The task's sentence, once every column has a phrase."""
+        phrases = [phrase.strip() for phrase in phrases[: shape[1]]]
+        return prompts.task_prompt(phrases) if all(phrases) and len(phrases) > 1 else self.gr.skip()
+
+    def name_task(self, name):
+        return self.tasks[name].prompt if name else ""
+
+    def paint(self, values):
+        """Paint the grid that the page holds, {component: value}; show it as it comes."""
+        rows, columns = values[self.shape]
+        grid = [
+            [values[self.cells[r, c]] for c in range(columns)] for r in (*range(rows - 1), MOST)
+        ]
+        table = {key: whole(values[field]) for key, field in self.fields.items()}
+        if table[IMAGES] == 1:
+            del table[IMAGES]  # or its files would be named after the seed
+        adapters = list(filter(None, map(str.strip, values[self.adapters].splitlines())))
+        yield {self.told: "painting; at first the model is read and compiled", self.kept: None}
+        try:
+            for painted in self.studio.paint(grid, table, adapters):
+                sheets = [(getattr(sheet, "grid", sheet), name) for name, sheet in painted.items()]
+                yield {self.shown: sheets}
+        except (UserError, FloatingPointError, OSError) as error:
+            yield {self.told: f"error: {error}"}
+            return
+        remarks = [remark for painting in painted.values() for remark in painting.remarks]
+        files = []
+        for name, painting in painted.items():
+            files += output_names(name, len(painting.images), film=True)
+        kept = [str(self.studio.out / file) for file in files]
+        yield {self.told: "\n".join(["done", *dict.fromkeys(remarks)]), self.kept: kept}
+
+    def open(self, file):
+        """Lay out the grid of a record, or of a spec."""
+        try:
+            examples, query, spec = self.studio.open(file)
+        except UserError as error:
+            return {self.told: f"error: {error}"}
+        if len(examples) > MOST or len(query) > MOST:
+            most = f"{MOST} rows of examples and {MOST} columns"
+            return {self.told: f"error: {Path(file).name}: more than {most}; use sample.py"}
+        update, laid = self.gr.update, self.show_shape(len(examples) + 1, len(query))
+        for r, row in [*enumerate(examples), (MOST, query)]:
+            laid |= {self.cells[r, c]: update(value=x, visible=True) for c, x in enumerate(row)}
+        laid |= {field: spec[key] for key, field in self.fields.items() if key in spec}
+        return laid | {self.told: f"opened {Path(file).name}"}
+
+
+def whole(value):
+    """A number of the page, where all are floats: an integer if it is one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def main(argv):
+    parser = cli.Parser(__doc__)
+    cli.add_model_flags(parser)
+    parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR")
+    parser.add_argument("--port", type=cli.positive_int, default=7860, help="on this machine alone")
+    args = parser.parse_args(argv)
+    if find_spec("gradio") is None:
+        raise UserError("the page is made with Gradio: pip install 'vcloze-jax[demo]', please")
+    out = args.out.absolute()
+    check_writable(out, "page0_seed0_target0.png")
+
+    from vcloze_jax.studio import Studio  # JAX from here on
+
+    studio = Studio(args.weights, args.lora, args.mesh, out)
+    print(studio.pipeline.summary())
+    page = Page(studio).blocks
+    print(f"http://{LOCAL}:{args.port}")
+    page.launch(server_name=LOCAL, server_port=args.port, allowed_paths=[str(out)], quiet=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,162 @@
+"""Specs of a command: the files that hold them, the flags that change them, and what they write.
+
+A file holds a spec, a list of specs, or a record that painting one wrote, whose spec it is again.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from vcloze_jax.config import Preset, UserError
+from vcloze_jax.grid import Spec
+from vcloze_jax.inputs.checks import (
+    check_integer,
+    check_type,
+    describe_error,
+    error_context,
+    parse_json,
+    read_key,
+)
+from vcloze_jax.inputs.pictures import check_file, check_writable
+from vcloze_jax.inputs.spec import MAX_SEED, NUMBERS, read_spec
+
+MAX_BYTES = 2**22  # of a spec file
+MAX_SPECS = 1024  # of one command
+IMAGES = "num_images_per_prompt"
+CHECKS = NUMBERS | {IMAGES: (check_integer, 1, MAX_SPECS)}
+FLAGS = {
+    "--seed": ("seed", "of the noise"),
+    "--steps": ("num_inference_steps", "Euler steps"),
+    "--guidance": ("guidance_scale", "of the distilled guidance"),
+    "--images": (IMAGES, "pictures of each spec, of as many seeds; written as NAME_seedK"),
+}
+
+
+def add_spec_flags(parser):
+    """The flags that change what every spec says."""
+    group = parser.add_argument_group("instead of what the specs say")
+    for flag, (key, help) in FLAGS.items():
+        kind = float if key == "guidance_scale" else int
+        group.add_argument(flag, type=kind, metavar="N", help=f"{help} ({key})")
+
+
+def read_changes(args) -> dict:
+    """{key of a spec: value} of the flags that were given. Raises UserError naming the flag."""
+    changes = {}
+    for flag, (key, _) in FLAGS.items():
+        if (value := getattr(args, flag[2:])) is not None:
+            with error_context(f"{flag} {value}"):
+                check, *limits = CHECKS[key]
+                changes[key] = check(value, *limits)
+    return changes
+
+
+def read_specs(sources: list, preset: Preset, changes: dict | None = None) -> list[Spec]:
+    """Read every spec of every source: a path, or what a file would hold; `changes` are the values
+    of keys that hold for all of them.
+
+    Raises UserError naming the file and the key, also when two specs would write the same file.
+    """
+    specs = []
+    for number, source in enumerate(sources):
+        if isinstance(source, dict):
+            specs += read_pictures(source, preset, f"grid-{number}", Path(), changes)
+            continue
+        path = Path(source)
+        with error_context(path):
+            content = parse_json(_read_bytes(path))
+            if content == []:
+                raise UserError("an empty list; give at least one spec")
+            _check_count(len(specs) + (len(content) if isinstance(content, list) else 1))
+            if not isinstance(content, list):
+                specs += read_pictures(content, preset, path.stem, path, changes)
+                continue
+            for i, item in enumerate(content):
+                with error_context(f"[{i}]"):
+                    specs += read_pictures(item, preset, f"{path.stem}-{i}", path, changes)
+    _check_count(len(specs))
+    _check_names(specs)
+    return specs
+
+
+def read_pictures(table, preset, name, source, changes) -> list[Spec]:
+    """The specs of one spec, a picture each: as many as it says, of successive seeds."""
+    table = _spec_of(check_type(table, dict)) | (changes or {})
+    count = read_key(table, IMAGES, None, *CHECKS[IMAGES])
+    spec = read_spec({k: v for k, v in table.items() if k != IMAGES}, preset, name, source)
+    if count is None:
+        return [spec]
+    if spec.latents is not None and count > 1:
+        raise UserError(f"{IMAGES}: with latents given, all would be one picture; remove either")
+    seeds = range(spec.seed, spec.seed + count)
+    if seeds[-1] > MAX_SEED:
+        raise UserError(f"{IMAGES}: the last seed would be {seeds[-1]}, above {MAX_SEED}")
+    return [
+        replace(spec, seed=k, name=f"{name}_seed{k}", resolved=spec.resolved | {"seed": k})
+        for k in seeds
+    ]
+
+
+def check_outputs(out: Path, specs: list[Spec], film: bool = False) -> None:
+    """Raise UserError where an output cannot be written, or would replace an input, but for a
+    record that is painted again."""
+    names = [
+        name for spec in specs for name in output_names(spec.name, len(spec.grid.targets), film)
+    ]
+    check_writable(out, max(names, key=lambda name: len(os.fsencode(name))))
+    inputs = set()
+    for spec in specs:
+        cells = (cell for row in spec.resolved["image"] for cell in row if cell)
+        inputs.add(spec.source.resolve())
+        for cell in cells:
+            inputs.update(map(Path, cell.values() if isinstance(cell, dict) else [cell]))
+    for name in names:
+        if (out / name).resolve() in inputs and not _is_record(out / name):
+            raise UserError(f"--out {out}: {name} is an input; choose another")
+        if (out / name).is_dir():
+            raise UserError(f"--out {out}: {name} is a folder; choose another")
+
+
+def output_names(name: str, targets: int, film: bool = False) -> list[str]:
+    """The files that painting a spec writes: grid, targets in column order, the film if there is
+    one, and last the record."""
+    pictures = [f"{name}.png", *(f"{name}_target{i}.png" for i in range(targets))]
+    return [*pictures, *([f"{name}_film.webp"] if film else []), f"{name}.json"]
+
+
+def _spec_of(table: dict) -> dict:
+    """The spec of a record; any other table is one itself."""
+    return check_type(table["spec"], dict) if {"spec", "boxes"} <= table.keys() else table
+
+
+def _is_record(file: Path) -> bool:
+    if file.suffix != ".json":
+        return False
+    content = parse_json(_read_bytes(file))
+    return isinstance(content, dict) and _spec_of(content) is not content
+
+
+def _check_count(count: int) -> None:
+    if count > MAX_SPECS:
+        raise UserError(f"grid {count} of at most {MAX_SPECS} at once; split them up")
+
+
+def _check_names(specs: list[Spec]) -> None:
+    owners = {}
+    for spec in specs:
+        names = output_names(spec.name, len(spec.grid.targets))
+        for name in dict.fromkeys(Path(name).stem for name in names):
+            if name in owners:
+                raise UserError(
+                    f"{spec.source}: output {name!r} is also that of {owners[name]}; rename one"
+                )
+            owners[name] = spec.source
+
+
+def _read_bytes(path: Path) -> bytes:
+    if check_file(path).stat().st_size > MAX_BYTES:
+        raise UserError(f"more than {MAX_BYTES} bytes; this is no spec")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot be read: {describe_error(error)}") from None

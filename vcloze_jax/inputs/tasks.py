@@ -1,0 +1,43 @@
+"""The tasks that a spec can name: the authors', which FLUX's adapter knows, and mini's.
+
+A task of mini is a path in its graph of tasks (vcloze_jax/data/graph.py): "gray-to-fluent_flat",
+"edges-and-palette-to-fluent_3d".
+"""
+
+from vcloze_jax import prompts
+
+
+def find_task(name: str) -> prompts.NamedTask | None:
+    """The task of this name, whichever model knows it; None if none does."""
+    if name in prompts.TASKS:
+        return prompts.TASKS[name]
+    from vcloze_jax.data.graph import parse_task  # slow to import: it derives pictures
+
+    try:
+        return say_task(parse_task(name))
+    except ValueError:
+        return None
+
+
+def list_tasks(preset) -> dict[str, prompts.NamedTask]:
+    """{name: task} of all that the model of a preset was trained on."""
+    if preset.name != "mini":
+        return prompts.TASKS
+    from vcloze_jax.data.graph import TRAIN
+
+    return {task.spelling: say_task(task) for task in TRAIN}
+
+
+def describe_tasks(preset) -> str:
+    """Those tasks, a line each."""
+    tasks = list_tasks(preset).items()
+    return "\n".join(f"{name} ({task.columns} columns): {task.prompt}" for name, task in tasks)
+
+
+def say_task(task) -> prompts.NamedTask:
+    """A path of mini's graph of tasks, said with the first phrase of each node."""
+    from vcloze_jax.data.graph import NODE_PHRASES
+
+    nodes = *task.conditions, task.target
+    sentence = prompts.task_prompt([NODE_PHRASES[node][0] for node in nodes])
+    return prompts.NamedTask(sentence, task.columns)

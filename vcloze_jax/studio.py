@@ -1,0 +1,107 @@
+"""What the page asks for, without the page: grids of cells in, sheets as they come, files kept."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from queue import Empty, SimpleQueue
+
+import numpy as np
+from PIL import Image
+
+from vcloze_jax.film import Film
+from vcloze_jax.inputs.pictures import open_picture, save_png, to_mask
+from vcloze_jax.inputs.sheet import MARK
+from vcloze_jax.inputs.specfiles import read_specs
+from vcloze_jax.pipeline import Pipeline
+from vcloze_jax.storage.places import file_and_scale
+
+
+class Studio:
+    """Paints grids with one model, whose adapters may be changed, into the folder `out`."""
+
+    def __init__(self, weights, lora, mesh, out):
+        self.weights, self.mesh, self.out, self.pipeline = weights, mesh, out, None
+        self.worker = ThreadPoolExecutor(1)  # one grid at a time
+        self.load([f"{file}:{scale:g}" for file, scale in lora or []])
+
+    def load(self, adapters):
+        """Make the pipeline of these adapters, FILE or FILE:SCALE, unless it is the one at hand."""
+        if self.pipeline is None or adapters != self.adapters:
+            pairs = [file_and_scale(adapter) for adapter in adapters]
+            self.pipeline = Pipeline.load(self.weights, pairs, self.mesh)
+            self.adapters, self.preset = adapters, self.pipeline.painter.preset
+
+    def paint(self, rows, table, adapters):
+        """Paint a grid; yields {name: sheet} as often as it changes, and last {name: Painting}.
+
+        `rows` holds cells as `save_cell` takes them, `table` the other keys of a spec. Raises
+        UserError and FloatingPointError as sample.py does.
+        """
+        frames, sheets = SimpleQueue(), {}
+        job = self.worker.submit(self.run, rows, table, adapters, frames.put)
+        while not (job.done() and frames.empty()):
+            try:
+                sheets |= frames.get(timeout=0.1)
+            except Empty:
+                continue
+            if frames.empty():  # a browser that is slower than the steps sees the last of them
+                yield sheets
+        yield job.result()
+
+    def run(self, rows, table, adapters, tell):
+        """`paint`, in the thread that computes; `tell({name: sheet})` after each step."""
+        self.load(adapters)
+        numbers = (n for n in range(10**6) if not (self.out / f"page{n}_inputs").exists())
+        name = f"page{next(numbers)}"
+        folder = self.out / f"{name}_inputs"
+        folder.mkdir(parents=True)
+        cells = [
+            [save_cell(cell, folder / f"{r}_{c}") for c, cell in enumerate(row)]
+            for r, row in enumerate(rows)
+        ]
+        specs = read_specs([{"image": cells, **table}], self.preset)
+        specs = [replace(spec, name=spec.name.replace("grid-0", name)) for spec in specs]
+        film = Film(self.out)
+        watch = lambda step: tell({step.spec.name: film(step)})  # noqa: E731
+        painted = self.pipeline.paint(specs, on_step=watch)
+        for spec, painting in zip(specs, painted, strict=True):
+            painting.save(self.out, spec.name)
+        return {spec.name: painting for spec, painting in zip(specs, painted, strict=True)}
+
+    def open(self, file):
+        """The first spec of a file, or a record's: rows of cells for the page, and its keys."""
+        spec = read_specs([file], self.preset)[0].resolved
+        *examples, query = spec["image"]
+        examples = [[open_picture(cell) for cell in row] for row in examples]
+        return examples, [show_cell(cell) for cell in query], spec
+
+
+def save_cell(cell, stem):
+    """A cell of the page -> a cell of a spec, its pictures saved as files that begin with `stem`.
+
+    It is a PIL picture, None, or what a brush leaves: {"background": picture or None, "layers":
+    [RGBA of the strokes]}.
+    """
+    if cell is None or isinstance(cell, Image.Image):
+        picture, strokes = cell, []
+    else:
+        picture, strokes = cell["background"], [np.asarray(x)[..., 3] > 0 for x in cell["layers"]]
+    if picture is None or picture.mode == "RGBA" and not picture.getchannel("A").getbbox():
+        return None
+    file = f"{stem}.png"
+    save_png(file, np.asarray(picture))
+    if not (mask := np.any(strokes, axis=0)).any():
+        return file
+    save_png(f"{stem}_mask.png", np.uint8(255) * mask)
+    return {"image": file, "mask": f"{stem}_mask.png"}
+
+
+def show_cell(cell):
+    """A cell of a resolved spec -> what a brush may go on with, or None; see `save_cell`."""
+    if cell is None:
+        return None
+    if not isinstance(cell, dict):
+        return {"background": open_picture(cell), "layers": [], "composite": None}
+    picture, mask = open_picture(cell["image"]), to_mask(open_picture(cell["mask"], "black"))
+    strokes = np.zeros((*mask.shape, 4), np.uint8)
+    strokes[mask] = *MARK, 255
+    return {"background": picture, "layers": [Image.fromarray(strokes)], "composite": None}
