@@ -16,7 +16,7 @@ from vcloze_jax.model.lora import fold, split
 from vcloze_jax.sharding import compute_dtype, put, shardings
 from vcloze_jax.step import purpose_key
 from vcloze_jax.storage import adapters, places, weights
-from vcloze_jax.storage.preset import read_config
+from vcloze_jax.storage.preset import read_config, read_text_length
 from vcloze_jax.storage.textreader import TextCache, TextReader, Tokenizers
 
 
@@ -82,7 +82,8 @@ def check_for_training(folder, recipe):
     with weights and adapter without reading a tensor. Raises UserError."""
     preset = PRESETS[recipe.preset]
     if recipe.from_scratch:
-        preset = replace(preset, vae=read_config(folder, "vae", preset.vae))
+        vae, t5 = read_config(folder, "vae", preset.vae), read_text_length(folder, preset.t5)
+        preset = replace(preset, vae=vae, t5=t5)
     else:
         preset = weights.check_fill(folder)
         if preset.name != recipe.preset:
