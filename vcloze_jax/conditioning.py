@@ -79,33 +79,24 @@ def encode_picture(vae, pixels, dtype=jnp.float32):
 class Posteriors(NamedTuple):
     """All rows of a micro-batch as the autoencoder sees them, in model scale, and their masks."""
 
-    mean: jax.Array  # [B, S, 64]
-    std: jax.Array  # [B, S, 64]
-    condition_mean: jax.Array  # [B, S, 64], of the blanked rows
-    condition_std: jax.Array  # [B, S, 64]
+    clean: tuple  # mean and std, each [B, S, 64]
+    condition: tuple  # likewise, of the blanked rows
     mask: jax.Array  # [B, S, 256]
 
 
 def encode_rows(vae, rows, fill, dtype=jnp.float32):
-    """Rows of a micro-batch -> Posteriors.
+    """Rows (pixels uint8 [B, h, W, 3], mask bool [B, h, W]) of a micro-batch -> Posteriors.
 
-    A row is (pixels uint8 [B, h, W, 3], mask bool [B, h, W] or None where nothing is ever
-    masked). Without a mask the blanked row is the row itself, which is encoded once.
+    Where nothing is ever masked the mask is None, and the row is encoded once.
     """
-    clean, blanked, masks = [], {}, []
-    for i, (pixels, mask) in enumerate(rows):
-        clean.append(to_model(pixels, dtype))
-        if mask is None:
-            mask = jnp.zeros(pixels.shape[:3], dtype)
-        else:
-            blanked[i] = blank(clean[i], mask, fill)
-        masks.append(pack_mask(mask.astype(dtype)))
-    posteriors = encode_each(vae, [*clean, *blanked.values()])
-    of_clean = posteriors[: len(rows)]
-    of_blanked = dict(zip(blanked, posteriors[len(rows) :], strict=True))
-    of_condition = [of_blanked.get(i, posterior) for i, posterior in enumerate(of_clean)]
-    moments = *posterior_tokens(vae, of_clean), *posterior_tokens(vae, of_condition)
-    return Posteriors(*moments, jnp.concatenate(masks, 1))
+    clean = [to_model(pixels, dtype) for pixels, _ in rows]
+    masks = [np.zeros(p.shape[:3], bool) if mask is None else mask for p, mask in rows]
+    masked = [i for i, (_, mask) in enumerate(rows) if mask is not None]
+    posteriors = encode_each(vae, clean + [blank(clean[i], masks[i], fill) for i in masked])
+    of_clean = dict(enumerate(posteriors[: len(rows)]))
+    of_condition = of_clean | dict(zip(masked, posteriors[len(rows) :], strict=True))
+    moments = (posterior_tokens(vae, of.values()) for of in (of_clean, of_condition))
+    return Posteriors(*moments, jnp.concatenate([pack_mask(m.astype(dtype)) for m in masks], 1))
 
 
 def draw_training(posteriors, keys):
@@ -114,13 +105,12 @@ def draw_training(posteriors, keys):
     Latent and condition are two draws from the posterior, by the B `keys`. The share is that of a
     token's masked pixels. Source: lzyhha/VisualCloze:train.py.
     """
-    mean, std, condition_mean, condition_std, mask = posteriors
+    (mean, std), (condition_mean, condition_std), mask = posteriors
     draw = jax.vmap(lambda key: jax.random.normal(key, (2, *mean.shape[1:]), mean.dtype))
     draws = draw(keys)  # B 2 S 64
-    latents = mean + std * draws[:, 0]
     condition = condition_mean + condition_std * draws[:, 1]
     share = mask.astype(jnp.float32).mean(-1)
-    return latents, jnp.concatenate([condition, mask], -1), share
+    return mean + std * draws[:, 0], jnp.concatenate([condition, mask], -1), share
 
 
 def posterior_tokens(vae, posteriors):

@@ -21,10 +21,10 @@ LIMIT = 3 * 2**30  # bytes; what was used longest ago goes first
 
 
 def choose_row_encoder(trainer):
-    """What encodes the rows of a Trainer: on one CPU a RowMemory; elsewhere None, for its own
-    program does, a whole micro-batch at once."""
+    """What encodes the rows of a Trainer: on one CPU a RowMemory; elsewhere its own program does, a
+    whole micro-batch at once."""
     if trainer.mesh.size > 1 or trainer.mesh.devices.flat[0].platform != "cpu":
-        return None
+        return tuple
     vae = merge_models(trainer.graphdefs, trainer.frozen, names=("vae",)).vae
     return RowMemory(vae, trainer.recipe.mask_fill, compute_dtype(trainer.mesh))
 
@@ -47,8 +47,9 @@ class RowMemory:
             if mask is not None:
                 blanked = [self.look_up(*row) for row in zip(pixels, mask, strict=True)]
             tokens = pack_mask(nothing if mask is None else mask).astype(clean[0].dtype)
-            parts.append((*np.stack(clean, 1), *np.stack(blanked, 1), tokens))
-        return Posteriors(*(np.concatenate(part, 1) for part in zip(*parts, strict=True)))
+            parts.append((np.stack(clean, 1), np.stack(blanked, 1), tokens))
+        clean, condition, mask = (np.concatenate(part, -2) for part in zip(*parts, strict=True))
+        return Posteriors(tuple(clean), tuple(condition), mask)
 
     def look_up(self, pixels, mask):
         """Mean and std of one row's tokens, blanked by its mask: [2, s, 64]."""

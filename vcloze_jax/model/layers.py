@@ -25,7 +25,7 @@ def uniform(key, shape, bound):
 
 
 class Dense(nnx.Module):
-    """y = x W + b + (x A) B + b_B, with the LoRA branch (A, B, b_B) only where rank > 0.
+    """y = x W + bias + (x A) B + b_B, with the LoRA branch (A, B, b_B) only where rank > 0.
 
     Features may have several axes, as q, k and v do: x [..., *into] -> [..., *out]; weights are
     stored flat, [in, out]. `split` says where weights and output are on a mesh while the layer
@@ -50,86 +50,55 @@ class Dense(nnx.Module):
             self.lora_bias = nnx.LoRAParam(jnp.zeros(outputs))
 
     def __call__(self, x):
-        folds = self.rank and self.folding_is_cheaper(x.dtype)
-        y = contract(x, self.kernel_at_work(x.dtype, folds), len(self.into))
+        folds, n = self.rank and self.folding_is_cheaper(x.dtype), len(self.into)
+        y = contract(x, self.kernel_at_work(x.dtype, folds), n)
         if self.bias is not None:
-            bias = self.bias + self.lora_bias if folds else self.bias
-            y = y + bias.reshape(self.out).astype(x.dtype)
-        if self.rank and not folds:
+            y = y + self.bias.reshape(self.out).astype(x.dtype)
+        if self.rank:
             a, b = self.lora_a.reshape(*self.into, -1), self.lora_b.reshape(-1, *self.out)
-            y = y + lora_branch(x, a, b, self.lora_bias.reshape(self.out))
+            branch = 0 if folds else contract(contract(x, a, n, True), b, 1, True)
+            # The sum is cast, not the bias, whose gradient is then a sum in float32.
+            y = y + (branch + self.lora_bias.reshape(self.out)).astype(x.dtype)
         return by_batch(y, self.split.output)
 
     def folding_is_cheaper(self, dtype):
-        """Whether W + A B takes less time than the branch does: where the rank is high for the
-        width, tokens are many, and nothing is rounded."""
+        """Whether W + A B takes less time than the branch, and rounds nothing."""
         inputs, outputs = self.kernel.shape
         return dtype == jnp.float32 and 3 * self.rank * (inputs + outputs) > inputs * outputs
 
     def kernel_at_work(self, dtype, folds=False):
-        """W [*into, *out], with A B or without, gathered over fsdp, its last input or output axis
-        split over tensor."""
+        """W [*into, *out], A B in it or not, whole over fsdp, its last row or column split."""
         kernel = self.kernel.astype(dtype)
         if folds:
             kernel = kernel + gathered(self.lora_a[...]) @ gathered(self.lora_b[...])
         if len(self.into + self.out) > 2:  # at rest it is not split part by part
             kernel = gathered(kernel)
         rows, columns = self.split.weight
-        places = *[None] * (len(self.into) - 1), rows, *[None] * (len(self.out) - 1), columns
-        return placed(kernel.reshape(*self.into, *self.out), *places)
+        axes = *[None] * (len(self.into) - 1), rows, *[None] * (len(self.out) - 1), columns
+        return placed(kernel.reshape(*self.into, *self.out), *axes)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def contract(x, w, n):
-    """x [..., *into] times w [*into, *out], n axes of each -> [..., *out].
-
-    The derivative is written by hand, since autodiff's copies the weight's, transposed: on CPUs a
-    tenth of a step's time.
-    """
-    return jnp.tensordot(x, w, n)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def contract(x, w, n, whole=False):
+    """x [..., *into] times w [*into, *out], n axes of each, w cast to the dtype of x, and then
+    gathered if `whole` -> [..., *out]. The gradient of w is a sum in float32: autodiff would round
+    it, and would copy it, transposed, which takes a third of mini's step on a CPU."""
+    return contract_forward(x, w, n, whole)[0]
 
 
-def contract_forward(x, w, n):
-    return contract(x, w, n), (x, w)
+def contract_forward(x, w, n, whole):
+    w = gathered(w.astype(x.dtype)) if whole else w.astype(x.dtype)
+    return jnp.tensordot(x, w, n), (x, w)
 
 
-def contract_backward(n, saved, dy):
+def contract_backward(n, whole, saved, dy):
     x, w = saved
     tokens, out = tuple(range(x.ndim - n)), tuple(range(n - w.ndim, 0))
-    return jnp.tensordot(dy, w, (out, out)), jnp.tensordot(x, dy, (tokens, tokens))
+    dw = jnp.tensordot(x, dy, (tokens, tokens), preferred_element_type=jnp.float32)
+    return jnp.tensordot(dy, w, (out, out)), gathered(dw) if whole else dw.astype(w.dtype)
 
 
 contract.defvjp(contract_forward, contract_backward)
-
-
-@jax.custom_vjp
-def lora_branch(x, a, b, bias):
-    """(x A) B + b_B: x [..., *into], A [*into, R], B [R, *out], b_B [*out] -> [..., *out].
-
-    A and B are cast to the dtype of x, then gathered. Their gradients are float32, whatever that
-    dtype, from the sums over tokens on; autodiff would cast rounded ones.
-    """
-    return lora_forward(x, a, b, bias)[0]
-
-
-def lora_forward(x, a, b, bias):
-    a, b = gathered(a.astype(x.dtype)), gathered(b.astype(x.dtype))
-    h = jnp.tensordot(x, a, a.ndim - 1)  # ... R
-    return jnp.tensordot(h, b, 1) + bias.astype(x.dtype), (x, h, a, b)
-
-
-def lora_backward(saved, dy):
-    x, h, a, b = saved
-    out = tuple(range(1 - b.ndim, 0))
-    dh = jnp.tensordot(dy, b, (out, out))  # ... R
-    dx = jnp.tensordot(dh, a, ([-1], [-1]))
-    tokens = tuple(range(h.ndim - 1))
-    of_weight = partial(jnp.tensordot, axes=(tokens, tokens), preferred_element_type=jnp.float32)
-    da, db = gathered(of_weight(x, dh)), gathered(of_weight(h, dy))
-    return dx, da, db, dy.sum(tokens, jnp.float32)
-
-
-lora_branch.defvjp(lora_forward, lora_backward)
 
 
 class RMSNorm(nnx.Module):
