@@ -67,6 +67,7 @@ def main(argv):
 
 def learn(run, origins, preset, folder, mesh, source, **watchers):
     """Load the models, take up the run where it stands, and train to its last step or a signal."""
+    from vcloze_jax.rowmemory import choose_row_encoder
     from vcloze_jax.runwriter import RunWriter
     from vcloze_jax.storage import checkpoint
     from vcloze_jax.storage.models import load_for_training
@@ -77,6 +78,7 @@ def learn(run, origins, preset, folder, mesh, source, **watchers):
     recipe, tokenizers = preset.recipe, Tokenizers(folder, preset.t5, preset.clip)
     parts = load_for_training(preset, folder, mesh)
     trainer = Trainer(parts, preset, tokenizers, mesh, source.masks_every_row)
+    trainer.row_encoder = choose_row_encoder(trainer)
     run.create(recipe, origins)  # after all that the user may have to correct
     trainer.step, trainer.state = checkpoint.resume(run.checkpoints, trainer.state)
     if trainer.step == recipe.steps:

@@ -2,12 +2,15 @@
 
 Writes vcloze_jax/mini/tokenizer (CLIP's pipeline: lower case, byte-level BPE) and
 vcloze_jax/mini/tokenizer_2 (T5's: Unigram, an end token and no start token), in the layout of
-FLUX's folders, so that `transformers` loads them as it loads those. Every word of the templates
-becomes one token; any other text falls back to bytes (CLIP) or characters (T5).
+FLUX's folders, so that `transformers` loads them as it loads those. To CLIP every word of the
+templates is one token, to T5 every stretch of them between what is filled in, so that no sentence
+of training has more than 32; any other text falls back to bytes (CLIP) or characters (T5).
 """
 
 import json
 import random
+import re
+import struct
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +26,8 @@ from vcloze_jax.data.graphemoji import read_subjects
 MINI_FOLDER = Path(__file__).parents[1] / "vcloze_jax/mini"
 # Beyond ASCII: letters of western Europe and what editors make of quotes, dashes and dots.
 CHARACTERS = [chr(c) for c in (*range(33, 127), *range(161, 256))] + list("‘’“”–—…•€™œŒ")
+START, SPACE = "▁", "␣"  # of a text, as T5Tokenizer marks it; and what becomes of spaces within
+T5_LENGTH = 32  # tokens: no sentence of training or of evaluate has more
 
 
 def main():
@@ -66,22 +71,50 @@ def train_clip(sentences, vocab, folder):
 
 
 def train_t5(sentences, vocab, folder):
-    """Unigram over words, with T5's ids: pad 0, end 1, unknown 2.
+    """Unigram with T5's ids: pad 0, end 1, unknown 2. Its pieces are phrases and words.
 
-    The pieces are learned as BPE: a Unigram trainer wants more text than there is. Their nearly
-    equal scores make of every word the fewest pieces possible, of these the most frequent.
+    The words are learned as BPE: a Unigram trainer wants more text than there is. Their nearly
+    equal scores make of every text the fewest pieces possible, of these the most frequent.
     """
-    like = T5Tokenizer(extra_ids=0).backend_tokenizer
     special = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    alphabet = ["▁", *CHARACTERS]
-    words = Counter(map(tuple, split(sentences, like)))
-    merges = learn(words, vocab - len(alphabet) - len(special))
-    pieces = dict.fromkeys([*alphabet, *map("".join, merges)])
+    words = Counter((SPACE, *word) for text in sentences for word in text.split())
+    merges = map("".join, learn(words, vocab))
+    pieces = dict.fromkeys([START, SPACE, *CHARACTERS, *stretches(), *merges])
+    pieces = list(pieces)[: vocab - len(special)]
     scores = [(piece, round(-10 - i / vocab, 3)) for i, piece in enumerate(pieces)]
     scores = [(token, 0.0) for token in special.values()] + scores
-    tokenizer = T5Tokenizer(vocab=scores, extra_ids=0, **special).backend_tokenizer
+    options = dict(extra_ids=0, _spm_precompiled_charsmap=space_map())
+    tokenizer = T5Tokenizer(vocab=scores, **options, **special).backend_tokenizer
     write(folder / "tokenizer.json", json.loads(tokenizer.to_str()))
-    write_config(folder, "T5Tokenizer", special, model_max_length=MINI.t5.max_length, extra_ids=0)
+    write_config(folder, "T5Tokenizer", special, model_max_length=T5_LENGTH, extra_ids=0)
+
+
+def stretches():
+    """What stands between the slots of the templates, and what kinds of pictures are called, each
+    with the space before it; of a template's first also as a text begins with it."""
+    templates = prompts.LAYOUTS + prompts.TASK_SENTENCES
+    for template in templates + prompts.CONTENT_PREFIXES + prompts.EDITING_PREFIXES:
+        first, *others = (part.rstrip() for part in re.split(r"\{\w\}", template))
+        parts = [f"{START}{first}", f" {first}", *others]
+        yield from (part.replace(" ", SPACE) for part in parts if part)
+    yield from (f"{START}{count}" for count in range(1, 13))
+    yield from (f",{SPACE}[IMAGE{i}]" for i in range(2, 5))
+    phrases = prompts.PHRASES | prompts.RESTORATIONS
+    for phrase in (*sum(NODE_PHRASES.values(), ()), *phrases.values()):
+        yield f" {phrase}".replace(" ", SPACE)
+
+
+def space_map():
+    """The normaliser " " -> SPACE, as sentencepiece compiles its own: T5Tokenizer parts a text at
+    its spaces, and no piece would span two words.
+
+    A trie of bytes in an array (darts-clone): the unit at 0x20 is the child of the root by that
+    byte and has a leaf, 1 further by XOR, whose value is an offset into the replacements.
+    """
+    units = [0] * 256
+    units[0x20] = 1 << 10 | 1 << 8 | 0x20  # offset of the leaf, that there is one, label
+    trie = struct.pack("<256I", *units)
+    return struct.pack("<I", len(trie)) + trie + f"{SPACE}\0".encode()
 
 
 def split(sentences, like):

@@ -10,11 +10,17 @@ import pytest
 from tiny import FLUX, quick, stored, vae
 
 from vcloze_jax import conditioning
-from vcloze_jax.conditioning import Context, encode_training, position_table, to_model, to_pixels
+from vcloze_jax.conditioning import Context, position_table, to_model, to_pixels
 from vcloze_jax.grid import Grid, Row
 from vcloze_jax.model.ops import pack, rope_table
 
 encode_condition = jax.jit(conditioning.encode_condition, compiler_options=quick())
+
+
+def encode_training(vae, rows, fill, keys):
+    return conditioning.draw_training(conditioning.encode_rows(vae, rows, fill), keys)
+
+
 train = jax.jit(encode_training, compiler_options=quick())
 KEY = jax.random.key(0)[None]  # of a batch of one
 

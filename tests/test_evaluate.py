@@ -7,11 +7,12 @@ import pytest
 
 from vcloze_jax import evaluate
 from vcloze_jax.config import UserError
+from vcloze_jax.inputs import card as card_tables
 from vcloze_jax.storage import places
 
-START, END = evaluate.MARKERS
+START, END = card_tables.MARKERS
 CARD = f"# A model\n\nIt paints foxes, größer.\n\n{START}\n| old |\n{END}\n\nLicence: MIT\n"
-SCORES = {"rmse": 0.25, "ssim": 0.5}
+SCORES = {"rmse": 0.25, "ssim": 0.5, "content": 0.125, "kind": 0.75}
 
 
 @pytest.fixture
@@ -28,7 +29,8 @@ def unpainted(monkeypatch):
     def measure(painter, source, task, *_):
         wrong = {"demonstrated": "other", "to_asked": 0.5, "to_demonstrated": 0.25}
         settings = {setting.name: SCORES for setting in evaluate.SETTINGS}
-        row = {"settings": settings, "wrong": dict.fromkeys(evaluate.WRONG, wrong), "copy": SCORES}
+        row = {"settings": settings, "wrong": dict.fromkeys(evaluate.WRONG, wrong)}
+        row |= dict.fromkeys(evaluate.PAINTERS, SCORES) | {"chance": {"content": 1 / 128}}
         return row, {name: evaluate.truth(source, task.target, [0]) for name in settings}
 
     monkeypatch.setattr(evaluate, "load_painter", lambda *_: None)
@@ -45,6 +47,8 @@ def test_card_is_written(card, unpainted, capsys):
         before, after = CARD.split("| old |")
         assert card.read_text("utf-8") == f"{before}\n{table}\n{after.lstrip()}"
     assert "| mask->edges (held out) | 0.250 (0.50) |" in table
+    assert "| mask->edges | 0.250 | 0.50 | 0.12 | 0.75 | – |" in table
+    assert "| trained | chance | – | – | 0.01 | – | – |" in table
     assert "- wrong demonstration followed, alike: 100%" in table
     assert sorted(file.name for file in card.parent.iterdir()) == ["README.md", "out"]
 
@@ -82,7 +86,7 @@ def test_shipped_card():
     """The card of mini can be written anew, and shows each task in each setting; what the README
     says of them is in it."""
     card, readme = places.MINI_FOLDER / "README.md", Path(__file__).parents[1] / "README.md"
-    before, after = evaluate.split_card(card)
+    before, after = card_tables.split_card(card)
     table = card.read_text("utf-8")[len(before) : -len(after)]
     header, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
     names = [setting.name for setting in evaluate.SETTINGS]

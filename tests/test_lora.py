@@ -11,9 +11,9 @@ from folders import FLUX as PLAIN
 from jax.extend.core import jaxprs_in_params
 from lorafiles import folded, velocity
 
-from vcloze_jax.config import FLUX_FILL
+from vcloze_jax.config import FLUX_FILL, MINI
 from vcloze_jax.model import lora
-from vcloze_jax.model.layers import Dense
+from vcloze_jax.model.layers import Dense, as_shape, contract
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.ports.tables import lay_out, mmdit
 from vcloze_jax.sharding import Split
@@ -59,8 +59,9 @@ def test_zero_b_is_the_identity(model):
     assert np.asarray(sums).tobytes() == bare.tobytes()
 
 
-def test_folded_layer_equals_its_branch():
+def test_folded_layer_equals_its_branch(monkeypatch):
     """x (W + A B) + (b + b_B) = x W + b + (x A) B + b_B within float32, in one layer."""
+    monkeypatch.setattr(Dense, "folding_is_cheaper", lambda *_: False)
     dense = Dense(24, 40, rank=8, rngs=nnx.Rngs(0))
     graphdef, adapter, base = lora.split(dense)
     adapter, x = filled(adapter), filled(jnp.zeros((3, 24)))
@@ -69,9 +70,49 @@ def test_folded_layer_equals_its_branch():
     np.testing.assert_allclose(x @ sums["kernel"] + sums["bias"], with_branch, atol=1e-6)
 
 
-def test_folded_model_equals_its_branches(model):
+@pytest.mark.parametrize(("into", "out"), [(24, 40), ((3, 8), 40), (24, (2, 20))])
+def test_derivative_of_a_product_is_that_of_autodiff(into, out):
+    """The hand-written derivative by x and by W, over any number of axes, is autodiff's."""
+    into, out = as_shape(into), as_shape(out)
+    x, w = filled(jnp.zeros((5, 7, *into))), filled(jnp.zeros((*into, *out)), 1)
+    gradients = [
+        jax.grad(lambda x, w: jnp.sin(product(x, w, len(into))).sum(), (0, 1))(x, w)  # noqa: B023
+        for product in (contract, jnp.tensordot)
+    ]
+    for ours, theirs in zip(*gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("into", "out"), [(24, 40), ((3, 8), 40), (24, (2, 20))])
+def test_folding_before_the_product_changes_nothing(into, out, monkeypatch):
+    """A layer gives the same output, and its adapter and input the same gradients to 1e-5, whether
+    A B is folded into W or stands beside it."""
+    graphdef, adapter, base = lora.split(Dense(into, out, rank=8, rngs=nnx.Rngs(0)))
+    adapter, base, x = filled(adapter), filled(base, 1), filled(jnp.zeros((5, *as_shape(into))), 2)
+    results = []
+    for folds in (True, False):
+        monkeypatch.setattr(Dense, "folding_is_cheaper", lambda *_: folds)  # noqa: B023
+        loss = lambda adapter, x: jnp.sin(nnx.merge(graphdef, adapter, base)(x)).sum()  # noqa: E731
+        results.append(jax.value_and_grad(loss, (0, 1))(adapter, x))
+    for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_where_an_adapter_is_folded_before_the_product():
+    """Where it saves time and rounds nothing: in float32, at a rank high for the width, as mini's;
+    never in bfloat16, nor at FLUX's width."""
+    mini, flux = (
+        nnx.eval_shape(lambda c=c: Dense(c.width, c.width, rank=c.rank, rngs=nnx.Rngs(0)))
+        for c in (replace(MINI.flux, rank=32), replace(FLUX_FILL.flux, rank=256))
+    )
+    assert mini.folding_is_cheaper(jnp.float32) and not flux.folding_is_cheaper(jnp.float32)
+    assert not mini.folding_is_cheaper(jnp.bfloat16)
+
+
+def test_folded_model_equals_its_branches(model, monkeypatch):
     """The whole model, folded, is the model with branches (float32; outputs are about 1, a chain
     of 5 blocks adds up some ten roundings)."""
+    monkeypatch.setattr(Dense, "folding_is_cheaper", lambda *_: False)
     plain, ranked, adapter, base = model
     small = jax.tree.map(lambda x: 0.5 * x, adapter)
     branches = velocity(nnx.merge(ranked, small, base))
@@ -117,8 +158,8 @@ def test_a_whole_norm_takes_the_place_of_the_base(model):
 
 
 def eqns(jaxpr):
-    """All equations of a jaxpr, those of loops and of recomputed blocks too."""
-    for eqn in jaxpr.eqns:
+    """All equations of a jaxpr that yield something, those of loops and recomputed blocks too."""
+    for eqn in filter(lambda eqn: eqn.outvars, jaxpr.eqns):
         yield eqn
         for inner in jaxprs_in_params(eqn.params):
             yield from eqns(inner)
@@ -128,7 +169,7 @@ def eqns(jaxpr):
 def test_gradients_are_float32_from_the_dot_on(remat):
     """Where layers compute in bfloat16, the gradients of A, B and b_B are sums in float32: of
     two bfloat16 factors if the layer computes in it, and never rounded on their way."""
-    rank, batch = 5, 17  # no other axis is as long: what has the rank but no batch is an A or B
+    rank, batch = 8, 17  # no other axis is as long: what has the rank but no batch is an A or B
     config = replace(PLAIN, rank=rank, remat=remat)
     graphdef, adapter, base = weights.abstract(Flux, config)
     base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), base)

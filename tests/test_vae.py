@@ -75,17 +75,6 @@ def test_shift_and_scale():
     assert (FLUX_FILL.vae.shift, FLUX_FILL.vae.scale) == (0.1159, 0.3611)
 
 
-def test_a_key_draws_from_the_posterior(monkeypatch):
-    """With a key the latent is mean + std * noise, scaled; another key, another draw."""
-    mean, std = stored()["row/mean"], stored()["row/std"]
-    monkeypatch.setattr(VAE, "moments", lambda *_: (mean, std))
-    keys = jax.random.split(jax.random.key(0))
-    first, second = (vae().encode(rows(), key) for key in keys)
-    noise = jax.random.normal(keys[0], std.shape)
-    np.testing.assert_allclose(first, vae().scaled(mean + std * noise), atol=1e-6)
-    assert np.all(first != second)
-
-
 @pytest.mark.parametrize("offset", [0, 1000])
 def test_group_norm(offset):
     """Channels of a group share mean and variance over the whole picture; eps is 1e-6. A mean of a

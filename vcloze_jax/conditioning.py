@@ -76,36 +76,41 @@ def encode_picture(vae, pixels, dtype=jnp.float32):
     return pack(vae.encode(to_model(pixels, dtype)))
 
 
-def encode_training(vae, rows, fill, keys, dtype=jnp.float32):
-    """Rows of a micro-batch -> clean latents [B, S, 64], condition [B, S, 320], share [B, S].
+class Posteriors(NamedTuple):
+    """All rows of a micro-batch as the autoencoder sees them, in model scale, and their masks."""
 
-    A row is (pixels uint8 [B, h, W, 3], mask bool [B, h, W] or None where nothing is ever
-    masked). Latent and condition are two draws from the posterior, by the B `keys`; without a mask
-    it is the same posterior, and the row is encoded once. The share is that of a token's masked
-    pixels.
-    Source: lzyhha/VisualCloze:train.py.
+    clean: tuple  # mean and std, each [B, S, 64]
+    condition: tuple  # likewise, of the blanked rows
+    mask: jax.Array  # [B, S, 256]
+
+
+def encode_rows(vae, rows, fill, dtype=jnp.float32):
+    """Rows (pixels uint8 [B, h, W, 3], mask bool [B, h, W]) of a micro-batch -> Posteriors.
+
+    Where nothing is ever masked the mask is None, and the row is encoded once.
     """
-    clean, blanked, masks = [], {}, []
-    for i, (pixels, mask) in enumerate(rows):
-        clean.append(to_model(pixels, dtype))
-        if mask is None:
-            mask = jnp.zeros(pixels.shape[:3], dtype)
-        else:
-            blanked[i] = blank(clean[i], mask, fill)
-        masks.append(pack_mask(mask.astype(dtype)))
-    posteriors = encode_each(vae, [*clean, *blanked.values()])
-    of_clean = posteriors[: len(rows)]
-    of_blanked = dict(zip(blanked, posteriors[len(rows) :], strict=True))
-    of_condition = [of_blanked.get(i, posterior) for i, posterior in enumerate(of_clean)]
-    mean, std = posterior_tokens(vae, of_clean)  # B S 64
-    condition_mean, condition_std = posterior_tokens(vae, of_condition)
-    draw = jax.vmap(lambda key: jax.random.normal(key, (2, *mean.shape[1:]), dtype))
+    clean = [to_model(pixels, dtype) for pixels, _ in rows]
+    masks = [np.zeros(p.shape[:3], bool) if mask is None else mask for p, mask in rows]
+    masked = [i for i, (_, mask) in enumerate(rows) if mask is not None]
+    posteriors = encode_each(vae, clean + [blank(clean[i], masks[i], fill) for i in masked])
+    of_clean = dict(enumerate(posteriors[: len(rows)]))
+    of_condition = of_clean | dict(zip(masked, posteriors[len(rows) :], strict=True))
+    moments = (posterior_tokens(vae, of.values()) for of in (of_clean, of_condition))
+    return Posteriors(*moments, jnp.concatenate([pack_mask(m.astype(dtype)) for m in masks], 1))
+
+
+def draw_training(posteriors, keys):
+    """Posteriors -> clean latents [B, S, 64], condition [B, S, 320], share [B, S].
+
+    Latent and condition are two draws from the posterior, by the B `keys`. The share is that of a
+    token's masked pixels. Source: lzyhha/VisualCloze:train.py.
+    """
+    (mean, std), (condition_mean, condition_std), mask = posteriors
+    draw = jax.vmap(lambda key: jax.random.normal(key, (2, *mean.shape[1:]), mean.dtype))
     draws = draw(keys)  # B 2 S 64
-    latents = mean + std * draws[:, 0]
     condition = condition_mean + condition_std * draws[:, 1]
-    mask = jnp.concatenate(masks, 1)  # B S 256
     share = mask.astype(jnp.float32).mean(-1)
-    return latents, jnp.concatenate([condition, mask], -1), share
+    return mean + std * draws[:, 0], jnp.concatenate([condition, mask], -1), share
 
 
 def posterior_tokens(vae, posteriors):

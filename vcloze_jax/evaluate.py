@@ -2,28 +2,33 @@
 
 Every task is asked of the same held-out subjects from the same noise: with 0, 1 and 2 in-context
 examples, with the task sentence and without, and with two examples of another task: a wrong
-demonstration, once of the target most unlike the asked one and once of the most alike. RMSE and
-SSIM are those of the painted cell to the truth, in [0, 1], on white.
+demonstration, once of the target most unlike the asked one and once of the most alike.
+
+RMSE and SSIM are those of the painted cell to the truth, in [0, 1], on white. Content: among the
+true pictures of all held-out subjects the nearest is the asked subject's; kind: among the true
+pictures of all its nodes the nearest is the asked one, or one as good (ONE_KIND); edge F1, where
+edges are asked: of pixels that may be one off. The same of pictures that need no model: chance, the
+mean picture of the trained subjects, the best condition, the truth through the autoencoder.
 
 --card README.md writes table and summary between the markers of a model card, too: no figure in it
 is typed by hand.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from skimage.metrics import structural_similarity
 
-from vcloze_jax import prompts
+from vcloze_jax import conditioning, prompts
 from vcloze_jax.config import MINI, UserError
 from vcloze_jax.data import graph
 from vcloze_jax.data.graphemoji import open_tasks
 from vcloze_jax.grid import Spec
 from vcloze_jax.inputs import cli
-from vcloze_jax.inputs.pictures import check_file, check_writable, save_png, save_text
+from vcloze_jax.inputs.card import format_table, split_card, write_card
+from vcloze_jax.inputs.measures import edge_f1, hits, rmse, ssim
+from vcloze_jax.inputs.pictures import check_writable, save_png, save_text
 from vcloze_jax.pipeline import load_painter, steps_bar
 
 TASKS = {
@@ -46,7 +51,11 @@ COPYING_IS_BAD = TASKS["trained"][:5]
 SHOWN = 6  # subjects on a contact sheet
 STRIDES = (37, 74)  # from a subject to its examples: never a relative of it
 WRONG = ("unlike", "alike")
-MARKERS = ("<!-- evaluation -->", "<!-- end of evaluation -->")  # around the table in a model card
+# Nodes that show the subject as it is drawn in 3D, more or less well, count as one.
+ONE_KIND = "fluent_3d", "fluent_color", "blur", "low_resolution", "noise", "hole", "palette"
+MEASURES = {"rmse": "RMSE", "ssim": "SSIM", "content": "content", "kind": "kind", "f1": "edge F1"}
+PAINTERS = ("chance", "mean picture", "copy", "2", "autoencoder")  # rows of the means
+LABELS = {"2": "**the model**"}  # with 2 examples and no sentence
 
 
 class Setting(NamedTuple):
@@ -103,17 +112,6 @@ def truth(source, node, subjects):
     return source.pictures[subjects, graph.NODES.index(node)].astype(np.float32) / 255
 
 
-def rmse(a, b):
-    """Root mean square error per picture."""
-    return np.sqrt(np.square(a - b).mean((1, 2, 3)))
-
-
-def ssim(a, b):
-    """Structural similarity per picture."""
-    pairs = zip(a, b, strict=True)
-    return [structural_similarity(x, y, channel_axis=-1, data_range=1.0) for x, y in pairs]
-
-
 def measure(painter, source, task, subjects, steps, progress):
     """One task in all settings -> (row of the table, painted cells by setting)."""
     asked, cells, row = truth(source, task.target, subjects), {}, {"settings": {}, "wrong": {}}
@@ -121,14 +119,8 @@ def measure(painter, source, task, subjects, steps, progress):
     for setting in SETTINGS:
         shown = others.get(setting.wrong, task)
         questions = [pose_question(source, task, shown, setting, subject) for subject in subjects]
-        guidance = painter.preset.guidance_scale
-        jobs = [
-            Spec(grid, prompt, steps, guidance, i) for i, (grid, prompt) in enumerate(questions)
-        ]
-        painted = painter(jobs, progress)
-        out = [job.grid.cut(p.pixels)[-1] for job, p in zip(jobs, painted, strict=True)]
-        out = cells[setting.name] = np.stack(out).astype(np.float32) / 255
-        row["settings"][setting.name] = scores(out, asked)
+        out = cells[setting.name] = paint(painter, questions, steps, progress)
+        row["settings"][setting.name] = scores(source, task, subjects, out)
         if setting.wrong:
             demonstrated = truth(source, shown.target, subjects)
             row["wrong"][setting.wrong] = {
@@ -136,13 +128,66 @@ def measure(painter, source, task, subjects, steps, progress):
                 "to_asked": float(rmse(out, asked).mean()),
                 "to_demonstrated": float(rmse(out, demonstrated).mean()),
             }
+    return row | compare(painter, source, task, subjects), cells
+
+
+def paint(painter, questions, steps, progress):
+    """Questions (grid, prompt), each with the noise of its number -> their last cells as painted,
+    float32 [N, 64, 64, 3] in [0, 1]."""
+    guidance = painter.preset.guidance_scale
+    jobs = [Spec(grid, prompt, steps, guidance, i) for i, (grid, prompt) in enumerate(questions)]
+    painted = zip(jobs, painter(jobs, progress), strict=True)
+    return np.stack([job.grid.cut(p.pixels)[-1] for job, p in painted]).astype(np.float32) / 255
+
+
+def reconstruct(painter, rows):
+    """What the autoencoder makes of query rows, uint8 [h, W, 3] each, with nothing hidden."""
+    vae, out = painter.models.vae, []
+    for pixels in rows:
+        h, w, _ = pixels.shape
+        decoded = painter.decode_row(vae, painter.encode_picture(vae, pixels[None]), h // 8, w // 8)
+        out.append(conditioning.to_pixels(decoded[0]))
+    return out
+
+
+def scores(source, task, subjects, out):
+    """Means of all measures over cells [N, 64, 64, 3] that were painted of a task."""
+    asked, everyone = truth(source, task.target, subjects), np.arange(len(source.names))
+    others = truth(source, task.target, everyone)[None]  # 1 128 64 64 3
+    nodes = source.pictures[subjects].astype(np.float32) / 255  # N 17 64 64 3
+    values = {
+        "rmse": rmse(out, asked),
+        "ssim": ssim(out, asked),
+        "content": hits(out, others, everyone == np.asarray(subjects)[:, None]),
+        "kind": hits(out, nodes, find_alike(task.target)),
+    }
+    if task.target == "edges":
+        values["f1"] = edge_f1(out, asked)
+    return {name: float(np.mean(value)) for name, value in values.items()}
+
+
+def find_alike(target):
+    """Which of the nodes count as the target, bool [17]."""
+    return np.array([n == target or {n, target} <= {*ONE_KIND} for n in graph.NODES])
+
+
+def compare(painter, source, task, subjects):
+    """Scores of what needs no model: {"chance", "mean picture", "copy", "autoencoder": scores}."""
+    asked = truth(source, task.target, subjects)
     copies = [truth(source, node, subjects) for node in task.conditions]
-    row["copy"] = min((scores(copy, asked) for copy in copies), key=lambda s: s["rmse"])
-    return row, cells
-
-
-def scores(out, target):
-    return {"rmse": float(rmse(out, target).mean()), "ssim": float(np.mean(ssim(out, target)))}
+    mean = truth(open_tasks("", MINI.recipe), task.target, slice(None)).mean(0)
+    alone = SETTINGS[0]  # no examples: the grid is the query
+    grids = [pose_question(source, task, task, alone, subject)[0] for subject in subjects]
+    rows = reconstruct(painter, [grid.query.pixels for grid in grids])
+    cells = [grid.split(row)[-1] for grid, row in zip(grids, rows, strict=True)]
+    pictures = {
+        "mean picture": np.broadcast_to(mean, asked.shape),
+        "copy": min(copies, key=lambda copy: rmse(copy, asked).mean()),
+        "autoencoder": np.stack(cells).astype(np.float32) / 255,
+    }
+    found = {name: scores(source, task, subjects, out) for name, out in pictures.items()}
+    chance = {"content": 1 / len(source.names), "kind": float(find_alike(task.target).mean())}
+    return {"chance": chance} | found
 
 
 def summarise_table(table):
@@ -157,6 +202,12 @@ def summarise_table(table):
         "output beats copying where copying is bad": share(
             row["settings"]["2"]["rmse"] < row["copy"]["rmse"] for row in hard
         ),
+        **{
+            f"output is no worse than the {who}": share(
+                row["settings"]["2"]["rmse"] <= row[who]["rmse"] for row in table.values()
+            )
+            for who in ("copy", "mean picture")
+        },
     }
 
 
@@ -171,39 +222,36 @@ def share(truths):
 
 
 def markdown(table, summary):
-    """The table and its summary, RMSE (SSIM)."""
+    """All tables and the summary: RMSE (SSIM) in all settings; all measures with two examples and
+    no sentence, by task; their means, beside what needs no model."""
     names = [setting.name for setting in SETTINGS]
-    lines = [
-        f"| task | {' | '.join(names)} | copy |",
-        f"|---|{'---|' * (len(names) + 1)}",
-    ]
+    rows = [["task", *names, "copy"]]
     for name, row in table.items():
         cells = [row["settings"][n] for n in names] + [row["copy"]]
-        numbers = " | ".join(f"{c['rmse']:.3f} ({c['ssim']:.2f})" for c in cells)
-        lines.append(f"| {name} ({row['group']}) | {numbers} |")
-    lines += ["", *(f"- {key}: {value:.0%}" for key, value in summary.items())]
-    return "\n".join(lines) + "\n"
+        numbers = (f"{c['rmse']:.3f} ({c['ssim']:.2f})" for c in cells)
+        rows.append([f"{name} ({row['group']})", *numbers])
+    by_task = [["2 examples, no sentence", *MEASURES.values()]]
+    by_task += [[name, *show_scores(row["settings"]["2"])] for name, row in table.items()]
+    means = [["means", "painted by", *MEASURES.values()]]
+    for group in TASKS:
+        for painter in PAINTERS:
+            found = [who | who["settings"] for who in table.values() if who["group"] == group]
+            each = [row[painter] for row in found]
+            means.append([group, LABELS.get(painter, painter), *show_scores(average(each))])
+    tables = "\n\n".join(map(format_table, (rows, by_task, means)))
+    return tables + "\n\n" + "".join(f"- {key}: {value:.0%}\n" for key, value in summary.items())
 
 
-def split_card(file):
-    """What a model card says before and after its evaluation; the markers belong to it.
-
-    Raises UserError if the file cannot be read, or does not hold both markers once and in order.
-    """
-    try:
-        text = check_file(file).read_text("utf-8")
-    except (UserError, UnicodeDecodeError) as error:
-        raise UserError(f"--card {file}: {error}") from None
-    if re.findall("|".join(MARKERS), text) != list(MARKERS):
-        raise UserError(f"--card {file}: add the lines {' and '.join(MARKERS)}, each once")
-    before, _, rest = text.partition(MARKERS[0])
-    return before + MARKERS[0], MARKERS[1] + rest.partition(MARKERS[1])[2]
+def average(each):
+    """Means of some scores, over those that have a measure."""
+    found = {name: [scores[name] for scores in each if name in scores] for name in MEASURES}
+    return {name: float(np.mean(values)) for name, values in found.items() if values}
 
 
-def write_card(file, table):
-    """Put a table between the markers of a model card, atomically; see split_card."""
-    before, after = split_card(file)
-    save_text(file, f"{before}\n\n{table}\n{after}")
+def show_scores(found):
+    """Scores as cells of a table, in the order of MEASURES."""
+    digits = {"rmse": 3}
+    return [f"{found[n]:.{digits.get(n, 2)}f}" if n in found else "–" for n in MEASURES]
 
 
 def contact_sheet(source, task, cells, subjects):

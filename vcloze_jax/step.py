@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from vcloze_jax import conditioning, flow
-from vcloze_jax.conditioning import Context, Models
+from vcloze_jax.conditioning import Context, Models, Posteriors
 from vcloze_jax.sharding import batch_sharding
 
 ENCODERS = ("vae", "t5", "clip")
@@ -20,7 +20,7 @@ PURPOSES = ("init", "draws", "validation")  # of a run's random numbers
 class Batch(NamedTuple):
     """A micro-batch on the devices; all grids of one shape."""
 
-    rows: tuple  # of (pixels uint8 [B, h, W, 3], mask bool [B, h, W] or None)
+    rows: tuple  # of (pixels uint8 [B, h, W, 3], mask bool [B, h, W] or None), or Posteriors
     t5_ids: jax.Array  # int32 [B, T]
     clip_ids: jax.Array  # int32 [B, 77]
     numbers: jax.Array  # int32 [B], of each grid in the run: what is drawn for it depends on that
@@ -75,9 +75,10 @@ def encode_batch(frozen, batch, key, *, graphdefs, preset, dtype):
     keys = jax.vmap(partial(jax.random.fold_in, key))(batch.numbers)
     keys = jax.vmap(partial(jax.random.split, num=4))(keys)  # B 4
     for_vae, for_noise, for_time, for_guidance = (keys[:, i] for i in range(4))
-    x, condition, share = conditioning.encode_training(
-        models.vae, batch.rows, recipe.mask_fill, for_vae, dtype
-    )
+    rows = batch.rows
+    if not isinstance(rows, Posteriors):
+        rows = conditioning.encode_rows(models.vae, rows, recipe.mask_fill, dtype)
+    x, condition, share = conditioning.draw_training(rows, for_vae)
     x = x.astype(jnp.float32)
     noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], "f4"))(for_noise)
     t = flow.draw_time(for_time, recipe.time_mean)

@@ -77,6 +77,7 @@ class Trainer:
             "update": update,
             "validate": jax.jit(partial(validate, region=recipe.loss_region, **statics)),
         }
+        self.row_encoder = tuple  # or Batch.rows -> Posteriors, where they are remembered
         self.programs, self.rate, self.micro = {}, learning_rate(recipe), micro_size(recipe, mesh)
         self.state = jax.jit(init, out_shardings=layout)(trainable)
         self.grads = jax.jit(zeros_like, out_shardings=layout.trainable)(trainable)
@@ -122,8 +123,8 @@ class Trainer:
         """Grids of one shape, by their numbers in the run -> NoisyBatch on the mesh."""
         how = self.tokenizers, self.preset, self.mesh, self.masks_every_row
         batch = make_batch(examples, numbers, *how)
-        args = self.frozen, batch, key
-        return self.program("encode", tuple(pixels.shape for pixels, _ in batch.rows), *args)(*args)
+        args = self.frozen, batch._replace(rows=self.row_encoder(batch.rows)), key
+        return self.program("encode", (len(examples), examples[0].grid.shape), *args)(*args)
 
     def send(self, groups, stopped=lambda: False):
         """Send the next optimizer step to the devices -> Sent; None if `stopped()` between two

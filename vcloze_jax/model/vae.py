@@ -192,12 +192,9 @@ class VAE(nnx.Module):
         """Raw latent -> model latent."""
         return (z - self.config.shift) * self.config.scale
 
-    def encode(self, x, key=None):
-        """Model latent of x: the posterior's mean, or with a key a draw from the posterior."""
-        mean, std = self.moments(x)
-        if key is not None:
-            mean = mean + std * jax.random.normal(key, std.shape, std.dtype)
-        return self.scaled(mean)
+    def encode(self, x):
+        """Model latent of x, the posterior's mean."""
+        return self.scaled(self.moments(x)[0])
 
     def decode(self, z):
         """Model latent [B, h, w, 16] -> picture [B, 8h, 8w, 3], about [-1, 1]."""

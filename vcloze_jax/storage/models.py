@@ -16,7 +16,7 @@ from vcloze_jax.model.lora import fold, split
 from vcloze_jax.sharding import compute_dtype, put, shardings
 from vcloze_jax.step import purpose_key
 from vcloze_jax.storage import adapters, places, weights
-from vcloze_jax.storage.preset import read_config
+from vcloze_jax.storage.preset import read_config, read_text_length
 from vcloze_jax.storage.textreader import TextCache, TextReader, Tokenizers
 
 
@@ -84,7 +84,8 @@ def checked_training_preset(folder, recipe):
     if recipe.weights == "mini" and preset.name != "mini":
         pass  # planned before there are weights
     elif recipe.from_scratch:
-        preset = replace(preset, vae=read_config(folder, "vae", preset.vae))
+        vae, t5 = read_config(folder, "vae", preset.vae), read_text_length(folder, preset.t5)
+        preset = replace(preset, vae=vae, t5=t5)
     else:
         preset = weights.checked_fill_preset(folder)
         if preset.name != recipe.preset:

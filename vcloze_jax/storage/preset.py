@@ -47,13 +47,17 @@ def load_preset(folder: Path) -> Preset:
         if (width := configs[field].width) != read:
             reason = f"its {PARTS[field].name} is {width} wide, its transformer reads {read}"
             raise UserError(f"{folder}: {reason}; take both from one model")
-    file, limit = folder / "tokenizer_2" / "tokenizer_config.json", preset.t5.max_length
-    names = {"model_max_length": "max_length"}
-    told = read_fields(file, names, preset.t5) if file.is_file() else {}
-    configs["t5"] = replace(configs["t5"], max_length=min(told.get("max_length", limit), limit))
+    configs["t5"] = read_text_length(folder, configs["t5"])
     file = folder / "scheduler" / "scheduler_config.json"
     flow = read_flow(file, preset.flow) if file.is_file() else preset.flow
     return replace(preset, flow=flow, **configs)
+
+
+def read_text_length(folder, t5):
+    """The T5Config that reads as many tokens as its tokenizer says, and no more than it did."""
+    file, limit = folder / "tokenizer_2" / "tokenizer_config.json", t5.max_length
+    told = read_fields(file, {"model_max_length": "max_length"}, t5) if file.is_file() else {}
+    return replace(t5, max_length=min(told.get("max_length", limit), limit))
 
 
 def read_flow(file, default):
