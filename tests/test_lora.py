@@ -1,6 +1,7 @@
 """Adapters: the algebra of A and B."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -75,9 +76,10 @@ def test_derivative_of_a_product_is_that_of_autodiff(into, out):
     """The hand-written derivative by x and by W, over any number of axes, is autodiff's."""
     into, out = as_shape(into), as_shape(out)
     x, w = filled(jnp.zeros((5, 7, *into))), filled(jnp.zeros((*into, *out)), 1)
+    ours = partial(contract, n=len(into), axes=(None,) * w.ndim)
     gradients = [
-        jax.grad(lambda x, w: jnp.sin(product(x, w, len(into))).sum(), (0, 1))(x, w)  # noqa: B023
-        for product in (contract, jnp.tensordot)
+        jax.grad(lambda x, w: jnp.sin(product(x, w)).sum(), (0, 1))(x, w)  # noqa: B023
+        for product in (ours, partial(jnp.tensordot, axes=len(into)))
     ]
     for ours, theirs in zip(*gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
@@ -87,7 +89,8 @@ def test_derivative_of_a_product_is_that_of_autodiff(into, out):
 def test_folding_before_the_product_changes_nothing(into, out, monkeypatch):
     """A layer gives the same output, and its adapter and input the same gradients to 1e-5, whether
     A B is folded into W or stands beside it."""
-    graphdef, adapter, base = lora.split(Dense(into, out, rank=8, rngs=nnx.Rngs(0)))
+    split = Split(*((None,) * len(as_shape(features)) for features in (into, out)))
+    graphdef, adapter, base = lora.split(Dense(into, out, split=split, rank=8, rngs=nnx.Rngs(0)))
     adapter, base, x = filled(adapter), filled(base, 1), filled(jnp.zeros((5, *as_shape(into))), 2)
     results = []
     for folds in (True, False):
