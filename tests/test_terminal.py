@@ -15,9 +15,9 @@ import pytest
 import train
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs import cli
+from vcloze_jax.inputs.cachefolder import cache_folder
 from vcloze_jax.inputs.runfolder import RunFolder
 from vcloze_jax.storage import checkpoint
-from vcloze_jax.storage.places import cache_folder
 
 ROOT = Path(__file__).parents[1]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -1,11 +1,9 @@
-"""Where things are: the shipped model, the one that a user names, and the cache. Knows no JAX."""
+"""Where things are: the shipped model, and the one that a user names. Knows no JAX."""
 
 import hashlib
 import json
 import math
-import os
 import re
-import tempfile
 from pathlib import Path
 
 from vcloze_jax.config import FLUX_FILL, PRESETS, UserError
@@ -87,15 +85,6 @@ def file_and_scale(text):
     if not math.isfinite(scale):
         raise UserError(f"--lora {text}: the scale must be finite")
     return Path(file), scale
-
-
-def cache_folder():
-    """Where compiled programs and text embeddings are kept between runs: $XDG_CACHE_HOME if it is
-    absolute, as its specification has it, else the home; of a process without one, temporary."""
-    for folder in os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"):
-        if os.path.isabs(folder):
-            return Path(folder, "vcloze_jax")
-    return Path(tempfile.gettempdir(), f"vcloze_jax_{os.getuid()}")
 
 
 def named_preset(folder):
