@@ -1,0 +1,268 @@
+"""Compiles what training and sampling run for TPUs that are not here, and prints what it needs.
+
+    pip install '.[tpu-aot]'
+    python benchmarks/tpu_aot.py --small                         # a tiny model: a minute
+    python benchmarks/tpu_aot.py v5e:2x4 --remat full            # FLUX.1-Fill, adapter of rank 256
+    python benchmarks/tpu_aot.py v6e:2x4 v5p:2x2x1 --grid 3x3
+    python benchmarks/tpu_aot.py v5e:2x4 --keep-all              # the control: it must be refused
+
+These are the functions of step.py and painter.py, not copies of them, on meshes of a topology that
+libtpu describes: its compiler places the buffers, cuts the arrays and refuses what does not fit, as
+it would there. Nothing runs: no numbers, no seconds. Bytes are of one chip; collectives are counted
+as often as the loops around them turn; FLOPs are XLA's count for one grid of the same program
+without loops (vcloze_jax.plan).
+"""
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from flax import nnx  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import AxisType, NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+
+from vcloze_jax import painter, plan, step  # noqa: E402
+from vcloze_jax.conditioning import Context  # noqa: E402
+from vcloze_jax.config import FLUX_FILL, MINI, REMAT, FluxConfig  # noqa: E402
+from vcloze_jax.devices import kernel_on, parse_mesh  # noqa: E402
+from vcloze_jax.model import mmdit  # noqa: E402
+from vcloze_jax.sharding import AXES, batch_sharding, compute_dtype, shardings  # noqa: E402
+from vcloze_jax.storage.weights import MODULES, abstract  # noqa: E402
+
+SMALL = replace(
+    MINI,
+    flux=FluxConfig(
+        width=256, heads=2, double_blocks=2, single_blocks=2, text_width=128, vec_width=64
+    ),
+)
+COLLECTIVES = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all"
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("topologies", nargs="*", default=["v5e:2x4"], help="as libtpu names them (v5e:2x4)")
+    add("--mesh", help="as train.py has it (default: all chips on fsdp)")
+    add("--programs", nargs="+", default=["encode", "accumulate", "update", "euler"])
+    add("--grid", default="3x3", metavar="ROWSxCOLUMNS")
+    add("--resolution", type=int, default=384)
+    add("--per-chip", type=int, default=1, help="grids at a time on each chip")
+    add("--rank", type=int, default=256)
+    add("--remat", choices=REMAT, default="light")
+    add("--keep-all", action="store_true", help="as without remat, but in loops: the control")
+    add("--small", action="store_true", help="a tiny model of the same topology")
+    return parser.parse_args(argv)
+
+
+def topology_mesh(name, sizes):
+    """The mesh of a topology's chips: `sizes` as --mesh says them, or all on fsdp."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    sizes = parse_mesh(sizes or str(len(devices)))
+    shape = tuple(sizes[axis] for axis in AXES)
+    return jax.sharding.Mesh(np.array(devices).reshape(shape), AXES, (AxisType.Auto,) * len(AXES))
+
+
+def place(tree, layout, dtype=None):
+    """Shapes with their shardings, cast."""
+    return jax.tree.map(lambda x, s: x.update(dtype=dtype or x.dtype, sharding=s), tree, layout)
+
+
+class Programs:
+    """The programs of a preset on a mesh, each lowered for `grids` of equal rows at a time."""
+
+    def __init__(self, preset, mesh, rows, columns, grids):
+        self.preset, self.mesh, self.grids, self.dtype = preset, mesh, grids, compute_dtype(mesh)
+        side = preset.resolution
+        self.shape = (rows, side, columns * side)
+        self.tokens = rows * columns * (side // 16) ** 2
+        parts = {name: abstract(module, getattr(preset, name)) for name, module in MODULES.items()}
+        self.graphdefs = {name: graphdef for name, (graphdef, _, _) in parts.items()}
+        frozen = {name: base for name, (_, _, base) in parts.items()}
+        self.frozen = place(frozen, shardings(frozen, mesh), self.dtype)
+        trainable = {"flux": parts["flux"][1]}
+        self.tx = step.make_optimizer(preset.recipe.clip)
+        state = jax.eval_shape(partial(step.init_state, tx=self.tx, ema=0.0), trainable)
+        self.layout = shardings(state, mesh)
+        self.state = place(state, self.layout)
+
+    def batched(self, *shape, dtype=jnp.float32):
+        shape = (self.grids, *shape)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(self.mesh))
+
+    def angles(self):
+        """Of the positions: a table for all grids, made on the host."""
+        length, half = self.preset.t5.max_length + self.tokens, self.preset.flux.head_dim // 2
+        return (jax.ShapeDtypeStruct((1, length, 1, half), jnp.float32),) * 2
+
+    def noisy(self):
+        """A micro-batch, as `encode` gives it."""
+        c, text = self.preset.flux, self.preset.t5.max_length
+        tokens = self.batched(self.tokens, 64)
+        context = Context(
+            self.batched(self.tokens, 320, dtype=self.dtype),
+            self.batched(text, c.text_width, dtype=self.dtype),
+            self.batched(c.vec_width, dtype=self.dtype),
+            self.batched(),
+            self.angles(),
+        )
+        return step.NoisyBatch(tokens, tokens, self.batched(self.tokens), self.batched(), context)
+
+    def steps(self):
+        statics = dict(graphdefs=self.graphdefs, dtype=self.dtype)
+        return step.make_step(
+            self.tx, partial(step.loss_fn, region="target", **statics), self.layout
+        )
+
+    def encode(self):
+        rows, height, width = self.shape
+        pixels = self.batched(height, width, 3, dtype=jnp.uint8)
+        mask = self.batched(height, width, dtype=jnp.bool_)
+        ids = (self.preset.t5.max_length,), (self.preset.clip.max_length,), ()
+        ids = (self.batched(*shape, dtype=jnp.int32) for shape in ids)
+        grids = tuple((pixels, mask if i == rows - 1 else None) for i in range(rows))
+        batch = step.Batch(grids, *ids, self.angles())
+        options = dict(graphdefs=self.graphdefs, preset=self.preset, dtype=self.dtype)
+        key = jax.eval_shape(jax.random.key, 0)
+        return jax.jit(partial(step.encode_batch, **options)).lower(self.frozen, batch, key)
+
+    def accumulate(self):
+        trainable = self.state.trainable
+        return self.steps()[0].lower(trainable, self.frozen, trainable, self.noisy())
+
+    def update(self):
+        everywhere = NamedSharding(self.mesh, P())
+        losses = jax.ShapeDtypeStruct((self.grids,), jnp.float32, sharding=everywhere)
+        rate = jax.ShapeDtypeStruct((), jnp.float32)
+        return self.steps()[1].lower(self.state, self.state.trainable, [losses], rate)
+
+    def euler(self):
+        """A step of sampling, the adapter folded in."""
+        graphdef, _, base = abstract(MODULES["flux"], replace(self.preset.flux, rank=0))
+        base = place(base, shardings(base, self.mesh, "flux/"), self.dtype)
+        flux, noisy, t = nnx.merge(graphdef, base), self.noisy(), self.batched()
+        mod = jax.eval_shape(type(flux).modulation, flux, t, t, noisy.context.pooled)
+        by_batch = [NamedSharding(self.mesh, P(*(None,) * (m.ndim - 2), *P(AXES[:2]))) for m in mod]
+        mod = place(mod, type(mod)(*by_batch))
+        places = dict(donate_argnums=1, out_shardings=batch_sharding(self.mesh))
+        program = jax.jit(painter.euler_step, **places)
+        return program.lower(flux, noisy.x_t, mod, noisy.context, t, t)
+
+
+def count_collectives(text):
+    """{kind: [how often, bytes that come out on one chip]} of a compiled program's HLO text, all
+    turns of its loops counted."""
+    bodies, name = {}, None
+    for line in text.splitlines():
+        if line and not line[0].isspace() and "{" in line:
+            name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
+            name = "ENTRY" if line.startswith("ENTRY") else name
+        bodies.setdefault(name, []).append(line)
+    found = {}
+
+    def walk(name, turns):
+        for line in bodies.get(name, []):
+            if kind := re.search(rf" ({COLLECTIVES})(-start)?\(", line):
+                result = line.split("=", 1)[1].split(kind[0])[0]
+                arrays = re.findall(rf"({'|'.join(BYTES)})\[([\d,]*)\]", result)
+                # The start of an asynchronous one gives its operands, too, and these come first.
+                arrays = arrays[-1:] if kind[2] else arrays
+                sizes = [BYTES[t] * np.prod([int(n) for n in s.split(",") if n]) for t, s in arrays]
+                entry = found.setdefault(kind[1], [0, 0])
+                entry[0] += turns
+                entry[1] += turns * sum(sizes)
+            count = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+            inner = turns * int(count[1]) if count else turns
+            for called in re.findall(
+                r"(?:body|to_apply|calls|async_computation)=%?([\w.-]+)", line
+            ):
+                walk(called, inner)
+
+    walk("ENTRY", 1)
+    return found
+
+
+def report(name, programs):
+    """Compile one program and print its line -> whether it fits."""
+    with jax.set_mesh(programs.mesh):
+        lowered = getattr(programs, name)()
+        start = time.perf_counter()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            reason = re.search(r"Used [\d.]+\w+ of [\d.]+\w+ \w+", str(error))
+            print(f"  {name}: refused: {reason[0] if reason else str(error).splitlines()[0]}")
+            return False
+    seconds = time.perf_counter() - start
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    sizes = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "peak": memory.peak_memory_in_bytes,
+    }
+    print(f"  {name}: {in_bytes(sizes)}; compiled in {seconds:.0f} s")
+    kernels = Counter(re.findall(r"%(splash_\w+?)[.\d]* = ", text))
+    for kernel, count in kernels.items():
+        print(f"    {count} x {kernel}")
+    for kind, (count, size) in sorted(count_collectives(text).items()):
+        print(f"    {count} x {kind}: {plan.si(size, 'B')}", flush=True)
+    return True
+
+
+def in_bytes(sizes):
+    """{"flux": 3_000_000} -> "flux 3 MB"."""
+    return ", ".join(f"{part} {plan.si(size, 'B')}" for part, size in sizes.items())
+
+
+def main():
+    args = parse(sys.argv[1:])
+    preset = SMALL if args.small else FLUX_FILL
+    resolution = 64 if args.small else args.resolution
+    rank = min(args.rank, 8) if args.small else args.rank
+    recipe = replace(preset.recipe, rank=rank, remat=args.remat, resolution=resolution)
+    preset = replace(preset, recipe=recipe).learning
+    if args.keep_all:  # mmdit's policy for "light" says which results are kept
+        preset = replace(preset, flux=replace(preset.flux, remat="light"))
+        mmdit.keep_products = lambda *_, **__: True
+    rows, columns = map(int, args.grid.split("x"))
+    fits = True
+    for name in args.topologies:
+        mesh = topology_mesh(name, args.mesh)
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        programs = Programs(preset, mesh, rows, columns, args.per_chip * shards)
+        weights = plan.weights_on_device(preset, MODULES, mesh, programs.dtype)
+        learnt = plan.on_device(programs.state.trainable["flux"], mesh, "flux", "float32")
+        weights |= {"adapter": learnt, "gradients": learnt, "moments": 2 * learnt}
+        tokens, text = programs.tokens, preset.t5.max_length
+        folded = replace(preset, flux=replace(preset.flux, rank=0))
+        forward, (_, gradient) = (
+            plan.flux_flops(folded, tokens),
+            plan.gradient_flops(preset, tokens),
+        )
+        size = f"{programs.grids} grids of {tokens} + {text} tokens"
+        how = f"attention by {kernel_on(mesh, preset)}, remat {args.remat}, jax {jax.__version__}"
+        print(f"{name} as {dict(mesh.shape)}, {size}, {how}")
+        print(f"  a step of sampling {plan.si(forward, 'FLOP')}, a gradient", end=" ")
+        print(f"{plan.si(gradient, 'FLOP')} for a grid; on a chip {in_bytes(weights)}", flush=True)
+        for program in args.programs:
+            fits &= report(program, programs)
+    return 0 if fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
