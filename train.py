@@ -41,7 +41,6 @@ def main(argv):
 
     from vcloze_jax import plan  # JAX from here on
     from vcloze_jax.devices import make_mesh, parse_mesh
-    from vcloze_jax.sharding import compute_dtype
     from vcloze_jax.storage.models import check_for_training, describe_origins
     from vcloze_jax.trainer import micro_size
 
@@ -49,10 +48,10 @@ def main(argv):
     micro_size(recipe, mesh)
     folder = Path(args.weights or places.MINI_FOLDER)
     preset = check_for_training(folder, recipe)
-    origins = describe_origins(folder, recipe, source.digest(), compute_dtype(mesh))
+    origins = describe_origins(folder, preset, source.digest(), mesh)
     run.compare_origins(recipe, origins, args.accept)
     if args.plan:
-        print(plan.training(preset, recipe, source.held_out(), mesh))
+        print(plan.training(preset, source.held_out(), mesh))
     if args.plan or args.check:
         return 0
     try:

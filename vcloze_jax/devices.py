@@ -8,7 +8,8 @@ import jaxlib
 from jax.sharding import AxisType
 
 from vcloze_jax.config import UserError
-from vcloze_jax.sharding import AXES
+from vcloze_jax.model.ops import choose_kernel
+from vcloze_jax.sharding import AXES, compute_dtype
 
 
 def parse_mesh(text):
@@ -50,6 +51,12 @@ def make_mesh(sizes=None):
     count = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
     shape = tuple(sizes[axis] for axis in AXES)
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count])
+
+
+def kernel_on(mesh, preset):
+    """What computes the MMDiT's attention on a mesh, by name."""
+    platform = mesh.devices.flat[0].platform
+    return choose_kernel(platform, compute_dtype(mesh), preset.flux.head_dim)
 
 
 def ready_xla(devices):

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vcloze_jax import __version__
-from vcloze_jax.devices import make_mesh, parse_mesh
+from vcloze_jax.devices import kernel_on, make_mesh, parse_mesh
 from vcloze_jax.grid import bucket
 from vcloze_jax.inputs.pictures import save_png, save_text
 from vcloze_jax.inputs.sheet import cell_boxes, compose
@@ -99,7 +99,7 @@ class Pipeline:
         for canvas in self.painter(specs, progress):
             sheet = compose(canvas.spec.grid, canvas.pixels)
             images = [Image.fromarray(target) for target in canvas.targets]
-            record = describe(canvas, self.painter.preset)
+            record = describe(canvas, self.painter.preset, self.painter.mesh)
             paintings.append(Painting(images, Image.fromarray(sheet), record))
         return paintings
 
@@ -121,7 +121,7 @@ def load_painter(folder, lora, mesh):
     return Painter(preset, models, models.text_reader(), mesh)
 
 
-def describe(canvas, preset):
+def describe(canvas, preset, mesh):
     """All that made a picture, as JSON."""
     spec, grid = canvas.spec, canvas.spec.grid
     record = {
@@ -130,6 +130,7 @@ def describe(canvas, preset):
         "sizes": [[width // grid.columns, height] for height, width in grid.shape],
         "boxes": cell_boxes(grid),
         **describe_pass(canvas, preset),
+        "attention": kernel_on(mesh, preset),
         "compiles": spent["programs"],
         "versions": {"vcloze_jax": __version__, "jax": jax.__version__, "flax": flax.__version__},
     }

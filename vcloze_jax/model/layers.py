@@ -11,8 +11,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from vcloze_jax.model.ops import attention, modulate, rope, timestep_embedding
+from vcloze_jax.model.ops import KEPT, attention, modulate, rope, timestep_embedding
 from vcloze_jax.sharding import COLUMNS, JOINED, ROWS, WHOLE, by_batch, gathered, placed
 
 
@@ -56,7 +57,7 @@ class Dense(nnx.Module):
         if self.rank:
             a, b = self.lora_a.reshape(*self.into, -1), self.lora_b.reshape(-1, *self.out)
             y = y + lora_branch(x, a, b, self.lora_bias.reshape(self.out))
-        return by_batch(y, self.split.output)
+        return checkpoint_name(by_batch(y, self.split.output), KEPT)
 
     def kernel_at_work(self, dtype):
         """W [*into, *out], gathered over fsdp, its last input or output axis split over tensor."""
