@@ -26,7 +26,7 @@ def keep_array(name: str, key: str, make: Callable[[], np.ndarray]) -> np.ndarra
     """
     folder = cache_folder() / "arrays"
     file, part = folder / f"{name}-{key}.npy", folder / f".{name}-{key}.{os.getpid()}.tmp"
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, EOFError):  # none, or no array
         return np.load(file, mmap_mode="r")
     array = make()
     try:
