@@ -6,12 +6,15 @@ Knows neither JAX nor torch.
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from vcloze_jax.config import FLUX_FILL, FluxConfig
+
 CHANNELS, LATENT = 384, 64  # of FLUX.1-Fill: latent, condition and mask; latent alone
 TIME, GUIDANCE = 0.7, 30.0
+STEPS = 30
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,17 @@ class Case:
         linear = 2 * blocks * 12 * d * d * tokens
         ends = 2 * d * (self.image * (CHANNELS + LATENT) + self.text * self.text_width)
         return self.batch * (linear + ends + 4 * tokens**2 * d * blocks)
+
+    def preset(self, remat):
+        """FLUX.1-Fill's, of these sizes; its adapter as training has it."""
+        sizes = dict(double_blocks=self.double, single_blocks=self.single, remat=remat)
+        text = dict(text_width=self.text_width, vec_width=self.vec_width)
+        return replace(
+            FLUX_FILL,
+            flux=FluxConfig(CHANNELS, LATENT, self.width, self.heads, **sizes, **text),
+            t5=replace(FLUX_FILL.t5, width=self.text_width, max_length=self.text),
+            recipe=replace(FLUX_FILL.recipe, rank=self.rank, remat=remat, resolution=self.side),
+        )
 
     def inputs(self):
         """float32 image [B, S, 384], text [B, T, text_width], pooled [B, vec_width], never zeros;

@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from case import CHANNELS, GUIDANCE, LATENT, TIME, Case, measure, tell  # noqa: E402
+from case import GUIDANCE, TIME, Case, measure, tell  # noqa: E402
 
 CASE = Case(768, 6, 2, 4, 256, 768, text=128, rows=2, columns=2, side=192, rank=16)
 SMALL = Case(128, 1, 1, 1, 64, 64, text=16, rows=1, columns=2, side=64, rank=4)
@@ -55,23 +55,6 @@ def hold_threads(count):
         os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
 
 
-def preset_of(case):
-    from vcloze_jax.config import FLUX_FILL, FluxConfig
-
-    flux = FluxConfig(
-        in_channels=CHANNELS,
-        out_channels=LATENT,
-        width=case.width,
-        heads=case.heads,
-        double_blocks=case.double,
-        single_blocks=case.single,
-        text_width=case.text_width,
-        vec_width=case.vec_width,
-        remat="none",
-    )
-    return replace(FLUX_FILL, flux=flux)
-
-
 def write(folder, case):
     """A weights folder of ours, normal weights of deviation 0.02."""
     import jax
@@ -79,7 +62,7 @@ def write(folder, case):
 
     from vcloze_jax.storage import weights
 
-    preset, rng = preset_of(case), np.random.default_rng(1)
+    preset, rng = case.preset("none"), np.random.default_rng(1)
     graphdef, _, base = weights.abstract(weights.MODULES["flux"], preset.flux)
     base = jax.tree.map(lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), base)
     models = {"flux": nnx.merge(graphdef, base)}
@@ -99,7 +82,7 @@ def ours(folder, case, repeats):
     from vcloze_jax.storage import weights
 
     ready_xla(1)
-    config, module = preset_of(case).flux, weights.MODULES["flux"]
+    config, module = case.preset("none").flux, weights.MODULES["flux"]
     model = weights.load(module, config, folder)
     img, txt, pooled, ids = case.inputs()
     ids = np.concatenate([np.zeros((case.text, 3), np.float32), ids])
@@ -215,11 +198,9 @@ def main():
         if who == "write":
             return write(Path(folder), case)
         return (ours if who == "ours" else theirs)(Path(folder), case, args.repeats)
-    print(
-        "| tokens x batch | forward, ms: ours | diffusers | ratio | gradient: ours | + peft |",
-        end="",
-    )
-    print(" ratio | product 2048², GFLOP/s: XLA / torch |\n|" + "---|" * 8)
+    names = "tokens x batch", "forward, ms: ours", "diffusers", "ratio", "gradient, ms: ours"
+    names += "diffusers + peft", "ratio", "product of 2048², GFLOP/s: XLA / torch"
+    print("|", " | ".join(names), "|\n|" + "---|" * len(names))
     if args.plot:
         plot(args.plot, case, args)
     else:
