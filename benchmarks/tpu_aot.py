@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+from hlo import count_collectives  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AxisType  # noqa: E402
 from programs import Programs  # noqa: E402
@@ -44,8 +45,6 @@ SMALL = replace(
         width=256, heads=2, double_blocks=2, single_blocks=2, text_width=128, vec_width=64
     ),
 )
-COLLECTIVES = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all"
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 
 
 def parse(argv):
@@ -72,39 +71,6 @@ def topology_mesh(name, sizes):
     sizes = parse_mesh(sizes or str(len(devices)))
     shape = tuple(sizes[axis] for axis in AXES)
     return jax.sharding.Mesh(np.array(devices).reshape(shape), AXES, (AxisType.Auto,) * len(AXES))
-
-
-def count_collectives(text):
-    """{kind: [how often, bytes that come out on one chip]} of a compiled program's HLO text, all
-    turns of its loops counted."""
-    bodies, name = {}, None
-    for line in text.splitlines():
-        if line and not line[0].isspace() and "{" in line:
-            name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
-            name = "ENTRY" if line.startswith("ENTRY") else name
-        bodies.setdefault(name, []).append(line)
-    found = {}
-
-    def walk(name, turns):
-        for line in bodies.get(name, []):
-            if kind := re.search(rf" ({COLLECTIVES})(-start)?\(", line):
-                result = line.split("=", 1)[1].split(kind[0])[0]
-                arrays = re.findall(rf"({'|'.join(BYTES)})\[([\d,]*)\]", result)
-                # The start of an asynchronous one gives its operands, too, and these come first.
-                arrays = arrays[-1:] if kind[2] else arrays
-                sizes = [BYTES[t] * np.prod([int(n) for n in s.split(",") if n]) for t, s in arrays]
-                entry = found.setdefault(kind[1], [0, 0])
-                entry[0] += turns
-                entry[1] += turns * sum(sizes)
-            count = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            inner = turns * int(count[1]) if count else turns
-            for called in re.findall(
-                r"(?:body|to_apply|calls|async_computation)=%?([\w.-]+)", line
-            ):
-                walk(called, inner)
-
-    walk("ENTRY", 1)
-    return found
 
 
 def report(name, programs):
