@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -30,17 +31,11 @@ class Ours:
         self.programs.frozen = {"flux": self.programs.frozen["flux"]}
 
     def draw(self, shapes, scale):
-        """Normal numbers in the places of some shapes; made on the device, leaf by leaf."""
+        """Normal numbers in the places of some shapes, made on the device, leaf by leaf."""
 
         def one(path, x):
             key = jax.random.key(sum(map(ord, jax.tree_util.keystr(path))))
-            if not jnp.issubdtype(x.dtype, jnp.floating):
-                return jnp.zeros(x.shape, x.dtype)
-            make = jax.jit(
-                lambda key: (scale * jax.random.normal(key, x.shape)).astype(x.dtype),
-                out_shardings=x.sharding,
-            )
-            return make(key)
+            return jax.device_put(normal(key, scale, x.shape, x.dtype), x.sharding)
 
         return jax.tree_util.tree_map_with_path(one, shapes)
 
@@ -127,3 +122,11 @@ class Ours:
             return norms
 
         self.time(what, call, temporary_gib=temporary)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def normal(key, scale, shape, dtype):
+    """Numbers of that deviation; of what is no number, zeros."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return jnp.zeros(shape, dtype)
+    return (scale * jax.random.normal(key, shape)).astype(dtype)
