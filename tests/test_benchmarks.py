@@ -12,17 +12,32 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 HLO = """HloModule jit_f
 
 %body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
-  %all-gather.1 = f32[8,4]{1,0:T(8,128)} all-gather(%x), dimensions={0}
-  %rs = (f32[8,4], f32[1,4]) reduce-scatter-start(%y), dimensions={0}
+  %all-gather.1 = f32[8,4]{1,0:T(8,128)} all-gather(%x), channel_id=1, dimensions={0}
+  %rs = (f32[8,4], f32[1,4]) reduce-scatter-start(%y), channel_id=2, dimensions={0}
+}
+
+%body_of_another (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %fusion.1 = f32[8,4]{1,0} fusion(%x), kind=kCustom, calls=%piece.1
+  %fusion.2 = f32[8,4]{1,0} fusion(%x), kind=kCustom, calls=%piece.2
+}
+
+%piece.1 (p: f32[1,4]) -> f32[8,4] {
+  %all-gather.3 = f32[8,4]{1,0} all-gather(%x), channel_id=3, dimensions={0}
+}
+
+%piece.2 (p: f32[1,4]) -> f32[8,4] {
+  %all-gather.4 = f32[8,4]{1,0} all-gather(%x), channel_id=3, dimensions={0}
 }
 
 %cond (p: (s32[], f32[8,4])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(5)
 }
 
 ENTRY %main (a: f32[1,4]) -> f32[8,4] {
-  %all-gather.2 = bf16[8,4]{1,0} all-gather(%a), dimensions={0}
+  %all-gather.2 = bf16[8,4]{1,0} all-gather(%a), channel_id=4, dimensions={0}
   %while.1 = (s32[], f32[8,4]) while(%t), condition=%cond, body=%body, \
 backend_config={"known_trip_count":{"n":"3"}}
+  %while.2 = (s32[], f32[8,4]) while(%t), condition=%cond, body=%body_of_another
 }
 """
 
@@ -33,12 +48,14 @@ def run(name, *flags):
 
 
 def test_collectives_are_counted_with_their_loops(monkeypatch):
-    """What is in the body of a loop counts as often as it turns; bytes are what comes out."""
+    """What is in the body of a loop counts as often as it turns, whether its line says so or its
+    condition; what is done in pieces counts once; bytes are what comes out."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import hlo
 
     found = hlo.count_collectives(HLO)
-    assert found == {"all-gather": [4, 2 * 32 + 3 * 4 * 32], "reduce-scatter": [3, 3 * 16]}
+    gathers = [1 + 3 + 5, 2 * 32 + (3 + 5) * 4 * 32]
+    assert found == {"all-gather": gathers, "reduce-scatter": [3, 3 * 16]}
 
 
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="pip install '.[tpu-aot]'")
