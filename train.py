@@ -42,7 +42,6 @@ def main(argv):
 
     from vcloze_jax import plan  # JAX from here on
     from vcloze_jax.devices import make_mesh, parse_mesh
-    from vcloze_jax.sharding import compute_dtype
     from vcloze_jax.storage.models import checked_training_preset, describe_origins
     from vcloze_jax.trainer import micro_size
 
@@ -50,10 +49,10 @@ def main(argv):
     micro_size(recipe, mesh)
     folder = Path(args.weights or places.MINI_FOLDER)
     preset = checked_training_preset(folder, recipe)
-    origins = describe_origins(folder, recipe, source.digest(), compute_dtype(mesh))
+    origins = describe_origins(folder, preset, source.digest(), mesh)
     run.compare_origins(recipe, origins, args.accept)
     if args.plan:
-        print(plan.training(preset, recipe, source, mesh, args.device))
+        print(plan.training(preset, source, mesh, args.device))
     if args.check:
         print(show_source(source, recipe, run.path.with_name(f"{run.path.name}-check.png")))
     if args.plan or args.check:

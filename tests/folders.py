@@ -25,7 +25,7 @@ FLUX = FluxConfig(
     text_width=10,
     vec_width=6,
     axes_dim=(4, 4, 4),
-    remat=False,
+    remat="none",
 )
 PRESET = replace(
     MINI,

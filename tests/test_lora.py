@@ -168,7 +168,7 @@ def eqns(jaxpr):
             yield from eqns(inner)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", "light", "full"])
 def test_gradients_are_float32_from_the_dot_on(remat):
     """Where layers compute in bfloat16, the gradients of A, B and b_B are sums in float32: of
     two bfloat16 factors if the layer computes in it, and never rounded on their way."""

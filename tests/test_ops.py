@@ -1,6 +1,5 @@
-"""Laws of ops.py: packing, positions, attention, time features, norms."""
+"""Laws of ops.py: packing, positions, time features, norms."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -97,43 +96,6 @@ def test_rope_rotates_in_float32():
     exact = ops.rope(q.astype(jnp.float32), pe).astype(jnp.bfloat16)
     np.testing.assert_array_equal(turned, exact)
     assert np.abs(np.float32(turned[:, 0] - turned[:, 1])).max() > 0.5
-
-
-# --- attention ---
-
-
-def softmax_attention(q, k, v, lengths):
-    """The definition, sample by sample, in float64."""
-    out = np.zeros_like(q, np.float64)
-    for b, n in enumerate(lengths):
-        scores = np.einsum("lhk,mhk->hlm", q[b], k[b, :n]) / np.sqrt(q.shape[-1])
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        out[b] = np.einsum("hlm,mhk->lhk", weights, v[b, :n])
-    return out.reshape(*q.shape[:2], -1)
-
-
-def test_attention_is_softmax_over_the_real_tokens():
-    """Scores are divided by sqrt(K), heads stay outermost, and keys past a sample's length have no
-    weight at all, whatever stands there."""
-    q, k, v = (normal(3, 7, 2, 8, seed=seed) for seed in range(3))
-    full = np.array([7, 7, 7], np.int32)
-    np.testing.assert_allclose(ops.attention(q, k, v), softmax_attention(q, k, v, full), atol=1e-6)
-    lengths = np.array([7, 4, 1], np.int32)
-    out = ops.attention(q, k, v, lengths)
-    np.testing.assert_allclose(out, softmax_attention(q, k, v, lengths), atol=1e-6)
-    past = np.arange(7)[None, :, None, None] >= lengths[:, None, None, None]
-    other = ops.attention(q, np.where(past, 1e3, k), np.where(past, 1e3, v), lengths)
-    np.testing.assert_array_equal(other, out)
-
-
-def test_padding_gets_no_gradient():
-    """Keys and values past a sample's length get a gradient of exactly 0."""
-    q, k, v = (normal(2, 5, 2, 8, seed=seed) for seed in range(3))
-    lengths = np.array([5, 3], np.int32)
-    grads = jax.grad(lambda k, v: ops.attention(q, k, v, lengths).sum(), (0, 1))(k, v)
-    for grad in grads:
-        assert not np.any(grad[1, 3:]) and np.any(grad[1, :3])
 
 
 # --- time and norms ---

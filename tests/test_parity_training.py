@@ -28,12 +28,12 @@ from vcloze_jax.storage import weights
 
 # Region of the loss, whether blocks are recomputed, grids of a micro-batch.
 WAYS = (
-    ("target", False, 1),
-    ("target", False, 2),
-    ("target", True, 1),
-    ("target", True, 2),
-    ("grid", False, 2),
-    ("grid", True, 1),
+    ("target", "none", 1),
+    ("target", "none", 2),
+    ("target", "full", 1),
+    ("target", "light", 2),
+    ("grid", "none", 2),
+    ("grid", "light", 1),
 )
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 import sample
 from vcloze_jax import Pipeline
 from vcloze_jax.config import UserError
+from vcloze_jax.inputs.cachefolder import cache_folder
 from vcloze_jax.inputs.spec import ANSWERS
 from vcloze_jax.storage import places, weights
 
@@ -199,7 +200,7 @@ def test_text_encoders_go_first(folder, monkeypatch, tmp_path):
     first = Pipeline.load(folder)(GRID, **SMALL)
     assert loaded == ["T5Encoder", "CLIPTextEncoder", "VAE", "Flux"]
     assert there[2:] == [0, 0]
-    assert len(list((places.cache_folder() / "text").iterdir())) == 1
+    assert len(list((cache_folder() / "text").iterdir())) == 1
     loaded.clear()
     again = Pipeline.load(folder)(GRID, **SMALL)
     assert loaded == ["VAE", "Flux"]

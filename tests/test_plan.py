@@ -81,12 +81,10 @@ def test_activations_are_split(learning):
 def test_activations_of_a_gradient():
     """A gradient keeps what a velocity lets go, block by block, and with remat a fraction of it."""
     mesh, deep = make_mesh(parse_mesh("1")), replace(tiny.TINY.flux, single_blocks=5)
-    keep, again = (replace(tiny.TINY, flux=replace(deep, remat=x)) for x in (False, True))
-    velocity = plan.flux_temporaries(again, 4, 64, mesh, "float32")
-    kept, remade = (
-        plan.flux_temporaries(x, 4, 64, mesh, "float32", learning=True) for x in (keep, again)
-    )
-    assert velocity < remade < kept / 2
+    ways = [replace(tiny.TINY, flux=replace(deep, remat=x)) for x in ("none", "light", "full")]
+    velocity = plan.flux_temporaries(ways[2], 4, 64, mesh)
+    none, light, full = (plan.flux_temporaries(x, 4, 64, mesh, learning=True) for x in ways)
+    assert velocity < full < light < none and full < none / 2
 
 
 @pytest.mark.parametrize(
@@ -156,7 +154,7 @@ def test_full_size():
     assert "fox_target0: 4096 image + 512 text tokens, bucket 4608, 12 steps of 84.7 TFLOP" in text
     assert "(flux 5.96 GB, vae 335 MB, activations " in text
     data = SimpleNamespace(shape=lambda rng: 3, example=lambda *_: SimpleNamespace(grid=grid))
-    recipe = replace(FLUX_FILL.recipe, micro_batch=8)
-    text = plan.training(FLUX_FILL, recipe, data, mesh)
+    preset = replace(FLUX_FILL, recipe=replace(FLUX_FILL.recipe, micro_batch=8))
+    text = plan.training(preset, data, mesh)
     assert "largest grid: rows of 1152x384, 1152x384, 1152x384; 5184 image" in text
     assert "learnt 631 MB, its gradients 1.26 GB, its moments 1.26 GB, activations " in text

@@ -87,7 +87,7 @@ def test_configs_as_published(saved, tmp_path):
     preset = load_preset(folder)
     assert preset.clip.eos == 23 and preset.flux.out_channels == 64
     assert preset.recipe == FLUX_FILL.recipe and preset.resolution == 384
-    assert preset.flux.remat
+    assert preset.flux.remat == "full"
 
 
 SCHEDULER = "scheduler/scheduler_config.json"

@@ -115,7 +115,7 @@ def test_share_of_the_peak():
     in the TFLOP/s alone."""
     device = SimpleNamespace(device_kind="NVIDIA H200")
     mesh = SimpleNamespace(size=4, devices=np.array([device] * 4))
-    preset = replace(tiny.TINY, flux=replace(tiny.TINY.flux, rank=4, remat=True))
+    preset = replace(tiny.TINY, flux=replace(tiny.TINY.flux, rank=4, remat="full"))
     needed, done = plan.gradient_flops(preset, 16)
     assert done == needed + plan.flux_flops(preset, 16)
     seconds = 2 * needed / (4 * 989e12 * 0.4)  # of two grids at 40 % of the peak

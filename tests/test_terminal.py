@@ -14,10 +14,10 @@ import pytest
 
 import train
 from vcloze_jax.config import UserError
-from vcloze_jax.inputs import cli
+from vcloze_jax.inputs import cachefolder, cli
+from vcloze_jax.inputs.cachefolder import cache_folder
 from vcloze_jax.inputs.runfolder import RunFolder
-from vcloze_jax.storage import checkpoint, places
-from vcloze_jax.storage.places import cache_folder
+from vcloze_jax.storage import checkpoint
 
 ROOT = Path(__file__).parents[1]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -172,8 +172,8 @@ def test_a_cache_that_others_may_have_filled_is_passed_over(monkeypatch, tmp_pat
     """The name of a temporary cache can be foreseen: what lies there counts only if it is a folder
     of ours that nobody else can write."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    places.temporary_cache.cache_clear()
-    foreseen = places.temporary_cache()
+    cachefolder.temporary_cache.cache_clear()
+    foreseen = cachefolder.temporary_cache()
     assert foreseen.parent == tmp_path and foreseen.stat().st_mode & 0o77 == 0
     foreseen.rmdir()
     (tmp_path / "theirs").mkdir()
@@ -184,6 +184,6 @@ def test_a_cache_that_others_may_have_filled_is_passed_over(monkeypatch, tmp_pat
     else:
         foreseen.mkdir()
         foreseen.chmod(0o777)
-    places.temporary_cache.cache_clear()
-    assert places.temporary_cache() not in (foreseen, tmp_path / "theirs")
-    places.temporary_cache.cache_clear()
+    cachefolder.temporary_cache.cache_clear()
+    assert cachefolder.temporary_cache() not in (foreseen, tmp_path / "theirs")
+    cachefolder.temporary_cache.cache_clear()

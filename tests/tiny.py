@@ -32,7 +32,7 @@ FLUX = FluxConfig(
     text_width=12,
     vec_width=10,
     axes_dim=(2, 2, 4),
-    remat=False,
+    remat="none",
 )
 GUIDANCE = "time_text_embed.guidance_embedder."
 VAE_CONFIG = VAEConfig(channels=(4, 8, 8, 8), layers=1, groups=2, scale=0.5, shift=0.1)
@@ -132,7 +132,7 @@ TINY = replace(
         text_width=16,
         vec_width=16,
         axes_dim=(4, 6, 6),
-        remat=False,
+        remat="none",
     ),
     vae=replace(MINI.vae, channels=(8, 8, 8, 8)),
     t5=replace(MINI.t5, width=16, head_dim=8, heads=2, mlp=32, layers=1),

@@ -4,7 +4,9 @@ Defaults are those of FLUX.1-Fill-dev (black-forest-labs/flux:src/flux/util.py, 
 Dtypes are strings, so that this room imports nothing.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+REMAT = ("none", "light", "full")
 
 
 class UserError(Exception):
@@ -13,7 +15,8 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class FluxConfig:
-    """The MMDiT. `remat` recomputes each block in the backward pass (needed at full size only)."""
+    """The MMDiT. `remat` is what a backward pass computes again: nothing, all but matrix products
+    and attention, or each block."""
 
     in_channels: int = 384  # 64 noisy latent | 64 condition latent | 256 mask
     out_channels: int = 64
@@ -28,7 +31,7 @@ class FluxConfig:
     theta: int = 10_000
     guidance_embed: bool = True
     rank: int = 0  # of the LoRA branch in every Dense; 0 means no branch
-    remat: bool = True
+    remat: str = "full"
 
     @property
     def head_dim(self) -> int:
@@ -147,6 +150,7 @@ class Recipe:
     save_every: int = setting(500, "steps between checkpoints", RUN, least=1, free=True)
     save_minutes: float = setting(0.0, "minutes after which to save, too", RUN, least=0, free=True)
     preview_every: int = setting(500, "steps between previews", RUN, least=1, free=True)
+    remat: str = setting("light", "full: less memory, more work", RUN, free=True, choices=REMAT)
     skip_nonfinite: int = setting(0, "steps that may be skipped for it", RUN, least=0, free=True)
 
 
@@ -169,6 +173,12 @@ class Preset:
         """A cell's area is its square, unless a spec says otherwise."""
         return self.recipe.resolution
 
+    @property
+    def learning(self) -> "Preset":
+        """The same, with the MMDiT as training has it."""
+        rank, remat = self.recipe.rank, self.recipe.remat
+        return replace(self, flux=replace(self.flux, rank=rank, remat=remat))
+
 
 FLUX_FILL = Preset("flux-fill")
 
@@ -183,7 +193,7 @@ MINI = Preset(
         text_width=128,
         vec_width=64,
         axes_dim=(8, 12, 12),
-        remat=False,
+        remat="none",
     ),
     # Scale and shift are measured when the autoencoder is trained, and said by mini/vae.
     vae=VAEConfig(channels=(8, 16, 32, 64), layers=1, groups=1, scale=1.0, shift=0.0),
@@ -201,6 +211,7 @@ MINI = Preset(
         time_mean=1.0,
         guidance_range=(1.0, 50.0),
         mask_fill=-1.0,
+        remat="none",
         data="graphemoji:gray->fluent_flat",
         save_every=50,
         preview_every=50,

@@ -10,7 +10,8 @@ from jax.sharding import AxisType
 
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.checks import describe_error
-from vcloze_jax.sharding import AXES
+from vcloze_jax.model.ops import choose_kernel
+from vcloze_jax.sharding import AXES, compute_dtype
 
 MOST = 65_536  # devices on an axis
 
@@ -66,6 +67,12 @@ def make_mesh(sizes=None):
     count = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
     shape = tuple(sizes[axis] for axis in AXES)
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count])
+
+
+def kernel_on(mesh, preset):
+    """What computes the MMDiT's attention on a mesh, by name."""
+    platform = mesh.devices.flat[0].platform
+    return choose_kernel(platform, compute_dtype(mesh), preset.flux.head_dim)
 
 
 def ready_xla(devices):

@@ -63,8 +63,7 @@ class Painter:
         self.modulate_steps = jax.jit(modulate_steps)
         self.select_step = jax.jit(select_step)
         # Where its result lies is said, or the second step would be another program.
-        placed = dict(donate_argnums=1, out_shardings=batch_sharding(mesh))
-        self.euler_step = jax.jit(euler_step, **placed)
+        self.euler_step = jax.jit(euler_step, out_shardings=batch_sharding(mesh))
         self.decode_row = jax.jit(decode_row, static_argnums=(2, 3))
 
     def __call__(self, specs, progress=lambda steps, label: steps, watch=None):
@@ -148,9 +147,11 @@ class Painter:
             mods = self.modulate_steps(flux, times, context)
             for i in steps:
                 mod, t, t_next = self.select_step(mods, times, i)
-                x = self.euler_step(flux, x, mod, context, t, t_next).block_until_ready()
+                before, x = x, self.euler_step(flux, x, mod, context, t, t_next)
+                before.block_until_ready()  # for whoever counts: the devices have their next step
                 if watch:
-                    watch(members, i, np.array(x))  # a copy: the next step reuses the memory of x
+                    watch(members, i, np.asarray(x))
+            x.block_until_ready()
         for canvas, latents in zip(members, np.asarray(x), strict=False):
             canvas.latents = latents[: len(canvas.latents)]
             canvas.seconds.update(seconds)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from vcloze_jax import __version__
 from vcloze_jax.config import UserError
-from vcloze_jax.devices import make_mesh, parse_mesh
+from vcloze_jax.devices import kernel_on, make_mesh, parse_mesh
 from vcloze_jax.film import Step, tell_steps
 from vcloze_jax.grid import Spec, bucket
 from vcloze_jax.inputs.pictures import save_png, save_text
@@ -171,7 +171,7 @@ class Pipeline:
         """What a caller is given of a Canvas."""
         models, sheet = self.painter.models, compose(canvas.spec.grid, canvas.pixels)
         images = [Image.fromarray(target) for target in canvas.targets]
-        record = describe(canvas, self.painter.preset)
+        record = describe(canvas, self.painter.preset, self.painter.mesh)
         record["weights"] = str(models.folder)
         record["adapters"] = places.describe_adapters(models.folder, models.loras)
         is_mini = models.folder == places.MINI_FOLDER
@@ -196,7 +196,7 @@ def load_painter(folder, lora, mesh):
     return Painter(preset, models, models.text_reader(), mesh)
 
 
-def describe(canvas, preset):
+def describe(canvas, preset, mesh):
     """All that made a picture, as JSON."""
     spec, grid = canvas.spec, canvas.spec.grid
     record = {
@@ -206,6 +206,7 @@ def describe(canvas, preset):
         "boxes": cell_boxes(grid),
         **describe_pass(canvas, preset),
         "compiles": spent["compiled"],
+        "attention": kernel_on(mesh, preset),
         "versions": {"vcloze_jax": __version__, "jax": jax.__version__, "flax": flax.__version__},
     }
     if canvas.second_passes:

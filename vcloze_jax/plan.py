@@ -28,7 +28,7 @@ from vcloze_jax.trainer import micro_size
 
 MESH = "a larger --mesh: its fsdp axis splits weights and state"
 REMEDIES = {
-    "activations": "a larger --mesh, a smaller --micro-batch, a lower resolution or fewer cells",
+    "activations": "a larger --mesh, a lower resolution, fewer cells, in training --remat full",
     "its gradients": f"a lower --rank, or {MESH}",
     "its moments": f"a lower --rank, or {MESH}",
 }
@@ -117,11 +117,11 @@ def passes(preset, specs):
                 yield f"{spec.name}_target{i}", up.tokens, len(times) - 1, rows
 
 
-def training(preset, settings, data, mesh, device=None):
+def training(preset, data, mesh, device=None):
     """What an optimizer step on the largest grid of the data costs, as text; see `sampling`."""
     dtype, compiled, share = precision(mesh, device)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    preset = replace(preset, flux=replace(preset.flux, rank=settings.rank))
+    preset, settings = preset.learning, preset.recipe
     shape = max(data.shapes(), key=lambda shape: shape.tokens)
     rows, tokens, grids = shape.sizes, shape.tokens, micro_size(settings, mesh) // shards
     encoded = Counter((*rows, rows[-1]))  # the query a second time, blanked
@@ -183,16 +183,16 @@ def temporaries(lowered):
 def flux_flops(preset, tokens, learning=False):
     """Of `flux_program` for one grid. Without remat, or blocks would be a loop; in float32, or a
     kernel of an accelerator would hide the attention."""
-    preset = replace(preset, flux=replace(preset.flux, remat=False))
+    preset = replace(preset, flux=replace(preset.flux, remat="none"))
     program, *shapes = flux_program(preset, 1, tokens, learning)
     return flops(jax.jit(program).lower(*shapes))
 
 
 def gradient_flops(preset, tokens):
     """Of the MMDiT in a training step, for one grid: what its gradient needs, and what is done for
-    it, which is more where remat runs each block once more."""
+    it, which is more where full remat runs each block once more."""
     needed = flux_flops(preset, tokens, learning=True)
-    return needed, needed + flux_flops(preset, tokens) * preset.flux.remat
+    return needed, needed + flux_flops(preset, tokens) * (preset.flux.remat == "full")
 
 
 def training_speed(preset, tokens, seconds, mesh):

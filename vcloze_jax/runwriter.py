@@ -1,7 +1,6 @@
 """What a training run tells while it lasts: metrics, previews, curves, adapters and checkpoints."""
 
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from itertools import takewhile
 
 import jax
@@ -101,9 +100,7 @@ class RunWriter:
 
     def measure(self, tokens, seconds):
         """The speed of a step over grids of so many tokens each."""
-        preset = self.trainer.preset
-        preset = replace(preset, flux=replace(preset.flux, rank=preset.recipe.rank))
-        return plan.training_speed(preset, tokens, seconds, self.trainer.mesh)
+        return plan.training_speed(self.trainer.preset.learning, tokens, seconds, self.trainer.mesh)
 
     def preview(self):
         """Paint what is learnt, beside the base and the truth; measure it on held-out grids."""

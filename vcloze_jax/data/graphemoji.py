@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,12 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from vcloze_jax.config import Recipe, UserError
-from vcloze_jax.data import graph
+from vcloze_jax.data import conditions, graph
 from vcloze_jax.data.conditions import CONDITIONS, derive, over_white
 from vcloze_jax.data.graph import NODES, PACKS, SIZE, VIEWS
 from vcloze_jax.data.sources import Example, Shape, random_generator
 from vcloze_jax.grid import Grid
+from vcloze_jax.inputs.cachefolder import keep_array
 
 FOLDER = Path(__file__).parent  # tfds adds graphemoji/CONFIG/VERSION
 DERIVED_FROM = VIEWS.index("fluent_3d")  # the view that conditions are derived from
@@ -145,10 +147,29 @@ def derive_nodes(subjects: Subjects) -> np.ndarray:
 def read_nodes(split: str) -> tuple[list[str], np.ndarray]:
     """The names of a split's N subjects and all their `NODES`, uint8 [N, 17, 64, 64, 3].
 
-    Derived once and kept, so that an example is a look-up and no large accelerator is starved.
+    Derived once and kept, so that an example is a look-up and no large accelerator is starved; a
+    later process finds them in the cache.
     """
-    subjects = read_subjects(split)
-    return subjects.names, derive_nodes(subjects)
+
+    def make():
+        subjects = read_subjects(split)
+        nodes = derive_nodes(subjects)
+        table = np.empty(len(nodes), [("name", "U64"), ("nodes", "u1", nodes.shape[1:])])
+        table["name"], table["nodes"] = subjects.names, nodes
+        return table
+
+    table = keep_array(f"graphemoji-{split}", digest_derivation(), make)
+    return table["name"].tolist(), np.asarray(table["nodes"])
+
+
+def digest_derivation() -> str:
+    """Of all that the nodes are made of: the packs, our code, and the libraries that it calls."""
+    files = [*sorted(FOLDER.glob("graphemoji/*/*/*")), Path(__file__), Path(conditions.__file__)]
+    libraries = [f"{name} {version(name)}" for name in ("numpy", "scipy", "scikit-image", "pillow")]
+    found = hashlib.sha256(f"{NODES} {libraries}".encode())
+    for file in files:
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False)

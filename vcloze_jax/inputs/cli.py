@@ -15,11 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vcloze_jax.config import DATA, PRESETS, Recipe, UserError, flag
+from vcloze_jax.inputs.cachefolder import cache_folder
 from vcloze_jax.inputs.checks import describe_with_file
 from vcloze_jax.inputs.terminal import guard_streams, tell_error
 from vcloze_jax.storage.places import (
     MINI_FOLDER,
-    cache_folder,
     file_and_scale,
     find_weights,
     named_preset,
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         form = argparse.RawDescriptionHelpFormatter
         epilog = (
-            f"Compiled programs and text embeddings are kept in {cache_folder()}\n"
+            f"Compiled programs, texts and derived pictures are kept in {cache_folder()}\n"
             "(XDG_CACHE_HOME moves it); all of it may be deleted at any time."
         )
         super().__init__(None, None, description, epilog, formatter_class=form, allow_abbrev=False)
@@ -216,8 +216,10 @@ def run(main):
     """
     guard_streams()
     watch_signals()
+    # Transformers says at import that torch is missing, which is as intended.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # Compiled programs are kept, also those of less than a second: mini's are many.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "programs"))
-    # Programs that compile in less than a second are kept, too: the next run compiles none.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     leave(exit_code(main))
 

@@ -11,8 +11,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from vcloze_jax.model.ops import attention, modulate, rope, timestep_embedding
+from vcloze_jax.model.ops import KEPT, attention, modulate, rope, timestep_embedding
 from vcloze_jax.sharding import COLUMNS, OF_HEADS, OF_PARTS, ROWS, TO_HEADS, VECTOR, WHOLE, placed
 
 
@@ -65,7 +66,8 @@ class Dense(nnx.Module):
             y = y + contract(h, self.lora_b[...], 1, (None, *outputs))
         if self.rank:  # cast so that the gradient of the bias is a sum in float32
             y = (y + self.lora_bias).astype(x.dtype)
-        return placed(y, *batch, *[None] * (y.ndim - 1 - len(outputs)), *outputs)
+        y = placed(y, *batch, *[None] * (y.ndim - 1 - len(outputs)), *outputs)
+        return checkpoint_name(y, KEPT)
 
     def folding_is_cheaper(self, dtype):
         """Whether W + A B takes less time than the branch, and rounds nothing."""

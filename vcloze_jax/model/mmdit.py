@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vcloze_jax.model.layers import Dense, DoubleBlock, LastLayer, MLPEmbedder, SingleBlock, stack
+from vcloze_jax.model.ops import keep_products
 from vcloze_jax.sharding import by_batch, gathered
 
 
@@ -75,11 +76,13 @@ class Flux(nnx.Module):
             block, mod = layer
             return block(x, mod, pe, lengths), None
 
-        if self.config.remat:
-            double, single = jax.checkpoint(double), jax.checkpoint(single)
+        remat = self.config.remat
+        if remat != "none":
+            policy = keep_products if remat == "light" else None
+            double, single = (jax.checkpoint(block, policy=policy) for block in (double, single))
         # A loop stacks all that the backward pass needs, layer by layer: a third of its time on a
         # CPU. What is small enough to keep it all is small enough to be compiled without a loop.
-        scan = partial(jax.lax.scan, unroll=not self.config.remat)
+        scan = partial(jax.lax.scan, unroll=remat == "none")
         (img, txt), _ = scan(double, (img, txt), (self.double, mod.img, mod.txt))
         x = jnp.concatenate([txt, img], 1)  # B L D
         x, _ = scan(single, x, (self.single, mod.single))

@@ -1,8 +1,13 @@
-"""The formulas of FLUX that own no weights: packing, positions, time features, attention."""
+"""The formulas of FLUX that own no weights: packing, positions, attention, time features, norms."""
+
+from pkgutil import resolve_name
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+KEPT = "kept"  # name of what gradients find, and do not compute again, by `keep_products`
 
 
 def pack(x):
@@ -56,23 +61,39 @@ def rope(x, pe):
 def attention(q, k, v, lengths=None):
     """Softmax attention over q, k, v [B, L, H, K] -> [B, L, H*K]; the one seam for kernels.
 
-    `lengths` int32 [B] counts each sample's real tokens: padding is on the right only. On GPUs
-    cuDNN's fused kernel runs; elsewhere the plain formula, heads first, which XLA's CPU backend
-    differentiates more than twice as fast as `jax.nn.dot_product_attention`.
+    `lengths` int32 [B] counts each sample's real tokens: padding is on the right only, and nobody
+    sees it. The platform is that of the mesh in use: programs are compiled for others than ours.
+    The formula has its heads first: XLA's CPU backend differentiates it more than twice as fast as
+    `jax.nn.dot_product_attention`.
     """
-    if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16:
-        out = jax.nn.dot_product_attention(
-            q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
-        )
-        return out.reshape(*out.shape[:2], -1)
     B, L, H, K = q.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    kernel = choose_kernel(platform, q.dtype, K)
+    if kernel != "xla":
+        compute = resolve_name(f"vcloze_jax.model.kernels:{kernel}")  # slow to import
+        return compute(q, k, v, lengths).reshape(B, L, H * K)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # B H L K
     scores = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32) * K**-0.5
     if lengths is not None:
         real = jnp.arange(L) < lengths[:, None, None, None]  # B 1 1 L
         scores = jnp.where(real, scores, -jnp.inf)
     out = jnp.matmul(jax.nn.softmax(scores).astype(v.dtype), v)  # B H L K
-    return out.swapaxes(1, 2).reshape(B, L, H * K)
+    return checkpoint_name(out.swapaxes(1, 2).reshape(B, L, H * K), KEPT)
+
+
+def choose_kernel(platform, dtype, head_dim):
+    """What computes attention there: "cudnn", "splash", or XLA, the formula."""
+    if dtype == "bfloat16" and platform == "gpu":
+        return "cudnn"
+    return "splash" if dtype == "bfloat16" and platform == "tpu" and head_dim % 128 == 0 else "xla"
+
+
+def keep_products(primitive, *_, **params):
+    """What jax.checkpoint does not compute again: what is named `KEPT`, and what cuDNN gives, whose
+    statistics have no name."""
+    named = primitive.name == "name" and params["name"] == KEPT
+    return named or primitive.name.startswith("dot_product_attention_fwd")
 
 
 def timestep_embedding(t, dim=256):

@@ -12,6 +12,8 @@ from flax import nnx
 
 from vcloze_jax import __version__
 from vcloze_jax.config import PRESETS, UserError
+from vcloze_jax.devices import kernel_on
+from vcloze_jax.inputs.cachefolder import cache_folder
 from vcloze_jax.model.lora import fold, split
 from vcloze_jax.sharding import compute_dtype, put, shardings
 from vcloze_jax.step import purpose_key
@@ -55,7 +57,7 @@ class LazyModels:
     def text_reader(self):
         """A TextReader of these encoders, which remembers on disk what it read."""
         tokenizers = Tokenizers(self.folder, self.preset.t5, self.preset.clip)
-        cache = TextCache(places.cache_folder() / "text", self.text_identity())
+        cache = TextCache(cache_folder() / "text", self.text_identity())
         return TextReader(tokenizers, self.load_encoders, compute_dtype(self.mesh), cache)
 
     def text_identity(self):
@@ -96,13 +98,16 @@ def checked_training_preset(folder, recipe):
     return replace(preset, recipe=recipe)
 
 
-def describe_origins(folder, recipe, data, dtype):
-    """What a run learns from, and with what: digests, the compute dtype, versions."""
+def describe_origins(folder, preset, data, mesh):
+    """What a run learns from, and with what: digests, the compute dtype, the kernel of attention,
+    versions."""
+    recipe = preset.recipe
     return {
         "weights": places.digest_files(folder),
         "lora": recipe.lora and places.digest_files(recipe.lora),
         "data": data,
-        "dtype": dtype,
+        "dtype": compute_dtype(mesh),
+        "attention": kernel_on(mesh, preset),
         "vcloze_jax": __version__,
         "jax": jax.__version__,
     }
@@ -117,19 +122,19 @@ def load_for_training(preset, folder, mesh):
     recipe = preset.recipe
     adapter = recipe.lora and load_start(preset)  # first, since it may be refused
     learnt = ("flux", "t5", "clip") if recipe.from_scratch else () if recipe.rank else ("flux",)
-    ranked = replace(preset, flux=replace(preset.flux, rank=recipe.rank))
     graphdefs, trainable, frozen = {}, {}, {}
     for name, module in weights.MODULES.items():
-        graphdefs[name], _, _ = weights.abstract(module, getattr(ranked, name))
+        graphdefs[name], _, _ = weights.abstract(module, getattr(preset.learning, name))
         if recipe.from_scratch and name in learnt:
-            trainable[name] = draw_weights(name, ranked, mesh)
+            trainable[name] = draw_weights(name, preset.learning, mesh)
             continue
         dtype = "float32" if name in learnt else compute_dtype(mesh)
         tree = nnx.to_pure_dict(nnx.state(load_model(name, preset, folder, dtype, mesh)))
         (trainable if name in learnt else frozen)[name] = tree
-    if recipe.rank:
-        start = put(adapter, mesh, "flux/") if adapter else draw_weights("flux", ranked, mesh)
-        trainable["flux"] = start
+    if adapter:
+        trainable["flux"] = put(adapter, mesh, "flux/")
+    elif recipe.rank:
+        trainable["flux"] = draw_weights("flux", preset.learning, mesh)
     return graphdefs, trainable, frozen
 
 

@@ -1,14 +1,9 @@
-"""Where things are: the shipped model, the one that a user names, and the cache. Knows no JAX."""
+"""Where things are: the shipped model, and the one that a user names. Knows no JAX."""
 
 import hashlib
 import json
 import math
-import os
 import re
-import stat
-import tempfile
-from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 from vcloze_jax.config import FLUX_FILL, PRESETS, UserError
@@ -113,29 +108,6 @@ def suggest_adapter(file):
     if colon and Path(stem).exists():
         return "; training takes no :SCALE"
     return f"; {explain_missing(file) or 'check the path'}"
-
-
-def cache_folder():
-    """Where compiled programs and text embeddings are kept between runs: $XDG_CACHE_HOME if it is
-    absolute, as its specification has it, else the home; of a process without one, temporary."""
-    for folder in os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"):
-        if os.path.isabs(folder):
-            return Path(folder, "vcloze_jax")
-    return temporary_cache()
-
-
-@cache
-def temporary_cache():
-    """The cache of a process without a home. Its name can be foreseen, so a folder that somebody
-    else has made there, and may have filled with programs, is passed over for a new one."""
-    folder = Path(tempfile.gettempdir(), f"vcloze_jax_{os.getuid()}")
-    with suppress(OSError):
-        folder.mkdir(mode=0o700)
-    with suppress(OSError):
-        found = folder.lstat()
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o22:
-            return folder
-    return Path(tempfile.mkdtemp(prefix="vcloze_jax_"))
 
 
 def named_preset(folder):
