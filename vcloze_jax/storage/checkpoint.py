@@ -221,10 +221,11 @@ def _blank(text: str) -> np.ndarray:
 
 
 def _is_joined(text: str, array) -> bool:
-    """Whether a `_type` is that of the array, but that some neighbouring axes are one."""
+    """Whether a `_type` is that of the array, but that neighbours among all but its first axis, of
+    layers, are one."""
     blank = _blank(text)
-    ends = set(np.cumprod(blank.shape)), set(np.cumprod(array.shape))
-    return (blank.dtype, blank.size) == (array.dtype, array.size) and ends[0] <= ends[1]
+    same = (blank.dtype, blank.size, blank.shape[:1]) == (array.dtype, array.size, array.shape[:1])
+    return same and set(np.cumprod(blank.shape)) <= set(np.cumprod(array.shape))
 
 
 def _abstract(array):
