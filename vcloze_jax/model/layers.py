@@ -82,7 +82,7 @@ class Dense(nnx.Module):
 def contract(x, w, n, whole=False):
     """x [..., *into] times w [*into, *out], n axes of each, w cast to the dtype of x, and then
     gathered if `whole` -> [..., *out]. The gradient of w is a sum in float32: autodiff would round
-    it, and would copy it, transposed, which takes a third of mini's step on a CPU."""
+    it, and on CPUs would copy it, transposed."""
     return contract_forward(x, w, n, whole)[0]
 
 
