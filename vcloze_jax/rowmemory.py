@@ -1,7 +1,8 @@
 """Rows of pixels that the autoencoder has seen before are not encoded again.
 
-A small set of pictures is shown a small model hundreds of times, and on a CPU their encoding takes
-as long as the model's own step. What is kept is the posterior; latents are drawn from it anew.
+A small model is shown a small set of pictures hundreds of times, and on a CPU their encoding is a
+good part of a step (benchmarks/mini_step.py). What is kept is the posterior; latents are drawn from
+it anew.
 """
 
 from collections import OrderedDict
