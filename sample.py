@@ -20,7 +20,7 @@ def parse(argv):
     p = cli.Parser(__doc__)
     p.add_argument("--grid", nargs="+", type=Path, metavar="SPEC.json", default=[])
     cli.add_model_flags(p)
-    p.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR")
+    p.add_argument("--out", type=cli.local_folder, default=Path("outputs"), metavar="DIR")
     p.add_argument("--list-tasks", action="store_true", help='names for "task" in a spec')
     p.add_argument("--check", action="store_true", help="validate everything, paint nothing")
     p.add_argument("--plan", action="store_true", help="print tokens, FLOPs and bytes, and exit")

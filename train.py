@@ -19,7 +19,12 @@ from vcloze_jax.storage import places
 def parse(argv):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, metavar="RUN", help="the run's folder (default: runs/PRESET)")
+    add(
+        "--out",
+        type=cli.local_folder,
+        metavar="RUN",
+        help="the run's folder (default: runs/PRESET)",
+    )
     add("--check", action="store_true", help="validate everything, train nothing")
     add("--plan", action="store_true", help="print tokens, FLOPs and bytes of a step, and exit")
     accept = "go on with a run although these are not those that it was begun with"
@@ -39,42 +44,47 @@ def main(argv):
     run.compare(recipe)
     source = open_source(recipe.data, recipe.resolution, recipe.caption_dropout)
 
-    from vcloze_jax import plan  # JAX from here on
+    from vcloze_jax import hosts, plan  # JAX from here on
     from vcloze_jax.devices import make_mesh, parse_mesh
     from vcloze_jax.sharding import compute_dtype
     from vcloze_jax.storage.models import check_for_training, describe_origins
     from vcloze_jax.trainer import micro_size
 
     mesh = make_mesh(parse_mesh(recipe.mesh) if recipe.mesh else None)
-    micro_size(recipe, mesh)
-    folder = Path(args.weights or places.MINI_FOLDER)
-    preset = check_for_training(folder, recipe)
-    origins = describe_origins(folder, recipe, source.digest(), compute_dtype(mesh))
-    run.compare_origins(recipe, origins, args.accept)
+    run.writes, folder = hosts.is_first(), Path(args.weights or places.MINI_FOLDER)
+    with hosts.agreed():
+        micro_size(recipe, mesh)
+        preset = check_for_training(folder, recipe)
+        origins = describe_origins(folder, recipe, source.digest(), compute_dtype(mesh))
+        run.compare_origins(recipe, origins, args.accept)
     if args.plan:
         print(plan.training(preset, recipe, source.held_out(), mesh))
     if args.plan or args.check:
         return 0
     try:
         watchers = dict(tensorboard=args.tensorboard, profile=args.profile)
-        return learn(run, origins, preset, folder, mesh, source, **watchers)
+        with hosts.one_line():
+            return learn(run, origins, preset, folder, mesh, source, **watchers)
     finally:
         run.unlock()
 
 
 def learn(run, origins, preset, folder, mesh, source, **watchers):
     """Load the models, take up the run where it stands, and train to its last step or a signal."""
+    from vcloze_jax.hosts import agreed
     from vcloze_jax.runwriter import RunWriter
     from vcloze_jax.storage import checkpoint
     from vcloze_jax.storage.models import load_for_training
     from vcloze_jax.storage.textreader import Tokenizers
     from vcloze_jax.trainer import Trainer, train
 
-    run.lock()
-    recipe, tokenizers = preset.recipe, Tokenizers(folder, preset.t5, preset.clip)
+    with agreed():
+        run.lock()
+        recipe, tokenizers = preset.recipe, Tokenizers(folder, preset.t5, preset.clip)
     parts = load_for_training(preset, folder, mesh)
     trainer = Trainer(parts, preset, tokenizers, mesh, source.masks_every_row)
-    run.create(recipe, origins)  # after all that the user may have to correct
+    with agreed():
+        run.create(recipe, origins)  # after all that the user may have to correct
     trainer.step, trainer.state = checkpoint.resume(run.checkpoints, trainer.state)
     if trainer.step == recipe.steps:
         print(f"{run.path}: finished at step {trainer.step}; a larger --steps goes on")
@@ -82,7 +92,7 @@ def learn(run, origins, preset, folder, mesh, source, **watchers):
 
     first, last = trainer.step * recipe.batch, recipe.steps * recipe.batch  # grid
     span = first // recipe.group, last // recipe.group
-    groups = draw_groups(source, recipe.seed, recipe.group, *span)
+    groups = draw_groups(source, recipe.seed, recipe.group, *span, trainer.drawn_here)
     with RunWriter(run, trainer, source, folder, **watchers) as writer:
         writer.prepare()
         train(trainer, groups, writer)

@@ -7,6 +7,7 @@ import jax
 import jaxlib
 from jax.sharding import AxisType
 
+from vcloze_jax import hosts
 from vcloze_jax.config import UserError
 from vcloze_jax.sharding import AXES
 
@@ -29,23 +30,31 @@ def parse_mesh(text):
 
 
 def make_mesh(sizes=None):
-    """Mesh of the given axis sizes; None takes all accelerators, or one CPU device.
+    """Mesh of the given axis sizes; None takes all accelerators, or one CPU device of each host.
 
     Without an accelerator as many virtual CPU devices are made as the mesh needs: this must then
-    be the first thing a process does with JAX. Raises UserError if there are too few accelerators.
+    be the first thing a process does with JAX. Raises UserError if there are too few accelerators,
+    or if there are several hosts and not all of their devices are taken.
     """
     wanted = math.prod((sizes or {}).values())
-    ready_xla(wanted)
-    if wanted > max(1, jax.config.jax_num_cpu_devices):
-        jax.config.update("jax_num_cpu_devices", wanted)
+    hosts.join()
+    own = math.ceil(wanted / max(1, hosts.count_launched()))
+    ready_xla(own)
+    if own > max(1, jax.config.jax_num_cpu_devices):
+        jax.config.update("jax_num_cpu_devices", own)
     devices = jax.devices()
     if sizes is None:
-        count = 1 if devices[0].platform == "cpu" else len(devices)
-        sizes = dict(data=1, fsdp=count, tensor=1)
+        alone = devices[0].platform == "cpu" and jax.process_count() == 1
+        sizes = dict(data=1, fsdp=1 if alone else len(devices), tensor=1)
     elif wanted > len(devices):
         raise UserError(
             f"--mesh: {wanted} devices asked for, {len(devices)} {devices[0].platform} here; "
             f"use --mesh {len(devices)} or fewer"
+        )
+    elif wanted < len(devices) and jax.process_count() > 1:
+        raise UserError(
+            f"--mesh: {wanted} devices asked for; {jax.process_count()} hosts use all that they "
+            f"have, {len(devices)}"
         )
     count = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
     shape = tuple(sizes[axis] for axis in AXES)

@@ -218,7 +218,7 @@ def contact_sheet(source, task, cells, subjects):
 def main(argv):
     parser = cli.Parser(__doc__)
     cli.add_model_flags(parser)
-    parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR")
+    parser.add_argument("--out", type=cli.local_folder, default=Path("evaluation"), metavar="DIR")
     parser.add_argument("--subjects", type=int, default=64, help="of the 128 held out")
     parser.add_argument("--num-inference-steps", type=int, default=12)
     parser.add_argument("--card", type=Path, metavar="FILE", help="a model card, with the markers")

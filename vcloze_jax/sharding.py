@@ -5,6 +5,8 @@ import re
 from typing import NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -55,6 +57,9 @@ TABLE = (
 )
 
 
+SMALL = 2**28  # numbers, half a gigabyte of bfloat16; most kernels of FLUX's blocks are larger
+
+
 def spec_of(path):
     """The table's PartitionSpec for a leaf's path, without a layer axis."""
     return next(spec for pattern, spec in TABLE if re.search(pattern, path))
@@ -63,22 +68,27 @@ def spec_of(path):
 def shardings(tree, mesh, root=""):
     """NamedSharding for every leaf of `tree`, by its path under `root`.
 
-    Raises UserError with path and shape where a dimension does not divide: never a silent copy.
+    What does not divide over fsdp is whole on it, if it is small; else UserError, with its path.
     """
 
     def of(path, leaf):
         name = root + jax.tree_util.keystr(path, simple=True, separator="/")
         spec = spec_of(name)
         spec = P(*(None,) * (leaf.ndim - len(spec)), *spec)
-        for size, axes in zip(leaf.shape, spec, strict=False):
-            sizes = {axis: mesh.shape[axis] for axis in AXES if axis in (axes or ())}
+        places = []
+        for size, axes in zip(leaf.shape, spec, strict=True):
+            names = (axes,) if isinstance(axes, str) else axes or ()
+            sizes = {axis: mesh.shape[axis] for axis in names}
+            if size % math.prod(sizes.values()) and leaf.size < SMALL and sizes.pop("fsdp", 0):
+                axes = tuple(sizes) or None
             if size % math.prod(sizes.values()):
                 over = " and ".join(f"{axis}={n}" for axis, n in sizes.items())
                 raise UserError(
-                    f"--mesh: {name} {leaf.shape}: {size} does not divide over {over}; choose a "
-                    "smaller power of two"
+                    f"--mesh: {name} {leaf.shape}: {size} does not divide over {over}; choose "
+                    f"divisors of {size}"
                 )
-        return NamedSharding(mesh, spec)
+            places.append(axes)
+        return NamedSharding(mesh, P(*places))
 
     return jax.tree_util.tree_map_with_path(of, tree)
 
@@ -106,8 +116,28 @@ def by_batch(x):
 
 
 def put(tree, mesh, root=""):
-    """The tree's arrays, each in its place on the mesh."""
-    return jax.device_put(tree, shardings(tree, mesh, root))
+    """The tree's host arrays, each in its place on the mesh."""
+    to_place = lambda x, place: jax.make_array_from_callback(x.shape, place, x.__getitem__)  # noqa: E731
+    return jax.tree.map(to_place, tree, shardings(tree, mesh, root))
+
+
+def spread(rows, mesh):
+    """Host arrays, one a sample -> an array over the batch axes. Of a sample that only devices of
+    other hosts hold, None will do: each host brings its own."""
+    shape = len(rows), *next(row for row in rows if row is not None).shape
+    stack = lambda index: np.stack(rows[index[0]])  # noqa: E731
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), stack)
+
+
+def held_here(count, mesh):
+    """Which of so many samples the devices of this host hold."""
+    cuts = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
+    return {i for (cut,) in cuts for i in range(count)[cut]}
+
+
+def on_host(tree):
+    """The tree's arrays, whole, as NumPy's, on every host."""
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def compute_dtype(mesh):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vcloze_jax.config import UserError, flag
-from vcloze_jax.sharding import compute_dtype, shardings
+from vcloze_jax.sharding import compute_dtype, held_here, put, shardings
 from vcloze_jax.step import (
     encode_batch,
     init_state,
@@ -33,7 +33,10 @@ def micro_size(recipe, mesh):
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     for name in ("micro_batch", "group"):
         if getattr(recipe, name) % shards:
-            raise UserError(f"{flag(name)} {getattr(recipe, name)}: a multiple of {shards}, please")
+            raise UserError(
+                f"{flag(name)} {getattr(recipe, name)}: a multiple of {shards}, please, since data "
+                f"and fsdp of --mesh split it; or put devices on tensor, whose grids are the same"
+            )
     sizes = [n for n in range(shards, recipe.group + 1, shards) if recipe.group % n == 0]
     return max(n for n in sizes if n <= max(shards, recipe.micro_batch))
 
@@ -44,9 +47,8 @@ class Sent(NamedTuple):
     step: int
     start: float  # when it was sent, in seconds of time.perf_counter
     lr: float
-    grids: list[tuple[str, int, int]]  # of each its task's kind, how many rows and tokens
-    times: list[jax.Array]  # float32 [B] of every micro-batch
-    losses: list[dict[str, jax.Array]]  # by region, float32 [B]
+    shapes: list[tuple[int, int]]  # of each grid, how many rows and tokens
+    told: list[dict[str, jax.Array]]  # of every micro-batch, [B]: losses by region, time, kind
     norms: dict[str, jax.Array]  # of the gradient, by kind of block
     skipped: jax.Array
     failed: jax.Array
@@ -75,12 +77,21 @@ class Trainer:
             "encode": jax.jit(partial(encode_batch, preset=preset, **statics)),
             "accumulate": accumulate,
             "update": update,
-            "validate": jax.jit(partial(validate, region=recipe.loss_region, **statics)),
+            "validate": jax.jit(
+                partial(validate, region=recipe.loss_region, **statics),
+                out_shardings=layout.skipped,
+            ),
         }
         self.programs, self.rate, self.micro = {}, learning_rate(recipe), micro_size(recipe, mesh)
         self.state = jax.jit(init, out_shardings=layout)(trainable)
         self.grads = jax.jit(zeros_like, out_shardings=layout.trainable)(trainable)
         self.step, self.ended = 0, 0.0
+
+    @property
+    def drawn_here(self):
+        """Which grids of a group this host has to draw, counted from 0."""
+        held = held_here(self.micro, self.mesh)
+        return [i for i in range(self.recipe.group) if i % self.micro in held]
 
     @property
     def learnt(self):
@@ -112,8 +123,7 @@ class Trainer:
             args = self.state.trainable, self.frozen, self.grads, noisy
             program = self.program("accumulate", noisy.x_t.shape, *args)
             largest = max(largest, program.memory_analysis().temp_size_in_bytes)
-        everywhere = self.state.skipped.sharding
-        losses = [jax.device_put(np.zeros(self.micro, np.float32), everywhere)]
+        losses = [put(np.zeros(self.micro, np.float32), self.mesh)]  # on all devices, whole
         losses *= self.recipe.batch // self.micro
         self.program("update", (), self.state, self.grads, losses, np.float32(0))
         return largest
@@ -129,10 +139,11 @@ class Trainer:
         """Send the next optimizer step to the devices -> Sent; None if `stopped()` between two
         micro-batches: the part that was done is lost, and the Trainer sends no more."""
         start, recipe = time.perf_counter(), self.recipe
-        key, grids, times, losses = purpose_key(recipe.seed, "draws"), [], [], []
+        key, shapes, told = purpose_key(recipe.seed, "draws"), [], []
         for first in range(self.step * recipe.batch, (self.step + 1) * recipe.batch, recipe.group):
             group = next(groups)
-            grids += [(x.kind, len(x.grid.rows), x.grid.tokens) for x in group]
+            grid = next(example.grid for example in group if example)
+            shapes += [(len(grid.rows), grid.tokens)] * recipe.group
             for i in range(0, recipe.group, self.micro):
                 if stopped():
                     return None
@@ -140,20 +151,19 @@ class Trainer:
                 noisy = self.encode(group[i : i + self.micro], numbers, key)
                 args = self.state.trainable, self.frozen, self.grads, noisy
                 program = self.program("accumulate", noisy.x_t.shape, *args)
-                by_region, self.grads = program(*args)
-                losses.append(by_region)
-                times.append(noisy.t)
+                of_grids, self.grads = program(*args)
+                told.append(of_grids)
         rate = np.float32(self.rate(self.step))
-        args = self.state, self.grads, [each[recipe.loss_region] for each in losses], rate
+        args = self.state, self.grads, [each[recipe.loss_region] for each in told], rate
         self.state, self.grads, norms = self.program("update", (), *args)(*args)
         self.step += 1
         counts = jnp.copy(self.state.skipped), jnp.copy(self.state.failed)  # the state is donated
-        return Sent(self.step, start, float(rate), grids, times, losses, norms, *counts)
+        return Sent(self.step, start, float(rate), shapes, told, norms, *counts)
 
     def wait(self, sent):
         """Wait for a step -> the seconds that it took. FloatingPointError if it is one more that is
         not finite than may be skipped: the trainer is then as it was before that step."""
-        loss = np.mean([np.asarray(losses[self.recipe.loss_region]) for losses in sent.losses])
+        loss = np.mean([np.asarray(each[self.recipe.loss_region]) for each in sent.told])
         if sent.failed:
             self.step, self.state = sent.step - 1, self.state._replace(failed=np.bool_(False))
             raise FloatingPointError(

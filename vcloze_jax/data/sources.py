@@ -3,7 +3,7 @@
 A new source of data is one file and one row of `SOURCES`.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import NamedTuple, Protocol
@@ -89,27 +89,38 @@ def random_generator(purpose: str, seed: int, number: int) -> np.random.Generato
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
-def draw_group(source: Source, seed: int, number: int, size: int) -> list[Example]:
+def draw_group(
+    source: Source, seed: int, number: int, size: int, drawn: Collection[int] | None = None
+) -> list[Example | None]:
     """The group of that number: `size` grids of one shape, a function of (seed, number).
 
-    Any can be asked for at any time; the shape is drawn apart from the grids, so that all hosts
-    agree. A step of two groups of 8 is not measurably noisier than one of 16 grids that each had
+    Any can be asked for at any time; the shape is drawn apart from the grids, so that hosts which
+    draw only some of them agree: those whose places are in `drawn` (default: all), None for others.
+    A step of two groups of 8 is not measurably noisier than one of 16 grids that each had
     a shape of its own: on mini the variance of its gradient is 0.94 ± 0.04 of theirs where training
     begins, and 0.99 ± 0.01 where it ends (benchmarks/gradient_variance.py).
     """
     shape = source.shape(random_generator("shape", seed, number))
-    members = range(number * size, (number + 1) * size)
-    return [source.example(random_generator("example", seed, i), shape) for i in members]
+    group = [None] * size
+    for place in range(size) if drawn is None else drawn:
+        rng = random_generator("example", seed, number * size + place)
+        group[place] = source.example(rng, shape)
+    return group
 
 
 def draw_groups(
-    source: Source, seed: int, size: int, start: int, stop: int
-) -> Iterator[list[Example]]:
-    """Iterate over the groups start … stop - 1, made ahead in a thread."""
+    source: Source,
+    seed: int,
+    size: int,
+    start: int,
+    stop: int,
+    drawn: Collection[int] | None = None,
+) -> Iterator[list[Example | None]]:
+    """Iterate over the groups start … stop - 1, made ahead in a thread; see `draw_group`."""
     import grain  # which imports JAX
 
     numbers = grain.MapDataset.range(start, stop)
-    groups = numbers.map(lambda number: draw_group(source, seed, int(number), size))
+    groups = numbers.map(lambda number: draw_group(source, seed, int(number), size, drawn))
     return iter(groups.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 

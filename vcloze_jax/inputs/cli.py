@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -19,6 +20,7 @@ from vcloze_jax.storage.places import cache_folder, file_and_scale, find_weights
 
 DOWNLOAD = "fetch --weights OWNER/NAME from Hugging Face, where it is not in its cache"
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+AT_END = []  # functions to call before the process ends by itself
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,6 +62,16 @@ def positive_int(text):
     if int(text) < 1:
         raise ValueError
     return int(text)
+
+
+def local_folder(text):
+    """A folder of a file system, as a type of argparse. Raises UserError for an address."""
+    if re.match(r"\w+://", text):
+        raise UserError(
+            f"--out {text}: no folder of a file system; give one that all hosts share, and copy it "
+            "when it is done: in an object store nothing can be renamed, so nothing is ever whole"
+        )
+    return Path(text)
 
 
 def add_model_flags(parser):
@@ -148,7 +160,10 @@ def run(main):
     # Transformers says at import that torch is missing, which is as intended.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "programs"))
-    leave(exit_code(main))
+    code = exit_code(main)
+    for function in AT_END:
+        function()
+    leave(code)
 
 
 def exit_code(main):

@@ -25,8 +25,10 @@ class RunFolder:
     """What a run writes, and where.
 
     `config` holds the recipe, and under "origins" digests of what it learns from, the compute dtype
-    and the versions that began it.
+    and the versions that began it. Where several processes are one run, one of them `writes`.
     """
+
+    writes = True
 
     def __init__(self, path):
         self.path = Path(path)
@@ -85,6 +87,8 @@ class RunFolder:
 
     def create(self, recipe, origins):
         """Make the folder, or let the run's free settings follow this command. Raises UserError."""
+        if not self.writes:
+            return
         try:
             self.previews.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -95,7 +99,7 @@ class RunFolder:
     def lock(self):
         """Be the only process that writes this run, until `unlock` or the process's end, however
         that comes. Raises UserError."""
-        if self.path.is_dir() and self.held is None:
+        if self.writes and self.path.is_dir() and self.held is None:
             try:
                 self.held = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
                 fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)

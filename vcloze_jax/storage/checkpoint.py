@@ -17,6 +17,8 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -25,6 +27,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from vcloze_jax.config import UserError
+from vcloze_jax.hosts import agreed, is_first, tell_all
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
 
 KEPT = 2  # steps that stay, beside the one that is being written
@@ -59,7 +62,7 @@ def resume(folder: str | Path, state) -> tuple[int, object]:
 
 def clean(folder: str | Path) -> None:
     """Remove what killed runs left half written or half removed; at start, when nobody saves."""
-    if jax.process_index() == 0:
+    if is_first():
         for path in Path(folder).glob("[0-9]*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -80,14 +83,20 @@ def save(folder: str | Path, step: int, state, *, keep: int = KEPT) -> None:
     draft, final = folder / f"{step}.tmp", folder / str(step)
     arrays = {k: x if isinstance(x, jax.Array) else np.asarray(x) for k, x in _named(state).items()}
     digests = {name: [_type(x), _digest(x)] for name, x in arrays.items()}
+    with _refusing(folder, step), agreed():
+        _reserve(draft, arrays.values())
+    _room(draft).unlink()
     logging.disable(logging.ERROR)  # where the disk is full, orbax logs a hundred lines per thread
     context = ocp.Context()
     # Or devices that hold the same would each write a part, cut by a program for every array.
     context.array.saving.use_replica_parallel = False
     try:
-        with context:
+        with _refusing(folder, step), context:
             ocp.save(draft / "arrays", arrays, overwrite=True)
-        if jax.process_index() == 0:
+    finally:
+        logging.disable(logging.NOTSET)
+    with _refusing(folder, step), agreed():
+        if is_first():
             _write_digests(draft, digests)
             _flush(draft)
             _checked_digests(draft)
@@ -97,12 +106,32 @@ def save(folder: str | Path, step: int, state, *, keep: int = KEPT) -> None:
             kept = [s for s in _steps(folder) if s <= step][-keep:]
             for old in set(_steps(folder)).difference(kept):
                 _remove(folder / str(old))
+
+
+@contextmanager
+def _refusing(folder: Path, step: int) -> Iterator[None]:
+    """Whatever goes wrong inside, the step cannot be saved; what was written of it goes."""
+    try:
+        yield
     except Exception as error:  # a full disk has many classes in orbax
         clean(folder)
         reason = describe_error(error)
         raise UserError(f"{folder}: step {step} cannot be saved: {reason}") from error
-    finally:
-        logging.disable(logging.NOTSET)
+
+
+def _reserve(draft: Path, arrays) -> None:
+    """Raise OSError unless the disk has room for what this host will write, which lies in
+    `_room(draft)` then. Hosts that write wait for each other, for ever if one cannot."""
+    draft.mkdir(parents=True, exist_ok=True)
+    shards = [s for x in arrays for s in getattr(x, "addressable_shards", ())]
+    size = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
+    with _room(draft).open("wb") as file:
+        if hasattr(os, "posix_fallocate"):  # not on a Mac
+            os.posix_fallocate(file.fileno(), 0, max(1, size))
+
+
+def _room(draft: Path) -> Path:
+    return draft / f"room-{jax.process_index()}"
 
 
 def restore(folder: str | Path, like) -> tuple[int, object]:
@@ -142,7 +171,7 @@ def load_group(path: str | Path, prefix: str) -> dict[str, np.ndarray]:
 
 
 def _read(path: Path, like):
-    stored, wanted = _checked_digests(path), _named(like)
+    stored, wanted = _agreed_digests(path), _named(like)
     flat = {}  # of version 0.1.0, in which heads were no axis of their own
     for name in sorted(stored.keys() | wanted.keys()):
         has = stored[name][0] if name in stored else "missing"
@@ -158,6 +187,19 @@ def _read(path: Path, like):
         array = arrays[name].reshape(wanted[name].shape)
         arrays[name] = array if sharding is None else jax.device_put(array, sharding)
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
+
+
+def _agreed_digests(path: Path) -> dict:
+    """`_checked_digests`; what one host cannot read as it was saved, is damaged to all."""
+    stored, damage = {}, ""
+    try:
+        stored = _checked_digests(path)
+    except (OSError, _Damaged) as error:
+        damage = describe_with_file(error)
+    for said in tell_all(damage):
+        if said:
+            raise _Damaged(said)
+    return stored
 
 
 def _load(path: Path, stored: dict, wanted: dict) -> dict:

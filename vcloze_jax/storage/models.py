@@ -165,5 +165,5 @@ def save_trained(run, trainer, folder):
         models, out = trainer.models(), run.path / "weights"
         parts = {name: getattr(models, name) for name in weights.MODULES}
         weights.save_pipeline(out, trainer.preset, parts)
-        for name in ("tokenizer", "tokenizer_2"):
+        for name in ("tokenizer", "tokenizer_2") if run.writes else ():
             shutil.copytree(folder / name, out / name, dirs_exist_ok=True)

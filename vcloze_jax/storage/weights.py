@@ -6,22 +6,23 @@ have them (ports/locate.py).
 """
 
 import json
-from collections import defaultdict
+from collections import defaultdict, deque
 from functools import cache
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax import nnx
 
 from ports import engine
 from ports.locate import locate
 from ports.tables.folder import BASES, INDEX, PARTS, SCHEDULER, SHIFT
 from vcloze_jax.config import FLUX_FILL, Preset, UserError
+from vcloze_jax.hosts import is_first
 from vcloze_jax.model.lora import split
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.text import CLIPTextEncoder, T5Encoder
 from vcloze_jax.model.vae import VAE
+from vcloze_jax.sharding import on_host
 from vcloze_jax.storage.preset import load_preset, translate_errors
 
 # field of Preset -> module, and its part of a weights folder
@@ -123,11 +124,12 @@ def save_pipeline(folder: Path, preset: Preset, models: dict, dtype="bfloat16", 
     for field, model in models.items():
         part = MODELS[field][1]
         arrays = flat(nnx.to_pure_dict(nnx.state(model))).items()
-        tensors = engine.export_arrays(
-            part.table, ((path, np.asarray(array)) for path, array in arrays)
-        )
+        tensors = engine.export_arrays(part.table, ((path, on_host(x)) for path, x in arrays))
+        if not is_first():
+            deque(tensors, 0)  # it takes all hosts to bring them together
+            continue
         engine.write_shards(folder / part.folder, part.stem, tensors, dtype, max_bytes)
-    for file, entries in described(preset, models).items():
+    for file, entries in described(preset, models).items() if is_first() else ():
         write_json(folder / file, entries)
 
 

@@ -1,0 +1,129 @@
+"""Several processes, on one machine or many, as one run: how they find each other and agree.
+
+Each runs the same program, on its own devices of one mesh; host 0 writes, and speaks for all. A
+process that is alone is host 0, and agrees with itself at no cost.
+"""
+
+import os
+import sys
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vcloze_jax.config import UserError
+from vcloze_jax.inputs import cli
+from vcloze_jax.inputs.checks import describe_error, describe_with_file
+from vcloze_jax.inputs.terminal import tell_error
+
+# What Slurm, Open MPI, an indexed job of Kubernetes and GKE's TPUs tell a process, and how many
+# they started, where they say so.
+SIGNS = (
+    "SLURM_STEP_NODELIST",
+    "OMPI_COMM_WORLD_SIZE",
+    "JOB_COMPLETION_INDEX",
+    "TPU_WORKER_HOSTNAMES",
+)
+COUNTS = "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"
+CHIPS = "/dev/accel0", "/dev/vfio/0"  # a machine with TPUs may be one of a pod
+SILENCE = 45  # seconds without a sign of life, after which JAX ends the processes that are left
+LONGEST = 1000  # bytes of what a host tells the others
+
+
+def join():
+    """Find the processes that were started with this one, before JAX makes its devices.
+
+    Without a cluster, or alone in it, nothing happens. Raises UserError if they are not found.
+    """
+    signs = any(sign in os.environ for sign in SIGNS)
+    if jax.distributed.is_initialized() or count_launched() == 1:
+        return
+    if not signs and not any(os.path.exists(chip) for chip in CHIPS):
+        return
+    # JAX would take SIGTERM for itself, and wait for no other signal.
+    jax.config.update("jax_enable_preemption_service", False)
+    times = dict(heartbeat_timeout_seconds=SILENCE, shutdown_timeout_seconds=SILENCE)
+    try:
+        jax.distributed.initialize(**times)
+    except Exception as error:
+        if not signs:  # chips, and no pod
+            return
+        raise UserError(
+            f"the processes of this job do not find each other ({describe_error(error)}); start "
+            "one alone, or all of them as README says"
+        ) from error
+    cli.AT_END.append(jax.distributed.shutdown)
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")
+
+
+def count_launched():
+    """How many processes were started, where the environment says so; else 0."""
+    return next((int(os.environ[name]) for name in COUNTS if name in os.environ), 0)
+
+
+def is_first():
+    """Whether this is host 0, which writes."""
+    return jax.process_index() == 0
+
+
+def tell_all(text):
+    """A text of each host -> those of all, in order, on every host."""
+    if jax.process_count() == 1:
+        return [text]
+    said = np.frombuffer(text.encode()[:LONGEST].ljust(LONGEST), np.uint8)
+    return [
+        bytes(x).decode(errors="ignore").strip() for x in multihost_utils.process_allgather(said)
+    ]
+
+
+@contextmanager
+def agreed():
+    """What goes wrong inside on one host is raised, as a UserError, by all at the end of it: so
+    nothing inside waits for other hosts once something can go wrong."""
+    mistake = ""
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        mistake = str(error) if isinstance(error, UserError) else describe_with_file(error)
+    for said in tell_all(mistake):
+        if said:
+            raise UserError(said)
+
+
+class Poll:
+    """Asks all hosts for a number, and answers with the largest one of the question before: so
+    nobody waits for devices that work ahead. A process that is alone has its answer at once."""
+
+    def __init__(self, mesh):
+        self.size, self.place = mesh.size, NamedSharding(mesh, P(mesh.axis_names))
+        self.largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
+        self.asked = 0
+
+    def __call__(self, number):
+        if jax.process_count() == 1:
+            return number
+        answer, said = self.asked, np.full(1, number, np.int32)
+        numbers = jax.make_array_from_callback((self.size,), self.place, lambda _: said)
+        self.asked = self.largest(numbers)
+        return int(answer)
+
+
+@contextmanager
+def one_line():
+    """What JAX says inside when another host is gone, as one line, which ends the process."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        where = f"host {jax.process_index()} of {jax.process_count()}"
+        lost = "if another one is lost, start all again, and the run goes on from its last save"
+        tell_error(f"{where}: {describe_error(error)}; {lost}")
+        cli.leave(1)
