@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vcloze_jax.data.sources import draw_groups, open_source
 from vcloze_jax.inputs import cli
+from vcloze_jax.inputs.cluster import count_processes
 from vcloze_jax.inputs.runfolder import ORIGINS, RunFolder
 from vcloze_jax.storage import places
 
@@ -41,7 +42,8 @@ def main(argv):
     args = parse(argv)
     recipe = cli.read_recipe(args)
     run = RunFolder(args.out or Path("runs", recipe.preset))
-    run.compare(recipe)
+    if count_processes() == 1:  # several would be in each other's way
+        run.compare(recipe)
     source = open_source(recipe.data, recipe.resolution, recipe.caption_dropout)
 
     from vcloze_jax import hosts, plan  # JAX from here on
@@ -53,6 +55,7 @@ def main(argv):
     mesh = make_mesh(parse_mesh(recipe.mesh) if recipe.mesh else None)
     run.writes, folder = hosts.is_first(), Path(args.weights or places.MINI_FOLDER)
     with hosts.agreed():
+        run.compare(recipe)
         micro_size(recipe, mesh)
         preset = check_for_training(folder, recipe)
         origins = describe_origins(folder, recipe, source.digest(), compute_dtype(mesh))
@@ -63,7 +66,7 @@ def main(argv):
         return 0
     try:
         watchers = dict(tensorboard=args.tensorboard, profile=args.profile)
-        with hosts.one_line():
+        with hosts.one_end():
             return learn(run, origins, preset, folder, mesh, source, **watchers)
     finally:
         run.unlock()

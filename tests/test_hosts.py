@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 
 from vcloze_jax import hosts
 from vcloze_jax.config import UserError
+from vcloze_jax.inputs import cluster
 from vcloze_jax.storage import checkpoint
 
 CHILD = "import train; train.cli.run(train.main)"
@@ -125,8 +126,8 @@ def test_alone(monkeypatch):
     others that it cannot find, it says so."""
     joined = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: joined.append(1))
-    monkeypatch.setattr(hosts, "CHIPS", ())
-    for name in {*hosts.SIGNS, *hosts.COUNTS}:
+    monkeypatch.setattr(cluster, "CHIPS", ())
+    for name in {*cluster.SIGNS, *cluster.COUNTS}:
         monkeypatch.delenv(name, raising=False)
     hosts.join()
     monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")

@@ -9,6 +9,7 @@ from jax.sharding import AxisType
 
 from vcloze_jax import hosts
 from vcloze_jax.config import UserError
+from vcloze_jax.inputs.cluster import count_processes
 from vcloze_jax.sharding import AXES
 
 
@@ -38,7 +39,7 @@ def make_mesh(sizes=None):
     """
     wanted = math.prod((sizes or {}).values())
     hosts.join()
-    own = math.ceil(wanted / max(1, hosts.count_launched()))
+    own = math.ceil(wanted / max(1, count_processes()))
     ready_xla(own)
     if own > max(1, jax.config.jax_num_cpu_devices):
         jax.config.update("jax_num_cpu_devices", own)

@@ -5,7 +5,6 @@ process that is alone is host 0, and agrees with itself at no cost.
 """
 
 import os
-import sys
 from contextlib import contextmanager
 
 import jax
@@ -18,31 +17,22 @@ from jax.sharding import PartitionSpec as P
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
+from vcloze_jax.inputs.cluster import count_processes, is_launched
 from vcloze_jax.inputs.terminal import tell_error
 
-# What Slurm, Open MPI, an indexed job of Kubernetes and GKE's TPUs tell a process, and how many
-# they started, where they say so.
-SIGNS = (
-    "SLURM_STEP_NODELIST",
-    "OMPI_COMM_WORLD_SIZE",
-    "JOB_COMPLETION_INDEX",
-    "TPU_WORKER_HOSTNAMES",
-)
-COUNTS = "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"
-CHIPS = "/dev/accel0", "/dev/vfio/0"  # a machine with TPUs may be one of a pod
 SILENCE = 45  # seconds without a sign of life, after which JAX ends the processes that are left
 LONGEST = 1000  # bytes of what a host tells the others
 
 
-def join():
-    """Find the processes that were started with this one, before JAX makes its devices.
+class Agreed(UserError):
+    """A mistake that all hosts know of."""
 
-    Without a cluster, or alone in it, nothing happens. Raises UserError if they are not found.
+
+def join():
+    """Find the processes that a launcher (Slurm, Open MPI, GKE, a TPU pod) started with this one,
+    before JAX makes its devices. Alone, nothing happens. Raises UserError if they are not found.
     """
-    signs = any(sign in os.environ for sign in SIGNS)
-    if jax.distributed.is_initialized() or count_launched() == 1:
-        return
-    if not signs and not any(os.path.exists(chip) for chip in CHIPS):
+    if jax.distributed.is_initialized() or count_processes() == 1:
         return
     # JAX would take SIGTERM for itself, and wait for no other signal.
     jax.config.update("jax_enable_preemption_service", False)
@@ -50,7 +40,7 @@ def join():
     try:
         jax.distributed.initialize(**times)
     except Exception as error:
-        if not signs:  # chips, and no pod
+        if not is_launched():  # a machine with TPUs, and of no pod
             return
         raise UserError(
             f"the processes of this job do not find each other ({describe_error(error)}); start "
@@ -58,12 +48,7 @@ def join():
         ) from error
     cli.AT_END.append(jax.distributed.shutdown)
     if not is_first():
-        sys.stdout = open(os.devnull, "w")
-
-
-def count_launched():
-    """How many processes were started, where the environment says so; else 0."""
-    return next((int(os.environ[name]) for name in COUNTS if name in os.environ), 0)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # one of them speaks
 
 
 def is_first():
@@ -83,7 +68,7 @@ def tell_all(text):
 
 @contextmanager
 def agreed():
-    """What goes wrong inside on one host is raised, as a UserError, by all at the end of it: so
+    """What goes wrong inside on one host is raised, as Agreed, by all at the end of it: so
     nothing inside waits for other hosts once something can go wrong."""
     mistake = ""
     try:
@@ -94,7 +79,7 @@ def agreed():
         mistake = str(error) if isinstance(error, UserError) else describe_with_file(error)
     for said in tell_all(mistake):
         if said:
-            raise UserError(said)
+            raise Agreed(said)
 
 
 class Poll:
@@ -116,14 +101,15 @@ class Poll:
 
 
 @contextmanager
-def one_line():
-    """What JAX says inside when another host is gone, as one line, which ends the process."""
+def one_end():
+    """Where this host alone meets an error inside, it ends at once, with a line: the others wait
+    for it, until JAX ends them. So does what JAX says when it is another one that is gone."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except (UserError, OSError, jax.errors.JaxRuntimeError) as error:
+        if jax.process_count() == 1 or isinstance(error, Agreed):
             raise
+        text = str(error) if isinstance(error, UserError) else describe_with_file(error)
         where = f"host {jax.process_index()} of {jax.process_count()}"
-        lost = "if another one is lost, start all again, and the run goes on from its last save"
-        tell_error(f"{where}: {describe_error(error)}; {lost}")
-        cli.leave(1)
+        tell_error(f"{where}: {text}; if another one is lost, start all of them again")
+        cli.leave(1 if isinstance(error, jax.errors.JaxRuntimeError) else 2)

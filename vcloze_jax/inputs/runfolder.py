@@ -40,6 +40,8 @@ class RunFolder:
     def compare(self, recipe):
         """Raise UserError if this cannot be a run's folder, or is of another run, naming what
         differs; what `ORIGINS` names is compared by content, in `compare_origins`."""
+        if not self.writes:
+            return
         if found := NOT_LITERAL.search(str(self.checkpoints.absolute())):
             raise UserError(
                 f"--out {self.path}: no checkpoint can be kept where the path holds {found[0]!r}; "

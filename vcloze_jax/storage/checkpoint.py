@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from vcloze_jax.config import UserError
-from vcloze_jax.hosts import agreed, is_first, tell_all
+from vcloze_jax.hosts import Agreed, agreed, is_first, tell_all
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
 
 KEPT = 2  # steps that stay, beside the one that is being written
@@ -116,7 +116,8 @@ def _refusing(folder: Path, step: int) -> Iterator[None]:
     except Exception as error:  # a full disk has many classes in orbax
         clean(folder)
         reason = describe_error(error)
-        raise UserError(f"{folder}: step {step} cannot be saved: {reason}") from error
+        kind = Agreed if isinstance(error, Agreed) else UserError
+        raise kind(f"{folder}: step {step} cannot be saved: {reason}") from error
 
 
 def _reserve(draft: Path, arrays) -> None:

@@ -55,7 +55,9 @@ class LazyModels:
     def text_reader(self):
         """A TextReader of these encoders, which remembers on disk what it read."""
         tokenizers = Tokenizers(self.folder, self.preset.t5, self.preset.clip)
-        cache = TextCache(places.cache_folder() / "text", self.text_identity())
+        cache = None  # hosts that remember other prompts would wait for each other
+        if jax.process_count() == 1:
+            cache = TextCache(places.cache_folder() / "text", self.text_identity())
         return TextReader(tokenizers, self.load_encoders, compute_dtype(self.mesh), cache)
 
     def text_identity(self):
