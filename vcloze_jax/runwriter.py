@@ -38,7 +38,8 @@ class RunWriter:
 
     def __init__(self, run, trainer, source, folder, *, tensorboard=False, profile=0):
         self.run, self.trainer, self.source, self.folder = run, trainer, source, folder
-        self.stop, self.poll, self.code = Stop(), Poll(trainer.mesh), 0
+        self.stop, self.code = Stop(), 0
+        self.poll, self.any_host = Poll(trainer.mesh), Poll(trainer.mesh)
         if run.writes:
             self.log = Log(run.metrics, trainer.step)
             self.validation = Log(run.validation, trainer.step)

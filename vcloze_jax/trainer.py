@@ -212,10 +212,11 @@ def train(trainer, groups, writer):
             writer.write(before, trainer.wait(before))
         if sent is None:
             break
-        last, minutes = sent.step == recipe.steps, (time.monotonic() - saved_at) / 60
+        last, late = sent.step == recipe.steps, time.monotonic() - saved_at
         preview_is_due = last or sent.step == 1 or sent.step % recipe.preview_every == 0
         save_is_due = last or sent.step % recipe.save_every == 0
-        save_is_due |= 0 < recipe.save_minutes < minutes
+        if recipe.save_minutes:
+            save_is_due |= writer.any_host(late > 60 * recipe.save_minutes)
         if preview_is_due or save_is_due:
             writer.write(sent, trainer.wait(sent))
             sent = None

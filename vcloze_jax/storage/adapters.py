@@ -73,8 +73,8 @@ def fit(file: Path, adapter: dict, config: FluxConfig) -> FluxConfig:
 
 def save(file: Path, adapter: dict, dtype="float32", note: dict[str, str] | None = None):
     """Write an adapter tree for `load_lora_weights` of diffusers: alpha = rank, biases on B; with a
-    `note` of ours in the header. A process that is alone
-    never holds more of it than two layers, or stacks."""
+    `note` of ours in the header. A host that is alone never holds more of it than two layers, or
+    stacks; of several, the first holds all of it."""
     arrays = flatten_dict(adapter, sep="/")
     if jax.process_count() > 1:  # it takes all hosts to bring them together; the first writes
         arrays = {path: on_host(array) for path, array in arrays.items()}

@@ -7,11 +7,13 @@ have them (ports/locate.py).
 
 import json
 from collections import defaultdict, deque
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 import jax
 from flax import nnx
+from tqdm import tqdm
 
 from ports import engine
 from ports.locate import locate
@@ -27,6 +29,8 @@ from vcloze_jax.storage.preset import load_preset, translate_errors
 
 # field of Preset -> module, and its part of a weights folder
 MODULES = {"flux": Flux, "vae": VAE, "t5": T5Encoder, "clip": CLIPTextEncoder}
+READERS = 4  # threads: one is slower than most disks
+SHOWN = 3  # seconds after which loading shows a bar
 MODELS = {field: (module, PARTS[field]) for field, module in MODULES.items()}
 
 
@@ -90,22 +94,26 @@ def summary(folder: Path, preset: Preset) -> str:
 def load(module: type, config, folder: Path, dtype="float32", sharding=None):
     """A module (Flux, VAE, T5Encoder or CLIPTextEncoder; LoRA rank 0) with its weights of `folder`.
 
-    Shard by shard from mapped files, so that the host never holds more than one shard of the
-    largest leaf, and reads only what its own devices are given; nothing is initialised. `sharding`
-    maps the tree of shapes to one of Shardings; None: the default device. Raises UserError as
-    `check` does, and for NaN.
+    Shard by shard from mapped files, several at a time, so that the host never holds more than
+    READERS shards, and reads only what its own devices are given; nothing is initialised.
+    `sharding` maps the tree of shapes to one of Shardings; None: the default device. Raises
+    UserError as `check` does, and for NaN.
     """
     source, graphdef, base, leaves = match_files(module, config, folder)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     layout = jax.tree.leaves(sharding(base)) if sharding else [one] * len(leaves)
-    with translate_errors(source.path):
-        arrays = [
-            stream(leaf, source, dtype, place) for leaf, place in zip(leaves, layout, strict=True)
-        ]
+    bar = dict(unit="array", leave=False, delay=SHOWN, disable=not is_first())
+    readers = ThreadPoolExecutor(READERS)
+    try:
+        with translate_errors(source.path):
+            arrays = readers.map(partial(stream, source, dtype), leaves, layout)
+            arrays = list(tqdm(arrays, f"loading {source.path.name}", len(leaves), **bar))
+    finally:
+        readers.shutdown(cancel_futures=True)
     return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(base), arrays))
 
 
-def stream(leaf, source, dtype, sharding):
+def stream(source, dtype, leaf, sharding):
     """One leaf from its file into its shards; those that are equal are read once."""
     devices = defaultdict(list)
     for device, cut in sharding.addressable_devices_indices_map(leaf.shape).items():
