@@ -39,7 +39,7 @@ def main(argv):
     specs = read_specs(args.grid, places.named_preset(args.weights or places.MINI_FOLDER))
     check_outputs(args.out, specs)
 
-    from vcloze_jax import hosts, plan
+    from vcloze_jax import plan
     from vcloze_jax.pipeline import Pipeline, steps_bar
     from vcloze_jax.programs import spent
     from vcloze_jax.storage import weights  # JAX from here on
@@ -53,8 +53,7 @@ def main(argv):
     if args.check or args.plan:
         return
     for spec, painting in zip(specs, pipeline.paint(specs, steps_bar), strict=True):
-        if hosts.is_first():
-            painting.save(args.out, spec.name)
+        painting.save(args.out, spec.name)
         for sentence in painting.unread:
             print(f"{spec.name}: {sentence}")
     print(f"{len(specs)} grids painted, {spent['programs']} programs compiled: {args.out}/")

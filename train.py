@@ -8,11 +8,12 @@ The run lives in --out; the same command again resumes it, to the bit. RUN/lora.
 written at every save; sample.py --lora and diffusers load it.
 """
 
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from vcloze_jax.data.sources import draw_groups, open_source
 from vcloze_jax.inputs import cli
-from vcloze_jax.inputs.cluster import count_processes
 from vcloze_jax.inputs.runfolder import ORIGINS, RunFolder
 from vcloze_jax.storage import places
 
@@ -20,12 +21,7 @@ from vcloze_jax.storage import places
 def parse(argv):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add(
-        "--out",
-        type=cli.local_folder,
-        metavar="RUN",
-        help="the run's folder (default: runs/PRESET)",
-    )
+    add("--out", type=cli.local_folder, metavar="RUN", help="a folder (default: runs/PRESET)")
     add("--check", action="store_true", help="validate everything, train nothing")
     add("--plan", action="store_true", help="print tokens, FLOPs and bytes of a step, and exit")
     accept = "go on with a run although these are not those that it was begun with"
@@ -42,21 +38,19 @@ def main(argv):
     args = parse(argv)
     recipe = cli.read_recipe(args)
     run = RunFolder(args.out or Path("runs", recipe.preset))
-    if count_processes() == 1:  # several would be in each other's way
-        run.compare(recipe)
+    run.compare(recipe)
     source = open_source(recipe.data, recipe.resolution, recipe.caption_dropout)
 
     from vcloze_jax import hosts, plan  # JAX from here on
-    from vcloze_jax.devices import make_mesh, parse_mesh
+    from vcloze_jax.devices import make_mesh, micro_size, parse_mesh
     from vcloze_jax.sharding import compute_dtype
     from vcloze_jax.storage.models import check_for_training, describe_origins
-    from vcloze_jax.trainer import micro_size
 
     mesh = make_mesh(parse_mesh(recipe.mesh) if recipe.mesh else None)
     run.writes, folder = hosts.is_first(), Path(args.weights or places.MINI_FOLDER)
     with hosts.agreed():
         run.compare(recipe)
-        micro_size(recipe, mesh)
+        recipe = replace(recipe, micro_batch=micro_size(recipe, mesh))
         preset = check_for_training(folder, recipe)
         origins = describe_origins(folder, recipe, source.digest(), compute_dtype(mesh))
         run.compare_origins(recipe, origins, args.accept)
@@ -64,26 +58,23 @@ def main(argv):
         print(plan.training(preset, recipe, source.held_out(), mesh))
     if args.plan or args.check:
         return 0
-    try:
-        watchers = dict(tensorboard=args.tensorboard, profile=args.profile)
-        with hosts.one_end():
-            return learn(run, origins, preset, folder, mesh, source, **watchers)
-    finally:
-        run.unlock()
+    with hosts.agreed():
+        run.lock()
+    watchers = dict(tensorboard=args.tensorboard, profile=args.profile)
+    with closing(run), hosts.one_end():
+        return learn(run, origins, preset, folder, mesh, source, **watchers)
 
 
 def learn(run, origins, preset, folder, mesh, source, **watchers):
     """Load the models, take up the run where it stands, and train to its last step or a signal."""
-    from vcloze_jax.hosts import agreed
+    from vcloze_jax.hosts import agreed, drawn_here
     from vcloze_jax.runwriter import RunWriter
     from vcloze_jax.storage import checkpoint
     from vcloze_jax.storage.models import load_for_training
     from vcloze_jax.storage.textreader import Tokenizers
     from vcloze_jax.trainer import Trainer, train
 
-    with agreed():
-        run.lock()
-        recipe, tokenizers = preset.recipe, Tokenizers(folder, preset.t5, preset.clip)
+    recipe, tokenizers = preset.recipe, Tokenizers(folder, preset.t5, preset.clip)
     parts = load_for_training(preset, folder, mesh)
     trainer = Trainer(parts, preset, tokenizers, mesh, source.masks_every_row)
     with agreed():
@@ -93,9 +84,7 @@ def learn(run, origins, preset, folder, mesh, source, **watchers):
         print(f"{run.path}: finished at step {trainer.step}; a larger --steps goes on")
         return 0
 
-    first, last = trainer.step * recipe.batch, recipe.steps * recipe.batch  # grid
-    span = first // recipe.group, last // recipe.group
-    groups = draw_groups(source, recipe.seed, recipe.group, *span, trainer.drawn_here)
+    groups = draw_groups(source, recipe, trainer.step, drawn_here(recipe, mesh))
     with RunWriter(run, trainer, source, folder, **watchers) as writer:
         writer.prepare()
         train(trainer, groups, writer)

@@ -67,10 +67,10 @@ import sys
 from pathlib import Path
 import jax, numpy as np
 from vcloze_jax import hosts
-from vcloze_jax.config import UserError
-from vcloze_jax.devices import make_mesh, parse_mesh
+from vcloze_jax.config import Recipe, UserError
+from vcloze_jax.devices import make_mesh, parse_mesh, put
 from vcloze_jax.inputs import cli
-from vcloze_jax.sharding import held_here, on_host, put, spread
+from vcloze_jax.sharding import on_host, spread
 from vcloze_jax.storage import checkpoint
 
 def main(argv):
@@ -91,8 +91,9 @@ def main(argv):
     poll = hosts.Poll(mesh)
     assert [poll(143 * (me == 1)), poll(0), poll(2 * (me == 0)), poll(0)] == [0, 143, 0, 2]
 
-    assert held_here(4, mesh) == ({0, 1}, {2, 3})[me]
-    rows = [np.full(3, i, np.int32) if i in held_here(4, mesh) else None for i in range(4)]
+    drawn = hosts.drawn_here(Recipe(group=8, micro_batch=4), mesh)
+    assert drawn == ([0, 1, 4, 5], [2, 3, 6, 7])[me]
+    rows = [np.full(3, i, np.int32) if i in drawn else None for i in range(4)]
     batch = spread(rows, mesh)
     assert not batch.is_fully_addressable
     assert on_host(batch).tolist() == [[i] * 3 for i in range(4)]
@@ -129,10 +130,10 @@ def test_alone(monkeypatch):
     monkeypatch.setattr(cluster, "CHIPS", ())
     for name in {*cluster.SIGNS, *cluster.COUNTS}:
         monkeypatch.delenv(name, raising=False)
-    hosts.join()
+    hosts.join_hosts()
     monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
     monkeypatch.setenv("SLURM_NTASKS", "1")
-    hosts.join()
+    hosts.join_hosts()
     assert not joined and hosts.is_first() and hosts.tell_all("a") == ["a"]
     with pytest.raises(ZeroDivisionError), hosts.agreed():
         1 / 0  # noqa: B018
@@ -143,7 +144,7 @@ def test_alone(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     monkeypatch.setenv("SLURM_NTASKS", "2")
     with pytest.raises(UserError, match=r"do not find each other \(no coordinator\); start one"):
-        hosts.join()
+        hosts.join_hosts()
 
 
 # --- whole runs ---

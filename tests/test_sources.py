@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vcloze_jax.config import UserError
+from vcloze_jax.config import Recipe, UserError
 from vcloze_jax.data.graph import NEAR, NODES, TRAIN, draw_fill, draw_sample
 from vcloze_jax.data.sources import SOURCES, draw_group, draw_groups, draw_of_shape, open_source
 from vcloze_jax.prompts import CONTENT_PREFIXES
@@ -157,15 +157,24 @@ def test_tasks_do_not_depend_on_rows_or_position(source):
 @pytest.mark.parametrize("start", [0, 3, 5])
 def test_a_restart_continues(source, start):
     """Begun at any number, the stream is the rest of the whole one, and ends where it should."""
-    rest = list(draw_groups(source, 1, 2, start, 6))
+    rest = list(draw_groups(source, Recipe(seed=1, batch=2, group=2, steps=6), start))
     assert len(rest) == 6 - start
     for number, group in enumerate(rest, start):
         same(group, draw_group(source, 1, number, 2))
 
 
+def test_hosts_draw_their_part(source):
+    """A host that draws only some places of a group draws there what one that draws all does."""
+    whole = draw_group(source, 1, 3, 4)
+    part = draw_group(source, 1, 3, 4, drawn=[1, 2])
+    assert part[0] is part[3] is None
+    same(part[1:3], whole[1:3])
+
+
 def test_streams_need_not_be_read_to_the_end(source):
     """What is made ahead is no obligation: a reader that stops early gets the same groups."""
-    for number, group in enumerate(islice(draw_groups(source, 1, 2, 0, 1000), 2)):
+    endless = Recipe(seed=1, batch=2, group=2, steps=1000)
+    for number, group in enumerate(islice(draw_groups(source, endless, 0), 2)):
         same(group, draw_group(source, 1, number, 2))
 
 

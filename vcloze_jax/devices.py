@@ -8,9 +8,9 @@ import jaxlib
 from jax.sharding import AxisType
 
 from vcloze_jax import hosts
-from vcloze_jax.config import UserError
+from vcloze_jax.config import UserError, flag
 from vcloze_jax.inputs.cluster import count_processes
-from vcloze_jax.sharding import AXES
+from vcloze_jax.sharding import AXES, shardings
 
 
 def parse_mesh(text):
@@ -38,7 +38,7 @@ def make_mesh(sizes=None):
     or if there are several hosts and not all of their devices are taken.
     """
     wanted = math.prod((sizes or {}).values())
-    hosts.join()
+    hosts.join_hosts()
     own = math.ceil(wanted / max(1, count_processes()))
     ready_xla(own)
     if own > max(1, jax.config.jax_num_cpu_devices):
@@ -60,6 +60,26 @@ def make_mesh(sizes=None):
     count = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
     shape = tuple(sizes[axis] for axis in AXES)
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count])
+
+
+def put(tree, mesh, root=""):
+    """The tree's host arrays, each in its place on the mesh."""
+    place = lambda x, where: jax.make_array_from_callback(x.shape, where, x.__getitem__)  # noqa: E731
+    return jax.tree.map(place, tree, shardings(tree, mesh, root))
+
+
+def micro_size(recipe, mesh):
+    """Grids of a micro-batch: at most --micro-batch, some on each device that splits the batch, and
+    a part of a group, so that what a step is does not depend on it. Raises UserError."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name in ("micro_batch", "group"):
+        if getattr(recipe, name) % shards:
+            raise UserError(
+                f"{flag(name)} {getattr(recipe, name)}: a multiple of {shards}, please, which data "
+                "and fsdp of --mesh share; or put devices on tensor, which have the same grids"
+            )
+    sizes = [n for n in range(shards, recipe.group + 1, shards) if recipe.group % n == 0]
+    return max(n for n in sizes if n <= max(shards, recipe.micro_batch))
 
 
 def ready_xla(devices):

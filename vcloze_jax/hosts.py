@@ -19,6 +19,7 @@ from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
 from vcloze_jax.inputs.cluster import count_processes, is_launched
 from vcloze_jax.inputs.terminal import tell_error
+from vcloze_jax.sharding import batch_sharding
 
 SILENCE = 45  # seconds without a sign of life, after which JAX ends the processes that are left
 LONGEST = 1000  # bytes of what a host tells the others
@@ -28,7 +29,7 @@ class Agreed(UserError):
     """A mistake that all hosts know of."""
 
 
-def join():
+def join_hosts():
     """Find the processes that a launcher (Slurm, Open MPI, GKE, a TPU pod) started with this one,
     before JAX makes its devices. Alone, nothing happens. Raises UserError if they are not found.
     """
@@ -54,6 +55,13 @@ def join():
 def is_first():
     """Whether this is host 0, which writes."""
     return jax.process_index() == 0
+
+
+def drawn_here(recipe, mesh):
+    """Which grids of a group this host draws, counted from 0: those that its devices will hold."""
+    cuts = batch_sharding(mesh).addressable_devices_indices_map((recipe.micro_batch,)).values()
+    held = {i for (cut,) in cuts for i in range(recipe.micro_batch)[cut]}
+    return [i for i in range(recipe.group) if i % recipe.micro_batch in held]
 
 
 def tell_all(text):

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from vcloze_jax import __version__
 from vcloze_jax.devices import make_mesh, parse_mesh
 from vcloze_jax.grid import bucket
+from vcloze_jax.hosts import is_first
 from vcloze_jax.inputs.pictures import save_png, save_text
 from vcloze_jax.inputs.sheet import cell_boxes, compose
 from vcloze_jax.inputs.spec import output_names, read_spec
@@ -57,7 +58,10 @@ class Painting:
         return found
 
     def save(self, folder, name):
-        """Write NAME.png, NAME_target0.png … and last the record, NAME.json; each atomically."""
+        """Write NAME.png, NAME_target0.png … and last the record, NAME.json; each atomically. Of
+        several hosts, which all painted it, the first writes."""
+        if not is_first():
+            return
         names = output_names(name, len(self.images))
         grid, *targets, record = (Path(folder, name) for name in names)
         save_png(grid, np.asarray(self.grid))

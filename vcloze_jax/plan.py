@@ -17,13 +17,13 @@ import numpy as np
 from flax import nnx
 
 from vcloze_jax import flow
+from vcloze_jax.devices import micro_size
 from vcloze_jax.grid import PATCH, bucket
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.vae import VAE
 from vcloze_jax.painter import BATCH_TOKENS
 from vcloze_jax.sharding import batch_sharding, compute_dtype, shardings
 from vcloze_jax.storage.weights import MODULES, abstract
-from vcloze_jax.trainer import micro_size
 
 MESH = "a larger --mesh: its fsdp axis splits weights and state"
 REMEDIES = {

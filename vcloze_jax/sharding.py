@@ -55,8 +55,6 @@ TABLE = (
     (r"/lora_b$", P(None, "fsdp")),
     (r"", P()),
 )
-
-
 SMALL = 2**28  # numbers, half a gigabyte of bfloat16; most kernels of FLUX's blocks are larger
 
 
@@ -77,16 +75,13 @@ def shardings(tree, mesh, root=""):
         spec = P(*(None,) * (leaf.ndim - len(spec)), *spec)
         places = []
         for size, axes in zip(leaf.shape, spec, strict=True):
-            names = (axes,) if isinstance(axes, str) else axes or ()
-            sizes = {axis: mesh.shape[axis] for axis in names}
-            if size % math.prod(sizes.values()) and leaf.size < SMALL and sizes.pop("fsdp", 0):
-                axes = tuple(sizes) or None
+            if axes == "fsdp" and leaf.size < SMALL and size % mesh.shape[axes]:
+                axes = None
+            sizes = {axis: mesh.shape[axis] for axis in AXES if axis in (axes or ())}
             if size % math.prod(sizes.values()):
                 over = " and ".join(f"{axis}={n}" for axis, n in sizes.items())
-                raise UserError(
-                    f"--mesh: {name} {leaf.shape}: {size} does not divide over {over}; choose "
-                    f"divisors of {size}"
-                )
+                where = f"--mesh: {name} {leaf.shape}"
+                raise UserError(f"{where}: {size} does not divide over {over}; divisors of it do")
             places.append(axes)
         return NamedSharding(mesh, P(*places))
 
@@ -115,24 +110,12 @@ def by_batch(x):
     return placed(x, *BATCH, *[None] * (x.ndim - 1))
 
 
-def put(tree, mesh, root=""):
-    """The tree's host arrays, each in its place on the mesh."""
-    to_place = lambda x, place: jax.make_array_from_callback(x.shape, place, x.__getitem__)  # noqa: E731
-    return jax.tree.map(to_place, tree, shardings(tree, mesh, root))
-
-
 def spread(rows, mesh):
     """Host arrays, one a sample -> an array over the batch axes. Of a sample that only devices of
     other hosts hold, None will do: each host brings its own."""
     shape = len(rows), *next(row for row in rows if row is not None).shape
     stack = lambda index: np.stack(rows[index[0]])  # noqa: E731
     return jax.make_array_from_callback(shape, batch_sharding(mesh), stack)
-
-
-def held_here(count, mesh):
-    """Which of so many samples the devices of this host hold."""
-    cuts = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
-    return {i for (cut,) in cuts for i in range(count)[cut]}
 
 
 def on_host(tree):

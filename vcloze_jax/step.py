@@ -11,7 +11,7 @@ from flax import nnx
 
 from vcloze_jax import conditioning, flow
 from vcloze_jax.conditioning import Context, Models
-from vcloze_jax.sharding import spread
+from vcloze_jax.sharding import gathered, spread
 
 ENCODERS = ("vae", "t5", "clip")
 PURPOSES = ("init", "draws", "validation")  # of a run's random numbers
@@ -64,11 +64,11 @@ def make_batch(examples, numbers, tokenizers, preset, mesh, masks_every_row=Fals
         maskable = masks_every_row or r == len(grid.rows) - 1
         mask = to_mesh(lambda x, r=r: x.grid.rows[r].mask) if maskable else None
         rows.append((to_mesh(lambda x, r=r: x.grid.rows[r].pixels), mask))
-    t5_ids, clip_ids, _ = tokenizers([x.prompt if x else "" for x in examples])
-    ids = t5_ids, clip_ids, np.asarray(numbers, np.int32)
+    *ids, _ = tokenizers([x.prompt if x else "" for x in examples])
     kinds = to_mesh(lambda x: np.frombuffer(x.kind.encode()[:KIND].ljust(KIND), np.uint8))
     pe = conditioning.position_table([grid], preset.flux, preset.t5.max_length, grid.tokens)
-    return Batch(tuple(rows), *(spread(x, mesh) for x in ids), pe, kinds)
+    arrays = (spread(x, mesh) for x in (*ids, np.asarray(numbers, np.int32)))
+    return Batch(tuple(rows), *arrays, pe, kinds)
 
 
 def encode_batch(frozen, batch, key, *, graphdefs, preset, dtype):
@@ -125,7 +125,7 @@ def validate(trainable, frozen, noisy, **options):
     del options["region"]
     nothing = jax.tree.map(jnp.zeros_like, trainable)
     out, bare = (predict_velocity(w, frozen, noisy, **options) for w in (trainable, nothing))
-    return jnp.stack([loss, jnp.linalg.norm(out - bare) / jnp.linalg.norm(out)])
+    return gathered(jnp.stack([loss, jnp.linalg.norm(out - bare) / jnp.linalg.norm(out)]))
 
 
 def merge_models(graphdefs, *trees, names=("flux", *ENCODERS)):
@@ -169,15 +169,14 @@ def make_step(tx, loss, layout, ema=0.0, skip=0):
     where it is; what is told is everywhere. A step whose loss or gradient is not finite changes
     nothing; after `skip` of them nothing changes any more, until the loop reads it.
     """
-    everywhere = layout.skipped
 
-    @partial(jax.jit, donate_argnums=2, out_shardings=(everywhere, layout.trainable))
+    @partial(jax.jit, donate_argnums=2, out_shardings=(layout.skipped, layout.trainable))
     def accumulate(trainable, frozen, grads, noisy):
         gradient = jax.value_and_grad(loss, has_aux=True)
         (_, told), new = gradient(trainable, frozen, noisy)
         return told, jax.tree.map(jnp.add, grads, new)
 
-    @partial(jax.jit, donate_argnums=(0, 1), out_shardings=(layout, layout.trainable, everywhere))
+    @partial(jax.jit, donate_argnums=(0, 1), out_shardings=(layout, layout.trainable, None))
     def update(state, grads, losses, rate):
         mean = jax.tree.map(lambda g: g / len(losses), grads)  # of as many micro-batches
         norms = group_norms(mean)

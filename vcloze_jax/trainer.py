@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vcloze_jax.config import UserError, flag
-from vcloze_jax.sharding import compute_dtype, held_here, put, shardings
+from vcloze_jax.sharding import compute_dtype, shardings
 from vcloze_jax.step import (
     encode_batch,
     init_state,
@@ -25,20 +24,6 @@ from vcloze_jax.step import (
     purpose_key,
     validate,
 )
-
-
-def micro_size(recipe, mesh):
-    """Grids of a micro-batch: at most --micro-batch, some on each device that splits the batch, and
-    a part of a group, so that what a step is does not depend on it. Raises UserError."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    for name in ("micro_batch", "group"):
-        if getattr(recipe, name) % shards:
-            raise UserError(
-                f"{flag(name)} {getattr(recipe, name)}: a multiple of {shards}, please, since data "
-                f"and fsdp of --mesh split it; or put devices on tensor, whose grids are the same"
-            )
-    sizes = [n for n in range(shards, recipe.group + 1, shards) if recipe.group % n == 0]
-    return max(n for n in sizes if n <= max(shards, recipe.micro_batch))
 
 
 class Sent(NamedTuple):
@@ -77,21 +62,13 @@ class Trainer:
             "encode": jax.jit(partial(encode_batch, preset=preset, **statics)),
             "accumulate": accumulate,
             "update": update,
-            "validate": jax.jit(
-                partial(validate, region=recipe.loss_region, **statics),
-                out_shardings=layout.skipped,
-            ),
+            "validate": jax.jit(partial(validate, region=recipe.loss_region, **statics)),
         }
-        self.programs, self.rate, self.micro = {}, learning_rate(recipe), micro_size(recipe, mesh)
+        self.programs, self.rate, self.micro = {}, learning_rate(recipe), recipe.micro_batch
         self.state = jax.jit(init, out_shardings=layout)(trainable)
-        self.grads = jax.jit(zeros_like, out_shardings=layout.trainable)(trainable)
+        zeros = partial(jax.tree.map, jnp.zeros_like)
+        self.grads = jax.jit(zeros, out_shardings=layout.trainable)(trainable)
         self.step, self.ended = 0, 0.0
-
-    @property
-    def drawn_here(self):
-        """Which grids of a group this host has to draw, counted from 0."""
-        held = held_here(self.micro, self.mesh)
-        return [i for i in range(self.recipe.group) if i % self.micro in held]
 
     @property
     def learnt(self):
@@ -123,8 +100,8 @@ class Trainer:
             args = self.state.trainable, self.frozen, self.grads, noisy
             program = self.program("accumulate", noisy.x_t.shape, *args)
             largest = max(largest, program.memory_analysis().temp_size_in_bytes)
-        losses = [put(np.zeros(self.micro, np.float32), self.mesh)]  # on all devices, whole
-        losses *= self.recipe.batch // self.micro
+        loss = jax.ShapeDtypeStruct((self.micro,), np.float32, sharding=self.state.skipped.sharding)
+        losses = [loss] * (self.recipe.batch // self.micro)
         self.program("update", (), self.state, self.grads, losses, np.float32(0))
         return largest
 
@@ -192,10 +169,6 @@ class Trainer:
         return float(loss), float(effect)
 
 
-def zeros_like(tree):
-    return jax.tree.map(jnp.zeros_like, tree)
-
-
 def train(trainer, groups, writer):
     """The loop: send a step to the devices, write what is known of the one before it while they
     work; preview, save and stop where that is due.
@@ -205,6 +178,7 @@ def train(trainer, groups, writer):
     sent are written and saved in the end.
     """
     recipe, sent, saved, saved_at = trainer.recipe, None, trainer.step, time.monotonic()
+    seconds = 60 * recipe.save_minutes
     while trainer.step < recipe.steps and not writer.stopped():
         with writer.annotate(trainer.step + 1):
             before, sent = sent, trainer.send(groups, writer.stopped)
@@ -212,11 +186,13 @@ def train(trainer, groups, writer):
             writer.write(before, trainer.wait(before))
         if sent is None:
             break
-        last, late = sent.step == recipe.steps, time.monotonic() - saved_at
+        last, late = (
+            sent.step == recipe.steps,
+            time.monotonic() > saved_at + 60 * recipe.save_minutes,
+        )
         preview_is_due = last or sent.step == 1 or sent.step % recipe.preview_every == 0
         save_is_due = last or sent.step % recipe.save_every == 0
-        if recipe.save_minutes:
-            save_is_due |= writer.any_host(late > 60 * recipe.save_minutes)
+        save_is_due |= seconds > 0 and writer.any_host(late)
         if preview_is_due or save_is_due:
             writer.write(sent, trainer.wait(sent))
             sent = None

@@ -4,13 +4,14 @@ A new source of data is one file and one row of `SOURCES`.
 """
 
 from collections.abc import Collection, Hashable, Iterator
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from vcloze_jax.config import UserError
+from vcloze_jax.config import Recipe, UserError
 from vcloze_jax.grid import Grid
 
 
@@ -109,18 +110,14 @@ def draw_group(
 
 
 def draw_groups(
-    source: Source,
-    seed: int,
-    size: int,
-    start: int,
-    stop: int,
-    drawn: Collection[int] | None = None,
+    source: Source, recipe: Recipe, step: int, drawn: Collection[int] | None = None
 ) -> Iterator[list[Example | None]]:
-    """Iterate over the groups start … stop - 1, made ahead in a thread; see `draw_group`."""
+    """Iterate over a run's groups after that step, made ahead in a thread; see `draw_group`."""
     import grain  # which imports JAX
 
-    numbers = grain.MapDataset.range(start, stop)
-    groups = numbers.map(lambda number: draw_group(source, seed, int(number), size, drawn))
+    numbers = (n * recipe.batch // recipe.group for n in (step, recipe.steps))
+    draw = partial(draw_group, source, recipe.seed, size=recipe.group, drawn=drawn)
+    groups = grain.MapDataset.range(*numbers).map(lambda number: draw(int(number)))
     return iter(groups.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 

@@ -30,7 +30,7 @@ def describe_type(array) -> str:
 def write_digests(path: Path, arrays: dict) -> None:
     """Write what this host can tell of a step's folder and of its arrays, {name: array}."""
     parts = {name: [describe_type(x), digest_parts(x)] for name, x in arrays.items()}
-    files = {str(f.relative_to(path)): digest_file(f) for f in share(list_files(path))}
+    files = {str(f.relative_to(path)): digest_file(f) for f in pick_share(walk_files(path))}
     note = {"arrays": parts, "files": files}
     (path / f"digests-{jax.process_index()}").write_text(json.dumps(note))
 
@@ -55,7 +55,7 @@ def check_files(path: Path) -> dict:
     if seal.decode(errors="replace") != hashlib.sha256(text).hexdigest():
         raise Damaged("file digests is not what was saved")
     digests = json.loads(text)
-    for name, digest in share(sorted(digests["files"].items())):
+    for name, digest in pick_share(sorted(digests["files"].items())):
         if digest_file(path / name) != digest:
             raise Damaged(f"file {name} is not what was saved")
     arrays = digests["arrays"].items()  # of version 0.1.0, digested whole
@@ -107,12 +107,12 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def list_files(path: Path) -> list[Path]:
+def walk_files(path: Path) -> list[Path]:
     """All files of a step but digests, in one order."""
     return sorted(f for f in (path / "arrays").rglob("*") if f.is_file())
 
 
-def share(things: list) -> list:
+def pick_share(things: list) -> list:
     """Those that this host has to see to."""
     return things[jax.process_index() :: jax.process_count()]
 

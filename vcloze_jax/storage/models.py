@@ -12,8 +12,9 @@ from flax import nnx
 
 from vcloze_jax import __version__
 from vcloze_jax.config import PRESETS, UserError
+from vcloze_jax.devices import put
 from vcloze_jax.model.lora import fold, split
-from vcloze_jax.sharding import compute_dtype, put, shardings
+from vcloze_jax.sharding import compute_dtype, shardings
 from vcloze_jax.step import purpose_key
 from vcloze_jax.storage import adapters, places, weights
 from vcloze_jax.storage.preset import read_config
