@@ -149,6 +149,7 @@ def test_help(call, main):
         ("--data bad.json", "bad.json: line 1: image[0][1]: "),
         ("--tensorboard", "--tensorboard: pip install tensorboardX, please"),
         ("--profile 0", "argument --profile: invalid positive_int value: '0'"),
+        ("--out gs://bucket/run", "--out gs://bucket/run: no folder of a file system; give one"),
         ("--out file", "file: not a run of train.py"),
         ("--out .", ".: not a run of train.py, and not empty"),
         ("--out odd", "odd: not a run of train.py, and not empty"),

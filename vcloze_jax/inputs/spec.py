@@ -28,6 +28,7 @@ from vcloze_jax.inputs.checks import (
     resolve_path,
     suggest_name,
 )
+from vcloze_jax.inputs.cluster import count_processes
 from vcloze_jax.inputs.pictures import (
     check_file,
     check_writable,
@@ -78,6 +79,8 @@ def check_outputs(out: Path, specs: list[Spec]) -> None:
     """Make the folder. Raises UserError where an output cannot be written, or would replace an
     input."""
     names = [name for spec in specs for name in output_names(spec.name, len(spec.grid.targets))]
+    if count_processes() != 1:  # or one would take away again what it made to try, under the others
+        out.mkdir(parents=True, exist_ok=True)
     check_writable(out, max(names, key=lambda name: len(os.fsencode(name))))
     out.mkdir(parents=True, exist_ok=True)
     inputs = set()
