@@ -38,12 +38,13 @@ def make_mesh(sizes=None):
     or if there are several hosts and not all of their devices are taken.
     """
     wanted = math.prod((sizes or {}).values())
-    hosts.join_hosts()
     own = math.ceil(wanted / max(1, count_processes()))
     ready_xla(own)
     if own > max(1, jax.config.jax_num_cpu_devices):
         jax.config.update("jax_num_cpu_devices", own)
+    hosts.join_hosts()
     devices = jax.devices()
+    hosts.let_first_speak()
     if sizes is None:
         alone = devices[0].platform == "cpu" and jax.process_count() == 1
         sizes = dict(data=1, fsdp=1 if alone else len(devices), tensor=1)

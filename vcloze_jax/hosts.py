@@ -48,8 +48,12 @@ def join_hosts():
             "one alone, or all of them as README says"
         ) from error
     cli.AT_END.append(jax.distributed.shutdown)
+
+
+def let_first_speak():
+    """What other hosts print, all but errors and bars, is lost."""
     if not is_first():
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # one of them speaks
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # also under what is not Python
 
 
 def is_first():
@@ -111,13 +115,14 @@ class Poll:
 @contextmanager
 def one_end():
     """Where this host alone meets an error inside, it ends at once, with a line: the others wait
-    for it, until JAX ends them. So does what JAX says when it is another one that is gone."""
+    for it, until JAX ends them. So does what JAX says where it is another one that is gone."""
     try:
         yield
     except (UserError, OSError, jax.errors.JaxRuntimeError) as error:
         if jax.process_count() == 1 or isinstance(error, Agreed):
             raise
+        by_jax = isinstance(error, jax.errors.JaxRuntimeError)
         text = str(error) if isinstance(error, UserError) else describe_with_file(error)
-        where = f"host {jax.process_index()} of {jax.process_count()}"
-        tell_error(f"{where}: {text}; if another one is lost, start all of them again")
-        cli.leave(1 if isinstance(error, jax.errors.JaxRuntimeError) else 2)
+        text += "; if another one is lost, start all of them again" if by_jax else ""
+        tell_error(f"host {jax.process_index()} of {jax.process_count()}: {text}")
+        cli.leave(1 if by_jax else 2)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -56,6 +57,10 @@ TABLE = (
     (r"", P()),
 )
 SMALL = 2**28  # numbers, half a gigabyte of bfloat16; most kernels of FLUX's blocks are larger
+
+
+# A tree of arrays -> the same in NumPy's, each whole, on every host.
+on_host = partial(multihost_utils.process_allgather, tiled=True)
 
 
 def spec_of(path):
@@ -116,11 +121,6 @@ def spread(rows, mesh):
     shape = len(rows), *next(row for row in rows if row is not None).shape
     stack = lambda index: np.stack(rows[index[0]])  # noqa: E731
     return jax.make_array_from_callback(shape, batch_sharding(mesh), stack)
-
-
-def on_host(tree):
-    """The tree's arrays, whole, as NumPy's, on every host."""
-    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def compute_dtype(mesh):

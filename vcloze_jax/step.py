@@ -56,8 +56,7 @@ def purpose_key(seed, purpose):
 
 
 def make_batch(examples, numbers, tokenizers, preset, mesh, masks_every_row=False):
-    """Examples of one grid shape -> Batch. Rows that are never masked carry no mask at all. Of an
-    example that only devices of other hosts hold, None will do."""
+    """Examples of one shape (None: another host's) -> Batch. Rows never masked carry no mask."""
     to_mesh = lambda read: spread([x and read(x) for x in examples], mesh)  # noqa: E731
     grid, rows = next(x.grid for x in examples if x), []
     for r in range(len(grid.rows)):

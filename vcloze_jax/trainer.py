@@ -119,8 +119,7 @@ class Trainer:
         key, shapes, told = purpose_key(recipe.seed, "draws"), [], []
         for first in range(self.step * recipe.batch, (self.step + 1) * recipe.batch, recipe.group):
             group = next(groups)
-            grid = next(example.grid for example in group if example)
-            shapes += [(len(grid.rows), grid.tokens)] * recipe.group
+            shapes += [next((len(x.grid.rows), x.grid.tokens) for x in group if x)] * recipe.group
             for i in range(0, recipe.group, self.micro):
                 if stopped():
                     return None
@@ -178,7 +177,6 @@ def train(trainer, groups, writer):
     sent are written and saved in the end.
     """
     recipe, sent, saved, saved_at = trainer.recipe, None, trainer.step, time.monotonic()
-    seconds = 60 * recipe.save_minutes
     while trainer.step < recipe.steps and not writer.stopped():
         with writer.annotate(trainer.step + 1):
             before, sent = sent, trainer.send(groups, writer.stopped)
@@ -186,13 +184,10 @@ def train(trainer, groups, writer):
             writer.write(before, trainer.wait(before))
         if sent is None:
             break
-        last, late = (
-            sent.step == recipe.steps,
-            time.monotonic() > saved_at + 60 * recipe.save_minutes,
-        )
+        last, minutes = sent.step == recipe.steps, (time.monotonic() - saved_at) / 60
         preview_is_due = last or sent.step == 1 or sent.step % recipe.preview_every == 0
         save_is_due = last or sent.step % recipe.save_every == 0
-        save_is_due |= seconds > 0 and writer.any_host(late)
+        save_is_due |= recipe.save_minutes > 0 and writer.any_host(minutes > recipe.save_minutes)
         if preview_is_due or save_is_due:
             writer.write(sent, trainer.wait(sent))
             sent = None
