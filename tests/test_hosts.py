@@ -3,7 +3,6 @@
 Two processes on this machine, started as Slurm would start them, are two hosts.
 """
 
-import json
 import os
 import re
 import signal
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from runs import ROOT, flags, make_home, metrics
 from safetensors.numpy import load_file
 
@@ -106,6 +106,7 @@ def main(argv):
     for ours, theirs in zip(*map(jax.tree.leaves, map(on_host, (state, again)))):
         assert np.array_equal(ours, theirs)
     print("host", me, file=sys.stderr)
+    print("spoken")
 
 cli.run(main)
 """
@@ -116,7 +117,8 @@ def test_two_processes(tmp_path):
     its own rows to a batch; a checkpoint of both is one that a process alone reads."""
     codes, outs, errors = ends(start_pair([tmp_path], (PARTS, PARTS)))
     assert codes == [0, 0], errors
-    assert ["host 0" in errors[0], "host 1" in errors[1], outs[1]] == [True, True, outs[1]]
+    assert "host 0" in errors[0] and "host 1" in errors[1]
+    assert "spoken" in outs[0] and "spoken" not in outs[1]
     like = {"kernel": jnp.zeros((4, 2)), "bias": jnp.zeros(3)}
     step, state = checkpoint.restore(tmp_path, like)
     assert step == 5 and state["kernel"].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
@@ -246,13 +248,12 @@ def test_signal_to_one(home, alone, tmp_path, host):
 def test_one_is_lost(home, tmp_path, host):
     """A host that is killed ends the other within a minute, with a line that says so; what was
     saved is there."""
-    begun = time.monotonic()
     out = tmp_path / "run"
     codes, _, errors = run_and_act(home, out, host, int(signal.SIGKILL))
     assert codes[host] == -signal.SIGKILL and codes[1 - host] not in (0, 2)
     assert re.search("another (one|task)", errors[1 - host]), errors
     written = (out / "metrics.jsonl").stat().st_mtime
-    assert time.time() - written < 60 and time.monotonic() > begun
+    assert time.time() - written < 60
     assert checkpoint.latest(out / "checkpoints") == 2
 
 
@@ -270,8 +271,7 @@ def test_disk_full_on_one(home, tmp_path):
 
 @pytest.mark.slow
 def test_not_finite_on_two(home, tmp_path):
-    """A loss that is not finite ends both hosts at the same step with 1."""
-    grids = [json.loads(x) for x in (home / "grids.jsonl").read_text().splitlines()]
-    assert grids
-    codes, _, errors = ends(start_pair(flags(home, tmp_path / "run", lr=0.99, clip=1e30, steps=60)))
-    assert codes[0] == codes[1] in (0, 1), errors
+    """A number that is not finite ends both hosts at the same moment, each with 1."""
+    with tiny.overflowing(home / "weights"):
+        codes, _, errors = ends(start_pair(flags(home, tmp_path / "run")))
+    assert codes == [1, 1] and all("picture is not finite" in e for e in errors), errors
