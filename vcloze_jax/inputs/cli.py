@@ -162,7 +162,8 @@ def run(main):
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "programs"))
     code = exit_code(main)
     for function in AT_END:
-        function()
+        with suppress(Exception):  # what ended this process may have ended others before
+            function()
     leave(code)
 
 
