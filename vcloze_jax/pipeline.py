@@ -153,4 +153,5 @@ def describe_pass(canvas, preset):
 def steps_bar(steps, label):
     """The Euler steps of one batch as a progress bar, with the seconds that each takes."""
     form = "{desc}: |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
-    return tqdm(steps, label, unit="step", dynamic_ncols=True, bar_format=form)
+    how = dict(unit="step", dynamic_ncols=True, bar_format=form, disable=not is_first())
+    return tqdm(steps, label, **how)
