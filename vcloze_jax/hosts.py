@@ -5,6 +5,7 @@ process that is alone is host 0, and agrees with itself at no cost.
 """
 
 import os
+import re
 from contextlib import contextmanager
 
 import jax
@@ -23,6 +24,7 @@ from vcloze_jax.sharding import batch_sharding
 
 SILENCE = 45  # seconds without a sign of life, after which JAX ends the processes that are left
 LONGEST = 1000  # bytes of what a host tells the others
+STATUS = re.compile(r"[A-Z_]+: ")  # what XLA's errors begin with, of whatever class JAX makes them
 
 
 class Agreed(UserError):
@@ -118,10 +120,11 @@ def one_end():
     for it, until JAX ends them. So does what JAX says where it is another one that is gone."""
     try:
         yield
-    except (UserError, OSError, jax.errors.JaxRuntimeError) as error:
-        if jax.process_count() == 1 or isinstance(error, Agreed):
+    except Exception as error:
+        by_jax = STATUS.match(str(error))
+        ours = isinstance(error, Agreed) or not (by_jax or isinstance(error, (UserError, OSError)))
+        if jax.process_count() == 1 or ours:
             raise
-        by_jax = isinstance(error, jax.errors.JaxRuntimeError)
         text = str(error) if isinstance(error, UserError) else describe_with_file(error)
         text += "; if another one is lost, start all of them again" if by_jax else ""
         tell_error(f"host {jax.process_index()} of {jax.process_count()}: {text}")
