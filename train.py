@@ -8,6 +8,8 @@ The run lives in --out; the same command again resumes it, to the bit. RUN/lora.
 written at every save; sample.py --lora and diffusers load it.
 """
 
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from vcloze_jax.data.report import show_source
@@ -40,32 +42,34 @@ def main(argv):
     run.compare(recipe)
     source = open_source(recipe)
 
-    from vcloze_jax import plan  # JAX from here on
-    from vcloze_jax.devices import make_mesh, parse_mesh
+    from vcloze_jax import hosts, plan  # JAX from here on
+    from vcloze_jax.devices import make_mesh, micro_size, parse_mesh
     from vcloze_jax.storage.models import checked_training_preset, describe_origins
-    from vcloze_jax.trainer import micro_size
 
     mesh = make_mesh(parse_mesh(recipe.mesh) if recipe.mesh else None)
-    micro_size(recipe, mesh)
-    folder = Path(args.weights or places.MINI_FOLDER)
-    preset = checked_training_preset(folder, recipe)
-    origins = describe_origins(folder, preset, source.digest(), mesh)
-    run.compare_origins(recipe, origins, args.accept)
+    run.writes, folder = hosts.is_first(), Path(args.weights or places.MINI_FOLDER)
+    with hosts.agreed():
+        run.compare(recipe)
+        recipe = replace(recipe, micro_batch=micro_size(recipe, mesh))
+        preset = checked_training_preset(folder, recipe)
+        origins = describe_origins(folder, preset, source.digest(), mesh)
+        run.compare_origins(recipe, origins, args.accept)
     if args.plan:
         print(plan.training(preset, source, mesh, args.device))
-    if args.check:
+    if args.check and run.writes:
         print(show_source(source, recipe, run.path.with_name(f"{run.path.name}-check.png")))
     if args.plan or args.check:
         return 0
-    try:
-        watchers = dict(tensorboard=args.tensorboard, profile=args.profile)
+    with hosts.agreed():
+        run.lock()
+    watchers = dict(tensorboard=args.tensorboard, profile=args.profile)
+    with closing(run), hosts.one_end():
         return learn(run, origins, preset, folder, mesh, source, **watchers)
-    finally:
-        run.unlock()
 
 
 def learn(run, origins, preset, folder, mesh, source, **watchers):
     """Load the models, take up the run where it stands, and train to its last step or a signal."""
+    from vcloze_jax.hosts import agreed, drawn_here
     from vcloze_jax.rowmemory import choose_row_encoder
     from vcloze_jax.runwriter import RunWriter
     from vcloze_jax.storage import checkpoint
@@ -73,19 +77,19 @@ def learn(run, origins, preset, folder, mesh, source, **watchers):
     from vcloze_jax.storage.textreader import Tokenizers
     from vcloze_jax.trainer import Trainer, train
 
-    run.lock()
     recipe, tokenizers = preset.recipe, Tokenizers(folder, preset.t5, preset.clip)
     parts = load_for_training(preset, folder, mesh)
     trainer = Trainer(parts, preset, tokenizers, mesh, source.masks_every_row)
     trainer.row_encoder = choose_row_encoder(trainer)
-    run.create(recipe, origins)  # after all that the user may have to correct
+    with agreed():
+        run.create(recipe, origins)  # after all that the user may have to correct
     trainer.step, trainer.state = checkpoint.resume(run.checkpoints, trainer.state)
     if trainer.step == recipe.steps:
         print(f"{run.path}: finished at step {trainer.step}; a larger --steps goes on")
         return 0
 
-    first, last = trainer.step * recipe.batch, recipe.steps * recipe.batch  # grid
-    groups = draw_groups(source, recipe, first // recipe.group, last // recipe.group)
+    first, last = (n * recipe.batch // recipe.group for n in (trainer.step, recipe.steps))
+    groups = draw_groups(source, recipe, first, last, drawn_here(recipe, mesh))
     with RunWriter(run, trainer, source, folder, **watchers) as writer:
         writer.prepare()
         train(trainer, groups, writer)

@@ -17,10 +17,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from vcloze_jax.config import FLUX_FILL, FluxConfig, UserError
-from vcloze_jax.devices import make_mesh, parse_mesh
+from vcloze_jax.devices import make_mesh, parse_mesh, put
 from vcloze_jax.model import lora
 from vcloze_jax.model.mmdit import Flux
-from vcloze_jax.sharding import put
 from vcloze_jax.storage import adapters, weights
 
 

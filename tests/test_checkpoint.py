@@ -226,13 +226,13 @@ def test_space(tmp_path, monkeypatch, steps, more):
 
 def test_what_is_said_to_be_needed_is_taken(tmp_path, monkeypatch):
     """While a third step is written, three lie there."""
-    counts, write = [], checkpoint._write_digests
+    counts, write = [], checkpoint.digests.write_digests
 
     def count(path, arrays):
         counts.append(len(list(tmp_path.glob("*/arrays"))))
         write(path, arrays)
 
-    monkeypatch.setattr(checkpoint, "_write_digests", count)
+    monkeypatch.setattr(checkpoint.digests, "write_digests", count)
     for step in range(5):
         checkpoint.save(tmp_path, step, {"a": jnp.ones(4)})
     assert counts == [1, 2, 3, 3, 3] and checkpoint.KEPT + 1 == 3
@@ -243,14 +243,14 @@ def test_saved_is_verified(tmp_path, monkeypatch):
     goes, and is none."""
     for step in (1, 2):
         checkpoint.save(tmp_path, step, {"a": jnp.full(4, step)})
-    write = checkpoint._write_digests
+    write = checkpoint.digests.write_digests
 
     def damage(path, arrays):
         write(path, arrays)
         file = max((path / "arrays").rglob("*"), key=lambda f: f.is_file() and f.stat().st_size)
         file.write_bytes(file.read_bytes()[:-1] + b"?")
 
-    monkeypatch.setattr(checkpoint, "_write_digests", damage)
+    monkeypatch.setattr(checkpoint.digests, "write_digests", damage)
     for step in (2, 3):
         with pytest.raises(UserError, match=f"step {step} cannot be saved: file arrays/.* is not"):
             checkpoint.save(tmp_path, step, {"a": jnp.full(4, 9)})

@@ -191,6 +191,7 @@ def test_help(call, main):
         ("--data bad.json", "bad.json: line 1: image[0][1]: "),
         ("--tensorboard", "--tensorboard: pip install tensorboardX, please"),
         ("--profile 0", "argument --profile: '0' is no whole number from 1"),
+        ("--out gs://bucket/run", "--out gs:/bucket/run: no checkpoint can be kept where"),
         ("--out file", "file: not a run of train.py"),
         ("--out .", ".: not a run of train.py, and not empty"),
         ("--out odd", "odd: not a run of train.py, and not empty"),
@@ -212,7 +213,7 @@ def test_train_refuses(folder, call, monkeypatch, argv, message):
     "argv, message",
     [
         ("--weights nowhere", "nowhere: "),
-        ("--mesh 3", "a multiple of 3, please"),
+        ("--mesh 3", "a multiple of 3, please, which data and fsdp"),
         ("--mesh x", "--mesh x: "),
     ],
 )
@@ -253,7 +254,7 @@ def begun(tmp_path):
     run, recipe = RunFolder(tmp_path / "run"), cli.read_recipe(train.parse([]))
     run.create(recipe, {})
     yield run, recipe
-    run.unlock()
+    run.close()
 
 
 def test_every_setting_is_a_flag():
@@ -288,7 +289,7 @@ def test_free_settings(begun, key):
 def test_a_run_that_cannot_be_written(begun, monkeypatch):
     """A folder that refuses is told, also while a run lasts, and it is not said to be locked."""
     run, recipe = begun
-    run.unlock()
+    run.close()
     run.compare(recipe)
     (run.path / ".lock").unlink()
     (run.path / ".lock").mkdir()
@@ -380,7 +381,7 @@ def test_one_writer(begun):
     command = [sys.executable, "-c", code, run.path]
     refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert "another train.py writes this run" in refused.stderr
-    run.unlock()
+    run.close()
     assert subprocess.run(command, capture_output=True, cwd=ROOT).returncode == 0
 
 

@@ -1,8 +1,7 @@
 """The law of the house: a story that is read, and wings that serve it, each with its own law.
 
-the story   train.py, sample.py and the files of STORY: what must be read; not the sentences of
-            prompts, which nothing of it asks for, nor what model/kernels knows of accelerators:
-            they compute what model/ops has as a formula
+the story   train.py, sample.py and the files of STORY: what must be read; not what model/kernels
+            knows of accelerators: they compute what model/ops has as a formula
 model/      knows no file and no flag           inputs/     knows no JAX
 data/       knows no model                      storage/    alone knows ports and orbax
 ports/      knows neither JAX nor us
@@ -24,7 +23,7 @@ ENTRIES = ("train", "sample")
 STORY = tuple(
     f"vcloze_jax.{name}"
     for name in (
-        "config grid flow conditioning sharding programs painter step trainer "
+        "config grid prompts flow conditioning sharding programs painter step trainer "
         "model.ops model.layers model.mmdit model.vae model.text model.lora"
     ).split()
 )

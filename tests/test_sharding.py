@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from tiny import filled, quick
 
-from vcloze_jax import flow
+from vcloze_jax import flow, sharding
 from vcloze_jax.config import (
     FLUX_FILL,
     MINI,
@@ -25,12 +25,12 @@ from vcloze_jax.config import (
     UserError,
     VAEConfig,
 )
-from vcloze_jax.devices import make_mesh, parse_mesh, ready_xla
+from vcloze_jax.devices import make_mesh, parse_mesh, put, ready_xla
 from vcloze_jax.model.layers import Dense
 from vcloze_jax.model.lora import split
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.ops import rope_table
-from vcloze_jax.sharding import BATCH, batch_sharding, put, shardings, spec_of
+from vcloze_jax.sharding import BATCH, batch_sharding, shardings, spec_of
 from vcloze_jax.step import Batch, encode_batch, init_state, loss_fn, make_optimizer, make_step
 from vcloze_jax.storage import weights
 
@@ -264,16 +264,22 @@ def test_the_table_knows_what_a_layer_says(preset):
                         assert tuple(at_rest) == spec, (path, leaf)
 
 
-def test_what_does_not_divide_is_named():
-    """A dimension that does not divide is an error with path and shape, never a silent copy."""
-    tree = {"mlp_in": {"kernel": jnp.zeros((12, 9))}}
-    for text, words in (("8", "12 does not divide over fsdp=8; "), ("tensor=2", "9 does not")):
-        with pytest.raises(UserError, match=rf"^--mesh: flux/mlp_in/kernel \(12, 9\): {words}"):
-            shardings(tree, make_mesh(parse_mesh(text)), root="flux/")
+def test_what_does_not_divide(monkeypatch):
+    """What fsdp alone does not divide is whole on it if it is small, and split over tensor all the
+    same; what is large, or what tensor does not divide, is an error with path and shape."""
+    kernel = {"qkv": {"kernel": jax.ShapeDtypeStruct((12, 3, 2, 9), jnp.float32)}}
+    place = lambda text: shardings(kernel, make_mesh(parse_mesh(text)), root="flux/")  # noqa: E731
+    assert place("fsdp=4,tensor=2")["qkv"]["kernel"].spec == P("fsdp", None, "tensor", None)
+    assert place("8")["qkv"]["kernel"].spec == P(None, None, "tensor", None)
+    where = r"^--mesh: flux/qkv/kernel \(12, 3, 2, 9\): "
+    with pytest.raises(UserError, match=where + "2 does not divide over tensor=4; divisors of it"):
+        place("tensor=4")
     tree, mesh = {"mod": {"lora_b": jnp.zeros((4, 12))}}, make_mesh(parse_mesh("fsdp=4,tensor=2"))
-    with pytest.raises(UserError, match="12 does not divide over fsdp=4 and tensor=2; .* smaller"):
+    with pytest.raises(UserError, match="12 does not divide over fsdp=4 and tensor=2; divisors"):
         shardings(tree, mesh, root="flux/")
-    assert shardings({"mod": {"lora_b": jnp.zeros((4, 16))}}, mesh, root="flux/")
+    monkeypatch.setattr(sharding, "SMALL", 0)
+    with pytest.raises(UserError, match=where + "12 does not divide over fsdp=8"):
+        place("8")
 
 
 # --- the training step on a mesh ---

@@ -234,6 +234,14 @@ def test_a_restart_continues(source, start):
         same(group, draw_group(source, 1, number, 2))
 
 
+def test_hosts_draw_their_part(source):
+    """A host that draws only some places of a group draws there what one that draws all does."""
+    whole = draw_group(source, 1, 3, 4)
+    part = draw_group(source, 1, 3, 4, drawn=[1, 2])
+    assert part[0] is part[3] is None
+    same(part[1:3], whole[1:3])
+
+
 def test_streams_need_not_be_read_to_the_end(source):
     """What is made ahead is no obligation: a reader that stops early gets the same groups."""
     recipe = replace(MINI.recipe, seed=1, group=2)

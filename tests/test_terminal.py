@@ -138,7 +138,7 @@ def test_any_name_is_a_name(tmp_path, name):
     assert step == 3 and np.array_equal(restored["a"], state["a"])
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["2", "3"]
     assert [p.name for p in tmp_path.iterdir()] == [name]
-    run.unlock()
+    run.close()
 
 
 # --- homes ---

@@ -8,10 +8,12 @@ import jax
 import jaxlib
 from jax.sharding import AxisType
 
-from vcloze_jax.config import UserError
+from vcloze_jax import hosts
+from vcloze_jax.config import UserError, flag
 from vcloze_jax.inputs.checks import describe_error
+from vcloze_jax.inputs.cluster import count_processes
 from vcloze_jax.model.ops import choose_kernel
-from vcloze_jax.sharding import AXES, compute_dtype
+from vcloze_jax.sharding import AXES, compute_dtype, shardings
 
 MOST = 65_536  # devices on an axis
 
@@ -37,25 +39,29 @@ def parse_mesh(text):
 
 
 def make_mesh(sizes=None):
-    """Mesh of the given axis sizes; None takes all accelerators, or one CPU device.
+    """Mesh of the given axis sizes; None takes all accelerators, or one CPU device of each host.
 
     Without an accelerator as many virtual CPU devices are made as the mesh needs: this must then
     be the first thing a process does with JAX. Raises UserError if there are too few accelerators,
-    or JAX finds none of those that the environment asks for.
+    JAX finds none of those that the environment asks for, or there are several hosts and not all of
+    their devices are taken.
     """
     wanted = math.prod((sizes or {}).values())
-    ready_xla(wanted)
-    if wanted > max(1, jax.config.jax_num_cpu_devices):
+    own = math.ceil(wanted / max(1, count_processes()))
+    ready_xla(own)
+    if own > max(1, jax.config.jax_num_cpu_devices):
         with suppress(RuntimeError):  # JAX has started, and its devices are as they are
-            jax.config.update("jax_num_cpu_devices", wanted)
+            jax.config.update("jax_num_cpu_devices", own)
+    hosts.join_hosts()
     try:
         devices = jax.devices()
     except (AssertionError, RuntimeError) as error:
         reason = f"JAX has no device here: {describe_error(error)}"
         raise UserError(f"{reason}; unset JAX_PLATFORMS, or mend its driver") from error
+    hosts.let_first_speak()
     if sizes is None:
-        count = 1 if devices[0].platform == "cpu" else len(devices)
-        sizes = dict(data=1, fsdp=count, tensor=1)
+        alone = devices[0].platform == "cpu" and jax.process_count() == 1
+        sizes = dict(data=1, fsdp=1 if alone else len(devices), tensor=1)
     elif wanted > len(devices):
         remedy = f"use --mesh {len(devices)} or fewer"
         if devices[0].platform == "cpu":
@@ -63,6 +69,11 @@ def make_mesh(sizes=None):
         raise UserError(
             f"--mesh: {wanted} devices asked for, {len(devices)} {devices[0].platform} here; "
             f"{remedy}"
+        )
+    elif wanted < len(devices) and jax.process_count() > 1:
+        raise UserError(
+            f"--mesh: {wanted} devices asked for; {jax.process_count()} hosts use all that they "
+            f"have, {len(devices)}"
         )
     count = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
     shape = tuple(sizes[axis] for axis in AXES)
@@ -75,6 +86,26 @@ def kernel_on(mesh, preset):
     return choose_kernel(platform, compute_dtype(mesh), preset.flux.head_dim)
 
 
+def put(tree, mesh, root=""):
+    """The tree's host arrays, each in its place on the mesh."""
+    place = lambda x, where: jax.make_array_from_callback(x.shape, where, x.__getitem__)  # noqa: E731
+    return jax.tree.map(place, tree, shardings(tree, mesh, root))
+
+
+def micro_size(recipe, mesh):
+    """Grids of a micro-batch: at most --micro-batch, some on each device that splits the batch, and
+    a part of a group, so that what a step is does not depend on it. Raises UserError."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name in ("micro_batch", "group"):
+        if getattr(recipe, name) % shards:
+            raise UserError(
+                f"{flag(name)} {getattr(recipe, name)}: a multiple of {shards}, please, which data "
+                "and fsdp of --mesh share; or put devices on tensor, which have the same grids"
+            )
+    sizes = [n for n in range(shards, recipe.group + 1, shards) if recipe.group % n == 0]
+    return max(n for n in sizes if n <= max(shards, recipe.micro_batch))
+
+
 def ready_xla(devices):
     """Ready XLA, before its first use, for as many virtual CPU devices on a few cores.
 
@@ -85,7 +116,10 @@ def ready_xla(devices):
     On CPUs jaxlib 0.10.2 sums some gradients over tokens wrongly, where a device has one sample,
     in what it fuses for its library YNNPACK; 0.11.2 does not. Without it a step takes a tenth to a
     fifth more. A flag that XLA_FLAGS already has stays as it is.
+
+    JAX would leave a quarter of a GPU's memory alone; what others need of it is less than a tenth.
     """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     flags = ["--xla_cpu_collective_call_terminate_timeout_seconds=1200"]
     if (0, 10, 2) <= jaxlib.version.__version_info__ < (0, 11):
         flags.append("--xla_cpu_experimental_ynn_fusion_type=")

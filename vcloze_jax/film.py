@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from vcloze_jax.grid import Spec
+from vcloze_jax.hosts import is_first
 from vcloze_jax.inputs.pictures import save_film
 from vcloze_jax.inputs.sheet import compose, compose_columns
 from vcloze_jax.inputs.specfiles import output_names
@@ -72,5 +73,7 @@ class Film:
         self.frames[step.spec.name].append(sheet)
         if step.index == step.count - 1:
             *_, name, _ = output_names(step.spec.name, 0, film=True)
-            save_film(self.folder / name, self.frames.pop(step.spec.name))
+            frames = self.frames.pop(step.spec.name)
+            if is_first():
+                save_film(self.folder / name, frames)
         return sheet

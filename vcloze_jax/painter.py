@@ -19,7 +19,7 @@ from vcloze_jax import conditioning, flow
 from vcloze_jax.grid import Spec, bucket
 from vcloze_jax.model.ops import unpack
 from vcloze_jax.programs import timed
-from vcloze_jax.sharding import batch_sharding, compute_dtype
+from vcloze_jax.sharding import batch_sharding, compute_dtype, on_host, spread
 
 BATCH_TOKENS = 2**13  # image tokens per device and call: enough to keep any accelerator busy
 
@@ -107,14 +107,14 @@ class Painter:
         with timed(seconds, "vae"):
             fill = np.float32(conditioning.GREY if second else conditioning.BLACK)
             tokens = [self.encode_condition(vae, r.pixels[None], r.mask[None], fill) for r in rows]
-            canvas.condition = np.concatenate([np.asarray(t[0], np.float32) for t in tokens])
+            canvas.condition = np.concatenate([t[0].astype(np.float32) for t in on_host(tokens)])
             canvas.times = times = flow.schedule(
                 spec.num_inference_steps, spec.grid.tokens, self.preset.flow, spec.strength or 1.0
             )
             canvas.latents = initial_noise(spec)
             if second:
                 (row,) = rows
-                picture = np.asarray(self.encode_picture(vae, row.pixels[None])[0], np.float32)
+                picture = on_host(self.encode_picture(vae, row.pixels[None]))[0].astype(np.float32)
                 canvas.latents = (1 - times[0]) * picture + times[0] * canvas.latents
 
     def batches(self, canvases):
@@ -143,16 +143,17 @@ class Painter:
         with timed(seconds, "load"):
             flux = self.models.flux
         with timed(seconds, "paint"), jax.set_mesh(self.mesh):
-            x, times, context = jax.device_put(self.stack(batch, size), batch_sharding(self.mesh))
+            stack = jax.tree.map(lambda x: spread(x, self.mesh), self.stack(batch, size))
+            x, times, context = stack
             mods = self.modulate_steps(flux, times, context)
             for i in steps:
                 mod, t, t_next = self.select_step(mods, times, i)
                 before, x = x, self.euler_step(flux, x, mod, context, t, t_next)
                 before.block_until_ready()  # for whoever counts: the devices have their next step
                 if watch:
-                    watch(members, i, np.asarray(x))
+                    watch(members, i, on_host(x))
             x.block_until_ready()
-        for canvas, latents in zip(members, np.asarray(x), strict=False):
+        for canvas, latents in zip(members, on_host(x), strict=False):
             canvas.latents = latents[: len(canvas.latents)]
             canvas.seconds.update(seconds)
 
@@ -177,7 +178,7 @@ class Painter:
         h, w = grid.query.height // 8, grid.query.width // 8
         last = latents[None, -(h * w // 4) :].astype(self.dtype)
         with jax.set_mesh(self.mesh):  # as where the steps are watched: one program for both
-            return conditioning.to_pixels(self.decode_row(self.models.vae, last, h, w)[0])
+            return conditioning.to_pixels(on_host(self.decode_row(self.models.vae, last, h, w))[0])
 
 
 def second_passes(spec, targets):

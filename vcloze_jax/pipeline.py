@@ -23,6 +23,7 @@ from vcloze_jax.config import UserError
 from vcloze_jax.devices import kernel_on, make_mesh, parse_mesh
 from vcloze_jax.film import Step, tell_steps
 from vcloze_jax.grid import Spec, bucket
+from vcloze_jax.hosts import is_first
 from vcloze_jax.inputs.pictures import save_png, save_text
 from vcloze_jax.inputs.sheet import cell_boxes, compose
 from vcloze_jax.inputs.spec import read_spec
@@ -71,7 +72,10 @@ class Painting:
 
     def save(self, folder, name):
         """Write NAME.png, NAME_target0.png … and last the record, NAME.json; each atomically, into
-        a folder that is made if need be."""
+        a folder that is made if need be. Of several hosts, which all painted it, the first
+        writes."""
+        if not is_first():
+            return
         Path(folder).mkdir(parents=True, exist_ok=True)
         names = output_names(name, len(self.images))
         grid, *targets, record = (Path(folder, name) for name in names)
@@ -225,4 +229,5 @@ def describe_pass(canvas, preset):
 def steps_bar(steps, label):
     """The Euler steps of one batch as a progress bar, with the seconds that each takes."""
     form = "{desc}: |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
-    return tqdm(steps, label, unit="step", dynamic_ncols=True, bar_format=form)
+    how = dict(unit="step", dynamic_ncols=True, bar_format=form, disable=not is_first())
+    return tqdm(steps, label, **how)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vcloze_jax import flow
-from vcloze_jax.devices import make_mesh, parse_mesh
+from vcloze_jax.devices import make_mesh, micro_size, parse_mesh
 from vcloze_jax.grid import bucket
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.vae import VAE
@@ -24,7 +24,6 @@ from vcloze_jax.painter import BATCH_TOKENS
 from vcloze_jax.pipeline import Pipeline
 from vcloze_jax.sharding import batch_sharding, compute_dtype, shardings
 from vcloze_jax.storage.weights import MODULES, abstract
-from vcloze_jax.trainer import micro_size
 
 MESH = "a larger --mesh: its fsdp axis splits weights and state"
 REMEDIES = {

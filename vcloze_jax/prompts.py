@@ -38,10 +38,8 @@ def content_sentence(content: str) -> str:
 
 def strip_prefix(content: str) -> str:
     """The bare content, for the second pass, which knows no grid."""
-    for prefix in CONTENT_PREFIXES + EDITING_PREFIXES:
-        if content.startswith(prefix):
-            return content.removeprefix(prefix)
-    return content
+    known = filter(content.startswith, CONTENT_PREFIXES + EDITING_PREFIXES)
+    return content.removeprefix(next(known, ""))
 
 
 def join(*parts: str) -> str:

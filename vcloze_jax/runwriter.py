@@ -9,6 +9,7 @@ from tqdm import tqdm
 from vcloze_jax import plan
 from vcloze_jax.data.sources import draw_of_shape, draw_validation
 from vcloze_jax.grid import Spec
+from vcloze_jax.hosts import Poll, agreed
 from vcloze_jax.inputs.cli import Stop
 from vcloze_jax.inputs.metrics import draw_curves, flatten_record, summarise_step
 from vcloze_jax.inputs.pictures import save_png
@@ -27,7 +28,8 @@ SILENT, PATIENCE = 1e-3, 200  # share of the velocities, and steps before that i
 
 
 class RunWriter:
-    """Writes a run into its folder: the `writer` of the training loop.
+    """Writes a run into its folder: the `writer` of the training loop. All hosts compute, the first
+    writes.
 
     From `prepare` until it is left, a signal asks for a halt. `folder` is that of the weights;
     `tensorboard` says whether to write for it, `profile` how many steps to trace.
@@ -35,20 +37,24 @@ class RunWriter:
 
     def __init__(self, run, trainer, source, folder, *, tensorboard=False, profile=0):
         self.run, self.trainer, self.source, self.folder = run, trainer, source, folder
-        self.log, self.stop = Log(run.metrics, trainer.step), Stop()
-        self.validation = Log(run.validation, trainer.step)
+        self.stop, self.code = Stop(), 0
+        self.poll, self.any_host = Poll(trainer.mesh), Poll(trainer.mesh)
+        if run.writes:
+            self.log = Log(run.metrics, trainer.step)
+            self.validation = Log(run.validation, trainer.step)
         self.painter = make_painter(trainer)
         preset, self.bases = trainer.preset, None
         how = preset.num_inference_steps, preset.guidance_scale
         examples = enumerate(source.held_out().previews())
         self.specs = [Spec(e.grid, e.prompt, *how, seed) for seed, e in examples]
         total = trainer.recipe.steps
-        self.bar = tqdm(total=total, initial=trainer.step, unit="step", dynamic_ncols=True)
-        self.profile = Profile(run.path / "profile", profile, trainer.step)
+        how = dict(unit="step", dynamic_ncols=True, disable=not run.writes)
+        self.bar = tqdm(total=total, initial=trainer.step, **how)
+        self.profile = Profile(run.path / "profile", profile * run.writes, trainer.step)
         self.annotate, self.ending = self.profile.annotate, ExitStack()
         self.ending.enter_context(closing(self.bar))
         self.ending.enter_context(closing(self.profile))
-        if tensorboard:
+        if tensorboard and run.writes:
             folder = run.path / "tensorboard"
             self.ending.enter_context(tell_tensorboard(folder, trainer.step))
         self.first, self.programs = None, 0  # step of this process, and programs at its end
@@ -62,13 +68,15 @@ class RunWriter:
             self.save()
 
     def stopped(self):
-        return self.stop.code is not None
+        """Whether a host was asked for a halt: all answer alike."""
+        self.code = self.poll(self.stop.code or 0)
+        return bool(self.code)
 
     def prepare(self):
         """Compile what the run needs, and show it as it begins. There is nothing to save until
         then: a signal ends the process."""
         examples = [draw_of_shape(self.source, shape) for shape in self.source.shapes()]
-        bar = tqdm(examples, "compiling", unit="shape", leave=False)
+        bar = tqdm(examples, "compiling", unit="shape", leave=False, disable=not self.run.writes)
         largest = self.trainer.compile(bar)
         self.measure([example.grid.tokens for example in examples], 1)  # counts, remembered
         group = self.trainer.recipe.group
@@ -88,7 +96,9 @@ class RunWriter:
         """The metrics of a step, into the log, the bar, and to whoever listens to JAX."""
         if self.first is None:
             self.first, self.programs = sent.step, spent["programs"]
-        speed = self.measure([tokens for _, _, tokens in sent.grids], seconds)
+        if not self.run.writes:
+            return
+        speed = self.measure([tokens for _, tokens in sent.shapes], seconds)
         record = summarise_step(sent, seconds, self.trainer.recipe.loss_region, speed)
         self.log.write(record)
         tell_listeners("train", record)
@@ -111,6 +121,9 @@ class RunWriter:
         columns["adapter" if columns else "model"] = self.paint(self.trainer.models())
         if self.stopped():
             return
+        loss, effect = self.trainer.validate(self.fixed)
+        if not self.run.writes:
+            return
         sheets = []
         for i, spec in enumerate(self.specs):
             painted = {label: rows[i] for label, rows in columns.items()} | {"truth": None}
@@ -118,7 +131,6 @@ class RunWriter:
             sheets.append(compose_columns(title, spec.grid, painted))
         step = self.trainer.step
         save_png(self.run.previews / f"{step:06d}.png", stack_sheets(sheets))
-        loss, effect = self.trainer.validate(self.fixed)
         record = {"step": step, "loss": loss, "adapter_effect": effect}
         self.validation.write(record)
         tell_listeners("validation", record)
@@ -145,7 +157,8 @@ class RunWriter:
 
     def save(self):
         """The adapter, then the checkpoint: a run whose last step is saved is complete."""
-        save_trained(self.run, self.trainer, self.folder)
+        with agreed():
+            save_trained(self.run, self.trainer, self.folder)
         checkpoint.save(self.run.checkpoints, self.trainer.step, self.trainer.state)
 
     def conclude(self):
@@ -156,7 +169,7 @@ class RunWriter:
             print(f"programs compiled after step {self.first}: {count or 'none'}")
         if step < recipe.steps:
             print(f"{self.run.path}: stopped at step {step}, saved; the same command resumes")
-            return self.stop.code
+            return self.code
         written = "lora.safetensors" if recipe.rank else "weights"
         print(f"{self.run.path}: finished, {written} written")
         return 0

@@ -2,9 +2,12 @@
 
 import math
 import re
+from functools import partial
 from typing import NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -53,6 +56,11 @@ TABLE = (
     (r"/lora_b$", P(None, "fsdp")),
     (r"", P()),
 )
+SMALL = 2**28  # numbers, half a gigabyte of bfloat16; most kernels of FLUX's blocks are larger
+
+
+# A tree of arrays -> the same in NumPy's, each whole, on every host.
+on_host = partial(multihost_utils.process_allgather, tiled=True)
 
 
 def spec_of(path):
@@ -63,22 +71,24 @@ def spec_of(path):
 def shardings(tree, mesh, root=""):
     """NamedSharding for every leaf of `tree`, by its path under `root`.
 
-    Raises UserError with path and shape where a dimension does not divide: never a silent copy.
+    What does not divide over fsdp is whole on it, if it is small; else UserError, with its path.
     """
 
     def of(path, leaf):
         name = root + jax.tree_util.keystr(path, simple=True, separator="/")
         spec = spec_of(name)
         spec = P(*(None,) * (leaf.ndim - len(spec)), *spec)
-        for size, axes in zip(leaf.shape, spec, strict=False):
+        places = []
+        for size, axes in zip(leaf.shape, spec, strict=True):
+            if axes == "fsdp" and leaf.size < SMALL and size % mesh.shape[axes]:
+                axes = None
             sizes = {axis: mesh.shape[axis] for axis in AXES if axis in (axes or ())}
             if size % math.prod(sizes.values()):
                 over = " and ".join(f"{axis}={n}" for axis, n in sizes.items())
-                raise UserError(
-                    f"--mesh: {name} {leaf.shape}: {size} does not divide over {over}; choose a "
-                    "smaller power of two"
-                )
-        return NamedSharding(mesh, spec)
+                where = f"--mesh: {name} {leaf.shape}"
+                raise UserError(f"{where}: {size} does not divide over {over}; divisors of it do")
+            places.append(axes)
+        return NamedSharding(mesh, P(*places))
 
     return jax.tree_util.tree_map_with_path(of, tree)
 
@@ -105,9 +115,12 @@ def by_batch(x):
     return placed(x, *BATCH, *[None] * (x.ndim - 1))
 
 
-def put(tree, mesh, root=""):
-    """The tree's arrays, each in its place on the mesh."""
-    return jax.device_put(tree, shardings(tree, mesh, root))
+def spread(rows, mesh):
+    """Host arrays, one a sample -> an array over the batch axes. Of a sample that only devices of
+    other hosts hold, None will do: each host brings its own."""
+    shape = len(rows), *next(row for row in rows if row is not None).shape
+    stack = lambda index: np.stack(rows[index[0]])  # noqa: E731
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), stack)
 
 
 def compute_dtype(mesh):

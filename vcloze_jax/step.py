@@ -11,10 +11,11 @@ from flax import nnx
 
 from vcloze_jax import conditioning, flow
 from vcloze_jax.conditioning import Context, Models, Posteriors
-from vcloze_jax.sharding import batch_sharding
+from vcloze_jax.sharding import gathered, spread
 
 ENCODERS = ("vae", "t5", "clip")
 PURPOSES = ("init", "draws", "validation")  # of a run's random numbers
+KIND = 32  # bytes of a kind of task's name
 
 
 class Batch(NamedTuple):
@@ -25,6 +26,7 @@ class Batch(NamedTuple):
     clip_ids: jax.Array  # int32 [B, 77]
     numbers: jax.Array  # int32 [B], of each grid in the run: what is drawn for it depends on that
     pe: tuple  # cos, sin float32 [1, T + S, 1, K/2], on the host: it is the same for all
+    kinds: jax.Array | None = None  # uint8 [B, KIND], of their tasks, as UTF-8
 
 
 class NoisyBatch(NamedTuple):
@@ -35,6 +37,7 @@ class NoisyBatch(NamedTuple):
     share: jax.Array  # float32 [B, S], of a token's pixels that are masked
     t: jax.Array  # float32 [B]
     context: Context  # txt and pooled are token ids where the text encoders are learnt
+    kinds: jax.Array | None = None  # uint8 [B, KIND]
 
 
 class State(NamedTuple):
@@ -53,17 +56,18 @@ def purpose_key(seed, purpose):
 
 
 def make_batch(examples, numbers, tokenizers, preset, mesh, masks_every_row=False):
-    """Examples of one grid shape -> Batch. Rows that are never masked carry no mask at all."""
-    grids = [example.grid for example in examples]
-    rows = []
-    for r, row in enumerate(zip(*(grid.rows for grid in grids), strict=True)):
-        maskable = masks_every_row or r == len(grids[0].rows) - 1
-        mask = np.stack([x.mask for x in row]) if maskable else None
-        rows.append((np.stack([x.pixels for x in row]), mask))
-    t5_ids, clip_ids, _ = tokenizers([example.prompt for example in examples])
-    pe = conditioning.position_table(grids[:1], preset.flux, preset.t5.max_length, grids[0].tokens)
-    arrays = tuple(rows), t5_ids, clip_ids, np.asarray(numbers, np.int32)
-    return Batch(*jax.device_put(arrays, batch_sharding(mesh)), pe)
+    """Examples of one shape (None: another host's) -> Batch. Rows never masked carry no mask."""
+    to_mesh = lambda read: spread([x and read(x) for x in examples], mesh)  # noqa: E731
+    grid, rows = next(x.grid for x in examples if x), []
+    for r in range(len(grid.rows)):
+        maskable = masks_every_row or r == len(grid.rows) - 1
+        mask = to_mesh(lambda x, r=r: x.grid.rows[r].mask) if maskable else None
+        rows.append((to_mesh(lambda x, r=r: x.grid.rows[r].pixels), mask))
+    *ids, _ = tokenizers([x.prompt if x else "" for x in examples])
+    kinds = to_mesh(lambda x: np.frombuffer(x.kind.encode()[:KIND].ljust(KIND), np.uint8))
+    pe = conditioning.position_table([grid], preset.flux, preset.t5.max_length, grid.tokens)
+    arrays = (spread(x, mesh) for x in (*ids, np.asarray(numbers, np.int32)))
+    return Batch(tuple(rows), *arrays, pe, kinds)
 
 
 def encode_batch(frozen, batch, key, *, graphdefs, preset, dtype):
@@ -89,7 +93,8 @@ def encode_batch(frozen, batch, key, *, graphdefs, preset, dtype):
     if models.t5:  # where the encoders are learnt, `predict_velocity` encodes
         text = conditioning.encode_text(models.t5, models.clip, *text, dtype)
     x_t, velocity = flow.interpolate(x, noise, t)
-    return NoisyBatch(x_t, velocity, share, t, Context(condition, *text, guidance, batch.pe))
+    context = Context(condition, *text, guidance, batch.pe)
+    return NoisyBatch(x_t, velocity, share, t, context, batch.kinds)
 
 
 def predict_velocity(trainable, frozen, noisy, *, graphdefs, dtype):
@@ -105,13 +110,13 @@ def predict_velocity(trainable, frozen, noisy, *, graphdefs, dtype):
 
 def loss_fn(trainable, frozen, noisy, *, region, **statics):
     """Masked flow-matching loss of a micro-batch (paper, section 3) -> the mean over its grids,
-    and each grid's own by region, float32 [B]."""
+    and what is told of each: its loss by region, float32 [B], its time and kind."""
     out, share = predict_velocity(trainable, frozen, noisy, **statics), noisy.share
     losses = {
         "target": flow.masked_loss(out, noisy.velocity, share),
         "grid": flow.masked_loss(out, noisy.velocity, jnp.ones_like(share)),
     }
-    return losses[region].mean(), losses
+    return losses[region].mean(), losses | {"time": noisy.t, "kind": noisy.kinds}
 
 
 def validate(trainable, frozen, noisy, **options):
@@ -120,7 +125,7 @@ def validate(trainable, frozen, noisy, **options):
     del options["region"]
     nothing = jax.tree.map(jnp.zeros_like, trainable)
     out, bare = (predict_velocity(w, frozen, noisy, **options) for w in (trainable, nothing))
-    return jnp.stack([loss, jnp.linalg.norm(out - bare) / jnp.linalg.norm(out)])
+    return gathered(jnp.stack([loss, jnp.linalg.norm(out - bare) / jnp.linalg.norm(out)]))
 
 
 def merge_models(graphdefs, *trees, names=("flux", *ENCODERS)):
@@ -161,15 +166,15 @@ def make_step(tx, loss, layout, ema=0.0, skip=0):
     mean, both jitted.
 
     The frozen weights are an argument, never state. `layout` is the State of shardings: all stays
-    where it is, losses everywhere. A step whose loss or gradient is not finite changes nothing;
-    after `skip` of them nothing changes any more, until the loop reads it.
+    where it is; what is told is everywhere. A step whose loss or gradient is not finite changes
+    nothing; after `skip` of them nothing changes any more, until the loop reads it.
     """
 
     @partial(jax.jit, donate_argnums=2, out_shardings=(layout.skipped, layout.trainable))
     def accumulate(trainable, frozen, grads, noisy):
         gradient = jax.value_and_grad(loss, has_aux=True)
-        (_, losses), new = gradient(trainable, frozen, noisy)
-        return losses, jax.tree.map(jnp.add, grads, new)
+        (_, told), new = gradient(trainable, frozen, noisy)
+        return told, jax.tree.map(jnp.add, grads, new)
 
     @partial(jax.jit, donate_argnums=(0, 1), out_shardings=(layout, layout.trainable, None))
     def update(state, grads, losses, rate):

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vcloze_jax.config import UserError, flag
 from vcloze_jax.sharding import compute_dtype, shardings
 from vcloze_jax.step import (
     encode_batch,
@@ -27,26 +26,14 @@ from vcloze_jax.step import (
 )
 
 
-def micro_size(recipe, mesh):
-    """Grids of a micro-batch: at most --micro-batch, some on each device that splits the batch, and
-    a part of a group, so that what a step is does not depend on it. Raises UserError."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    for name in ("micro_batch", "group"):
-        if getattr(recipe, name) % shards:
-            raise UserError(f"{flag(name)} {getattr(recipe, name)}: a multiple of {shards}, please")
-    sizes = [n for n in range(shards, recipe.group + 1, shards) if recipe.group % n == 0]
-    return max(n for n in sizes if n <= max(shards, recipe.micro_batch))
-
-
 class Sent(NamedTuple):
     """A step that the devices work on: what its metrics will be made of."""
 
     step: int
     start: float  # when it was sent, in seconds of time.perf_counter
     lr: float
-    grids: list[tuple[str, int, int]]  # of each its task's kind, how many rows and tokens
-    times: list[jax.Array]  # float32 [B] of every micro-batch
-    losses: list[dict[str, jax.Array]]  # by region, float32 [B]
+    shapes: list[tuple[int, int]]  # of each grid, how many rows and tokens
+    told: list[dict[str, jax.Array]]  # of every micro-batch, [B]: losses by region, time, kind
     norms: dict[str, jax.Array]  # of the gradient, by kind of block
     skipped: jax.Array
     failed: jax.Array
@@ -78,9 +65,10 @@ class Trainer:
             "validate": jax.jit(partial(validate, region=recipe.loss_region, **statics)),
         }
         self.row_encoder = tuple  # or Batch.rows -> Posteriors, where they are remembered
-        self.programs, self.rate, self.micro = {}, learning_rate(recipe), micro_size(recipe, mesh)
+        self.programs, self.rate, self.micro = {}, learning_rate(recipe), recipe.micro_batch
         self.state = jax.jit(init, out_shardings=layout)(trainable)
-        self.grads = jax.jit(zeros_like, out_shardings=layout.trainable)(trainable)
+        zeros = partial(jax.tree.map, jnp.zeros_like)
+        self.grads = jax.jit(zeros, out_shardings=layout.trainable)(trainable)
         self.step, self.ended = 0, 0.0
 
     @property
@@ -113,9 +101,8 @@ class Trainer:
             args = self.state.trainable, self.frozen, self.grads, noisy
             program = self.program("accumulate", noisy.x_t.shape, *args)
             largest = max(largest, program.memory_analysis().temp_size_in_bytes)
-        everywhere = self.state.skipped.sharding
-        losses = [jax.device_put(np.zeros(self.micro, np.float32), everywhere)]
-        losses *= self.recipe.batch // self.micro
+        loss = jax.ShapeDtypeStruct((self.micro,), np.float32, sharding=self.state.skipped.sharding)
+        losses = [loss] * (self.recipe.batch // self.micro)
         self.program("update", (), self.state, self.grads, losses, np.float32(0))
         return largest
 
@@ -123,17 +110,18 @@ class Trainer:
         """Grids of one shape, by their numbers in the run -> NoisyBatch on the mesh."""
         how = self.tokenizers, self.preset, self.mesh, self.masks_every_row
         batch = make_batch(examples, numbers, *how)
+        shape = tuple(pixels.shape for pixels, _ in batch.rows)
         args = self.frozen, batch._replace(rows=self.row_encoder(batch.rows)), key
-        return self.program("encode", (len(examples), examples[0].grid.shape), *args)(*args)
+        return self.program("encode", shape, *args)(*args)
 
     def send(self, groups, stopped=lambda: False):
         """Send the next optimizer step to the devices -> Sent; None if `stopped()` between two
         micro-batches: the part that was done is lost, and the Trainer sends no more."""
         start, recipe = time.perf_counter(), self.recipe
-        key, grids, times, losses = purpose_key(recipe.seed, "draws"), [], [], []
+        key, shapes, told = purpose_key(recipe.seed, "draws"), [], []
         for first in range(self.step * recipe.batch, (self.step + 1) * recipe.batch, recipe.group):
             group = next(groups)
-            grids += [(x.kind, len(x.grid.rows), x.grid.tokens) for x in group]
+            shapes += [next((len(x.grid.rows), x.grid.tokens) for x in group if x)] * recipe.group
             for i in range(0, recipe.group, self.micro):
                 if stopped():
                     return None
@@ -141,20 +129,19 @@ class Trainer:
                 noisy = self.encode(group[i : i + self.micro], numbers, key)
                 args = self.state.trainable, self.frozen, self.grads, noisy
                 program = self.program("accumulate", noisy.x_t.shape, *args)
-                by_region, self.grads = program(*args)
-                losses.append(by_region)
-                times.append(noisy.t)
+                of_grids, self.grads = program(*args)
+                told.append(of_grids)
         rate = np.float32(self.rate(self.step))
-        args = self.state, self.grads, [each[recipe.loss_region] for each in losses], rate
+        args = self.state, self.grads, [each[recipe.loss_region] for each in told], rate
         self.state, self.grads, norms = self.program("update", (), *args)(*args)
         self.step += 1
         counts = jnp.copy(self.state.skipped), jnp.copy(self.state.failed)  # the state is donated
-        return Sent(self.step, start, float(rate), grids, times, losses, norms, *counts)
+        return Sent(self.step, start, float(rate), shapes, told, norms, *counts)
 
     def wait(self, sent):
         """Wait for a step -> the seconds that it took. FloatingPointError if it is one more that is
         not finite than may be skipped: the trainer is then as it was before that step."""
-        loss = np.mean([np.asarray(losses[self.recipe.loss_region]) for losses in sent.losses])
+        loss = np.mean([np.asarray(each[self.recipe.loss_region]) for each in sent.told])
         if sent.failed:
             self.step, self.state = sent.step - 1, self.state._replace(failed=np.bool_(False))
             raise FloatingPointError(
@@ -183,10 +170,6 @@ class Trainer:
         return float(loss), float(effect)
 
 
-def zeros_like(tree):
-    return jax.tree.map(jnp.zeros_like, tree)
-
-
 def train(trainer, groups, writer):
     """The loop: send a step to the devices, write what is known of the one before it while they
     work; preview, save and stop where that is due.
@@ -206,7 +189,7 @@ def train(trainer, groups, writer):
         last, minutes = sent.step == recipe.steps, (time.monotonic() - saved_at) / 60
         preview_is_due = last or sent.step == 1 or sent.step % recipe.preview_every == 0
         save_is_due = last or sent.step % recipe.save_every == 0
-        save_is_due |= 0 < recipe.save_minutes < minutes
+        save_is_due |= recipe.save_minutes > 0 and writer.any_host(minutes > recipe.save_minutes)
         if preview_is_due or save_is_due:
             writer.write(sent, trainer.wait(sent))
             sent = None

@@ -28,6 +28,7 @@ from vcloze_jax.storage.places import (
 DOWNLOAD = "fetch --weights OWNER/NAME from Hugging Face, where it is not in its cache"
 PATHS = "weights", "lora", "data"  # of the recipe
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+AT_END = []  # functions to call before the process ends by itself
 
 
 class Parser(argparse.ArgumentParser):
@@ -221,7 +222,11 @@ def run(main):
     # Compiled programs are kept, also those of less than a second: mini's are many.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "programs"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    leave(exit_code(main))
+    code = exit_code(main)
+    for function in AT_END:
+        with suppress(Exception):  # what ended this process may have ended others before
+            function()
+    leave(code)
 
 
 def run_command():

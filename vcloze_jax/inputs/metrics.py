@@ -17,10 +17,11 @@ BINS = 10  # of time, of one tenth each, from the picture to noise
 def summarise_step(sent, seconds, region, speed):
     """What a step told that the Trainer sent and waited for -> its record, all numbers as JSON
     holds them; `speed` is what else depends on the time that it took."""
-    losses = {r: np.concatenate([np.asarray(x[r]) for x in sent.losses]) for r in sent.losses[0]}
-    bins = (np.concatenate([np.asarray(t) for t in sent.times]) * BINS).astype(int)
+    told = {key: np.concatenate([np.asarray(x[key]) for x in sent.told]) for key in sent.told[0]}
+    kinds = [bytes(kind).decode(errors="ignore").strip() for kind in told.pop("kind")]
+    bins = (told.pop("time") * BINS).astype(int)
     norms = {group: float(norm) for group, norm in sent.norms.items()}
-    loss = losses[region].astype(np.float64)
+    loss = told[region].astype(np.float64)
     return {
         "step": sent.step,
         "loss": float(loss.mean()),
@@ -30,10 +31,10 @@ def summarise_step(sent, seconds, region, speed):
         "grids_per_second": round(len(loss) / seconds, 3),
         **speed,
         "skipped": int(sent.skipped),
-        "loss_by_region": {name: float(each.mean()) for name, each in losses.items()},
+        "loss_by_region": {name: float(each.mean()) for name, each in told.items()},
         "loss_by_time": mean_by(np.minimum(bins, BINS - 1).tolist(), loss),
-        "loss_by_examples": mean_by([rows - 1 for _, rows, _ in sent.grids], loss),
-        "loss_by_kind": mean_by([kind for kind, _, _ in sent.grids], loss),
+        "loss_by_examples": mean_by([rows - 1 for rows, _ in sent.shapes], loss),
+        "loss_by_kind": mean_by(kinds, loss),
         "grad_norm_by_block": norms,
     }
 

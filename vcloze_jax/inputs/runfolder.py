@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vcloze_jax.config import PRESETS, Recipe, UserError
 from vcloze_jax.inputs.checks import parse_json
+from vcloze_jax.inputs.cluster import count_processes
 from vcloze_jax.inputs.pictures import check_writable, describe_error, save_text
 
 FREE = tuple(f.name for f in fields(Recipe) if f.metadata["free"])
@@ -25,7 +26,8 @@ class RunFolder:
     """What a run writes, and where.
 
     `config` holds the recipe, and under "origins" digests of what it learns from, the compute dtype
-    and the versions that began it.
+    and the versions that began it. Where several processes are one run, one of them `writes`; as
+    long as it is not known which one, none.
     """
 
     def __init__(self, path):
@@ -33,11 +35,13 @@ class RunFolder:
         self.config, self.metrics = self.path / "config.json", self.path / "metrics.jsonl"
         self.validation, self.curves = self.path / "validation.jsonl", self.path / "losses.png"
         self.checkpoints, self.previews = self.path / "checkpoints", self.path / "previews"
-        self.held = None
+        self.held, self.writes = None, count_processes() == 1
 
     def compare(self, recipe):
         """Raise UserError if this cannot be a run's folder, or is of another run, naming what
         differs; what `ORIGINS` names is compared by content, in `compare_origins`."""
+        if not self.writes:
+            return
         if found := NOT_LITERAL.search(str(self.checkpoints.absolute())):
             raise UserError(
                 f"--out {self.path}: no checkpoint can be kept where the path holds {found[0]!r}; "
@@ -86,6 +90,8 @@ class RunFolder:
 
     def create(self, recipe, origins):
         """Make the folder, or let the run's free settings follow this command. Raises UserError."""
+        if not self.writes:
+            return
         try:
             self.previews.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -94,24 +100,24 @@ class RunFolder:
         save_text(self.config, json.dumps(asdict(recipe) | {"origins": origins}, indent=1) + "\n")
 
     def lock(self):
-        """Be the only process that writes this run, until `unlock` or the process's end, however
+        """Be the only process that writes this run, until `close` or the process's end, however
         that comes. Raises UserError."""
-        if self.path.is_dir() and self.held is None:
+        if self.writes and self.path.is_dir() and self.held is None:
             try:
                 self.held = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
                 fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                self.unlock()
+                self.close()
                 raise UserError(
                     f"--out {self.path}: another train.py writes this run; stop it first, or "
                     "choose another folder"
                 ) from None
             except OSError as error:
-                self.unlock()
+                self.close()
                 reason = f"cannot be locked: {describe_error(error)}"
                 raise UserError(f"--out {self.path}: {reason}; choose another folder") from None
 
-    def unlock(self):
+    def close(self):
         """Let others write this run."""
         if self.held is not None:
             os.close(self.held)

@@ -17,7 +17,8 @@ from vcloze_jax.inputs.checks import (
     parse_json,
     read_key,
 )
-from vcloze_jax.inputs.pictures import check_file, check_writable
+from vcloze_jax.inputs.cluster import count_processes
+from vcloze_jax.inputs.pictures import URL, check_file, check_writable
 from vcloze_jax.inputs.spec import MAX_SEED, NUMBERS, read_spec
 
 MAX_BYTES = 2**22  # of a spec file
@@ -103,6 +104,9 @@ def check_outputs(out: Path, specs: list[Spec], film: bool = False) -> None:
     names = [
         name for spec in specs for name in output_names(spec.name, len(spec.grid.targets), film)
     ]
+    if count_processes() != 1 and not URL.search(str(out)):
+        # Or one would take away again what it made to try, under the others.
+        out.mkdir(parents=True, exist_ok=True)
     check_writable(out, max(names, key=lambda name: len(os.fsencode(name))))
     inputs = set()
     for spec in specs:

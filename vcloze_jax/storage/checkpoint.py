@@ -6,32 +6,31 @@ beside its files lies `digests`: the SHA-256 of every file, checked before orbax
 and type and SHA-256 of every array, checked against what the run needs and what orbax returns. No
 older step goes before the new one was read back from the disk.
 
-Arrays are stored flat, by their path in the tree (`0/double/img/qkv/lora_a`), and digested whole:
-neither the mesh nor the tree's container types matter, `like` brings both. Several hosts share
-FOLDER; each checks all of it, so that all agree which step is intact.
+Arrays are stored flat, by their path in the tree (`0/double/img/qkv/lora_a`): neither the mesh nor
+the tree's container types matter, `like` brings both. Several hosts share FOLDER; each writes,
+digests and checks what its devices hold, and all agree which step is whole.
 """
 
-import hashlib
 import json
 import logging
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from vcloze_jax.config import UserError
+from vcloze_jax.hosts import Agreed, agreed, is_first, tell_all
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
+from vcloze_jax.storage import digests
+from vcloze_jax.storage.digests import Damaged, describe_type
 
 KEPT = 2  # steps that stay, beside the one that is being written
-
-
-class _Damaged(Exception):
-    """A checkpoint that is not what was saved."""
 
 
 def check_space(folder: str | Path, state) -> None:
@@ -51,15 +50,26 @@ def check_space(folder: str | Path, state) -> None:
 
 def resume(folder: str | Path, state) -> tuple[int, object]:
     """Make `folder` ready for a run's checkpoints, and take up the newest intact one: (step, state)
-    as `restore` says, or (0, state) where there is none. Raises UserError."""
-    clean(folder)
-    check_space(folder, state)
-    return (0, state) if latest(folder) is None else restore(folder, state)
+    as `restore` says, for which the given one makes room, or (0, state) where there is none. Raises
+    UserError."""
+    with agreed():
+        if is_first():
+            clean(folder)
+            check_space(folder, state)
+    seen = tell_all(f"{Path(folder).is_dir()} {_steps(folder)}")
+    if len(set(seen)) > 1:
+        raise UserError(f"{folder}: hosts find different things there; give all one file system")
+    if latest(folder) is None:
+        return 0, state
+    like = jax.tree.map(_abstract, state)
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()  # or for a while there were two
+    return restore(folder, like)
 
 
 def clean(folder: str | Path) -> None:
     """Remove what killed runs left half written or half removed; at start, when nobody saves."""
-    if jax.process_index() == 0:
+    if is_first():
         for path in Path(folder).glob("[0-9]*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -77,32 +87,75 @@ def save(folder: str | Path, step: int, state, *, keep: int = KEPT) -> None:
     what was written; older steps stay.
     """
     folder = Path(folder).absolute()
-    draft, final = folder / f"{step}.tmp", folder / str(step)
+    draft = folder / f"{step}.tmp"
     arrays = {k: x if isinstance(x, jax.Array) else np.asarray(x) for k, x in _named(state).items()}
-    digests = {name: [_type(x), _digest(x)] for name, x in arrays.items()}
+    with _refusing(folder, step):
+        with agreed():
+            _reserve(draft, arrays.values())
+        _room(draft).unlink()
+        _write_arrays(draft / "arrays", arrays)
+        with agreed():
+            digests.write_digests(draft, arrays)
+        with agreed():
+            if is_first():
+                digests.join_digests(draft)
+        with agreed():
+            digests.flush(draft)
+            digests.check_files(draft)
+        with agreed():
+            if is_first():
+                _commit(draft, step, keep)
+
+
+def _write_arrays(path: Path, arrays: dict) -> None:
+    """Write them with orbax: every host what its devices are the first to hold."""
     logging.disable(logging.ERROR)  # where the disk is full, orbax logs a hundred lines per thread
     context = ocp.Context()
     # Or devices that hold the same would each write a part, cut by a program for every array.
     context.array.saving.use_replica_parallel = False
     try:
         with context:
-            ocp.save(draft / "arrays", arrays, overwrite=True)
-        if jax.process_index() == 0:
-            _write_digests(draft, digests)
-            _flush(draft)
-            _checked_digests(draft)
-            if final.exists():  # damaged, or this very state
-                _remove(final)
-            draft.rename(final)
-            kept = [s for s in _steps(folder) if s <= step][-keep:]
-            for old in set(_steps(folder)).difference(kept):
-                _remove(folder / str(old))
+            ocp.save(path, arrays, overwrite=True)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _commit(draft: Path, step: int, keep: int) -> None:
+    """Give a whole step its name, and remove those that are not kept."""
+    folder, final = draft.parent, draft.parent / str(step)
+    if final.exists():  # damaged, or this very state
+        _remove(final)
+    draft.rename(final)
+    kept = [s for s in _steps(folder) if s <= step][-keep:]
+    for old in set(_steps(folder)).difference(kept):
+        _remove(folder / str(old))
+
+
+@contextmanager
+def _refusing(folder: Path, step: int) -> Iterator[None]:
+    """Whatever goes wrong inside, the step cannot be saved; what was written of it goes."""
+    try:
+        yield
     except Exception as error:  # a full disk has many classes in orbax
         clean(folder)
         reason = describe_error(error)
-        raise UserError(f"{folder}: step {step} cannot be saved: {reason}") from error
-    finally:
-        logging.disable(logging.NOTSET)
+        kind = Agreed if isinstance(error, Agreed) else UserError
+        raise kind(f"{folder}: step {step} cannot be saved: {reason}") from error
+
+
+def _reserve(draft: Path, arrays) -> None:
+    """Raise OSError unless the disk has room for what this host will write, which lies in
+    `_room(draft)` then. Hosts that write wait for each other, for ever if one cannot."""
+    draft.mkdir(parents=True, exist_ok=True)
+    shards = [s for x in arrays for s in getattr(x, "addressable_shards", ())]
+    size = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
+    with _room(draft).open("wb") as file:
+        if hasattr(os, "posix_fallocate"):  # not on a Mac
+            os.posix_fallocate(file.fileno(), 0, max(1, size))
+
+
+def _room(draft: Path) -> Path:
+    return draft / f"room-{jax.process_index()}"
 
 
 def restore(folder: str | Path, like) -> tuple[int, object]:
@@ -116,7 +169,7 @@ def restore(folder: str | Path, like) -> tuple[int, object]:
     for step in reversed(_steps(folder)):
         try:
             state = _read(Path(folder).absolute() / str(step), like)
-        except (OSError, _Damaged) as error:
+        except (OSError, Damaged) as error:
             damages.append(f"step {step}: {describe_with_file(error)}")
         else:
             for damage in damages:
@@ -130,11 +183,11 @@ def load_group(path: str | Path, prefix: str) -> dict[str, np.ndarray]:
     """The arrays of one step's folder whose names begin with `prefix`, by the rest of the name, on
     the host; no other one is read. Raises UserError if they are not what was saved."""
     try:
-        stored = _checked_digests(Path(path).absolute())
+        stored = digests.check_files(Path(path).absolute())
         names = {name: has for name, (has, _) in stored.items() if name.startswith(prefix)}
         wanted = {name: _blank(has) for name, has in names.items()}
         arrays = _load(Path(path).absolute(), stored, wanted) if wanted else {}
-    except (OSError, _Damaged) as error:
+    except (OSError, Damaged) as error:
         raise UserError(
             f"{path}: no intact checkpoint ({describe_with_file(error)}); take another step"
         ) from None
@@ -142,11 +195,11 @@ def load_group(path: str | Path, prefix: str) -> dict[str, np.ndarray]:
 
 
 def _read(path: Path, like):
-    stored, wanted = _checked_digests(path), _named(like)
+    stored, wanted = _agreed_digests(path), _named(like)
     flat = {}  # of version 0.1.0, in which heads were no axis of their own
     for name in sorted(stored.keys() | wanted.keys()):
         has = stored[name][0] if name in stored else "missing"
-        needs = _type(wanted[name]) if name in wanted else "no such array"
+        needs = describe_type(wanted[name]) if name in wanted else "no such array"
         if has != needs and name in stored and name in wanted and _is_joined(has, wanted[name]):
             flat[name] = _blank(has)
         elif has != needs:
@@ -156,8 +209,28 @@ def _read(path: Path, like):
     for name in flat:
         sharding = getattr(wanted[name], "sharding", None)
         array = arrays[name].reshape(wanted[name].shape)
-        arrays[name] = array if sharding is None else jax.device_put(array, sharding)
+        if sharding is not None:
+            array = jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+        arrays[name] = array
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
+
+
+def _agreed_digests(path: Path) -> dict:
+    """`check_files`; what is damaged to one host is damaged to all."""
+    stored, damage = {}, ""
+    try:
+        stored = digests.check_files(path)
+    except (OSError, Damaged) as error:
+        damage = describe_with_file(error)
+    _agree_on_damage(damage)
+    return stored
+
+
+def _agree_on_damage(damage: str) -> None:
+    """Raise Damaged with what the first host says that says anything."""
+    for said in tell_all(damage):
+        if said:
+            raise Damaged(said)
 
 
 def _load(path: Path, stored: dict, wanted: dict) -> dict:
@@ -166,63 +239,20 @@ def _load(path: Path, stored: dict, wanted: dict) -> dict:
     context.pytree.loading.partial_load = True
     with context:
         arrays = ocp.load(path / "arrays", wanted)
-    for name, array in arrays.items():
-        if _digest(array) != stored[name][1]:
-            raise _Damaged(f"array {name} is not what was saved")
+    odd = [name for name, x in arrays.items() if not digests.is_as_saved(x, stored[name][1])]
+    _agree_on_damage(f"array {odd[0]} is not what was saved" if odd else "")
     return arrays
 
 
-def _write_digests(path: Path, arrays: dict) -> None:
-    files = {str(f.relative_to(path)): _file_digest(f) for f in path.rglob("*") if f.is_file()}
-    text = json.dumps({"arrays": arrays, "files": files}, indent=1)
-    (path / "digests").write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold a step; what is read of it next comes from there, not from memory."""
-    for file in path.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as content:
-                os.fsync(content.fileno())
-                if hasattr(os, "posix_fadvise"):  # not on a Mac
-                    os.posix_fadvise(content.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _checked_digests(path: Path) -> dict:
-    seal, _, text = (path / "digests").read_bytes().partition(b"\n")
-    if seal.decode(errors="replace") != hashlib.sha256(text).hexdigest():
-        raise _Damaged("file digests is not what was saved")
-    digests = json.loads(text)
-    for name, digest in digests["files"].items():
-        if _file_digest(path / name) != digest:
-            raise _Damaged(f"file {name} is not what was saved")
-    return digests["arrays"]
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(array) -> str:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        array = multihost_utils.process_allgather(array, tiled=True)
-    return hashlib.sha256(np.asarray(array).reshape(-1).view(np.uint8)).hexdigest()
-
-
-def _type(array) -> str:
-    return f"{array.dtype}{list(array.shape)}"
-
-
 def _blank(text: str) -> np.ndarray:
-    """An array of a `_type`, into which orbax reads."""
+    """An array of a `describe_type`, into which orbax reads."""
     dtype, _, shape = text.partition("[")
     return np.empty(json.loads(f"[{shape}"), jax.numpy.dtype(dtype))
 
 
 def _is_joined(text: str, array) -> bool:
-    """Whether a `_type` is that of the array, but that neighbours among all but its first axis, of
-    layers, are one."""
+    """Whether a `describe_type` is that of the array, but that neighbours among all but its first
+    axis, of layers, are one."""
     blank = _blank(text)
     same = (blank.dtype, blank.size, blank.shape[:1]) == (array.dtype, array.size, array.shape[:1])
     return same and set(np.cumprod(blank.shape)) <= set(np.cumprod(array.shape))

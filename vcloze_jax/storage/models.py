@@ -12,10 +12,10 @@ from flax import nnx
 
 from vcloze_jax import __version__
 from vcloze_jax.config import PRESETS, UserError
-from vcloze_jax.devices import kernel_on
+from vcloze_jax.devices import kernel_on, put
 from vcloze_jax.inputs.cachefolder import cache_folder
 from vcloze_jax.model.lora import fold, split
-from vcloze_jax.sharding import compute_dtype, put, shardings
+from vcloze_jax.sharding import compute_dtype, shardings
 from vcloze_jax.step import purpose_key
 from vcloze_jax.storage import adapters, places, weights
 from vcloze_jax.storage.preset import read_config, read_text_length
@@ -57,7 +57,9 @@ class LazyModels:
     def text_reader(self):
         """A TextReader of these encoders, which remembers on disk what it read."""
         tokenizers = Tokenizers(self.folder, self.preset.t5, self.preset.clip)
-        cache = TextCache(cache_folder() / "text", self.text_identity())
+        cache = None  # hosts that remember other prompts would wait for each other
+        if jax.process_count() == 1:
+            cache = TextCache(cache_folder() / "text", self.text_identity())
         return TextReader(tokenizers, self.load_encoders, compute_dtype(self.mesh), cache)
 
     def text_identity(self):
@@ -173,5 +175,5 @@ def save_trained(run, trainer, folder):
         models, out = trainer.models(), run.path / "weights"
         parts = {name: getattr(models, name) for name in weights.MODULES}
         weights.save_pipeline(out, trainer.preset, parts)
-        for name in ("tokenizer", "tokenizer_2"):
+        for name in ("tokenizer", "tokenizer_2") if run.writes else ():
             shutil.copytree(folder / name, out / name, dirs_exist_ok=True)

@@ -24,6 +24,7 @@ from vcloze_jax.config import CLIPConfig, T5Config, UserError
 from vcloze_jax.inputs.checks import describe_error
 from vcloze_jax.ports import engine
 from vcloze_jax.programs import timed
+from vcloze_jax.sharding import on_host
 
 LIMIT = 256  # files, 1 GiB of FLUX's; the oldest go first
 
@@ -62,7 +63,7 @@ class TextReader:
                     encoders = encoders or self.load_encoders()
                 with timed(seconds, "text"):
                     encoded = self.encode(*encoders, t5_ids, clip_ids)
-                    embeddings = [np.asarray(x)[0] for x in encoded]
+                    embeddings = [x[0] for x in on_host(encoded)]
                 if self.cache is not None:
                     self.cache.write(t5_ids, clip_ids, embeddings)
             texts[prompt] = Text(*embeddings, unread, seconds)

@@ -6,15 +6,17 @@ have them (ports/locate.py).
 """
 
 import json
-from collections import defaultdict
-from functools import cache
+from collections import defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from vcloze_jax.config import FLUX_FILL, Preset, UserError
+from vcloze_jax.hosts import is_first
 from vcloze_jax.model.lora import split
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.text import CLIPTextEncoder, T5Encoder
@@ -22,10 +24,13 @@ from vcloze_jax.model.vae import VAE
 from vcloze_jax.ports import engine
 from vcloze_jax.ports.locate import locate
 from vcloze_jax.ports.tables.folder import BASES, INDEX, PARTS, SCHEDULER, SHIFT
+from vcloze_jax.sharding import on_host
 from vcloze_jax.storage.preset import load_preset, translate_errors
 
 # field of Preset -> module, and its part of a weights folder
 MODULES = {"flux": Flux, "vae": VAE, "t5": T5Encoder, "clip": CLIPTextEncoder}
+READERS = 4  # threads: one is slower than most disks
+SHOWN = 3  # seconds after which loading shows a bar
 MODELS = {field: (module, PARTS[field]) for field, module in MODULES.items()}
 
 
@@ -90,22 +95,26 @@ def summary(folder: Path, preset: Preset) -> str:
 def load(module: type, config, folder: Path, dtype="float32", sharding=None):
     """A module (Flux, VAE, T5Encoder or CLIPTextEncoder; LoRA rank 0) with its weights of `folder`.
 
-    Shard by shard from mapped files, so that the host never holds more than one shard of the
-    largest leaf, and reads only what its own devices are given; nothing is initialised. `sharding`
-    maps the tree of shapes to one of Shardings; None: the default device. Raises UserError as
-    `checked_preset` does, and for NaN.
+    Shard by shard from mapped files, several at a time, so that the host never holds more than
+    READERS shards, and reads only what its own devices are given; nothing is initialised.
+    `sharding` maps the tree of shapes to one of Shardings; None: the default device. Raises
+    UserError as `checked_preset` does, and for NaN.
     """
     source, graphdef, base, leaves = match_files(module, config, folder)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     layout = jax.tree.leaves(sharding(base)) if sharding else [one] * len(leaves)
-    with translate_errors(source.path):
-        arrays = [
-            stream(leaf, source, dtype, place) for leaf, place in zip(leaves, layout, strict=True)
-        ]
+    bar = dict(unit="array", leave=False, delay=SHOWN, disable=not is_first())
+    readers = ThreadPoolExecutor(READERS)
+    try:
+        with translate_errors(source.path):
+            arrays = readers.map(partial(stream, source, dtype), leaves, layout)
+            arrays = list(tqdm(arrays, f"loading {source.path.name}", len(leaves), **bar))
+    finally:
+        readers.shutdown(cancel_futures=True)
     return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(base), arrays))
 
 
-def stream(leaf, source, dtype, sharding):
+def stream(source, dtype, leaf, sharding):
     """One leaf from its file into its shards; those that are equal are read once."""
     devices = defaultdict(list)
     for device, cut in sharding.addressable_devices_indices_map(leaf.shape).items():
@@ -124,11 +133,12 @@ def save_pipeline(folder: Path, preset: Preset, models: dict, dtype="bfloat16", 
     for field, model in models.items():
         part = MODELS[field][1]
         arrays = flat(nnx.to_pure_dict(nnx.state(model))).items()
-        tensors = engine.export_arrays(
-            part.table, ((path, np.asarray(array)) for path, array in arrays)
-        )
+        tensors = engine.export_arrays(part.table, ((path, on_host(x)) for path, x in arrays))
+        if not is_first():
+            deque(tensors, 0)  # it takes all hosts to bring them together
+            continue
         engine.write_shards(folder / part.folder, part.stem, tensors, dtype, max_bytes)
-    for file, entries in described(preset, models).items():
+    for file, entries in described(preset, models).items() if is_first() else ():
         write_json(folder / file, entries)
 
 

@@ -1,0 +1,280 @@
+"""Laws of several hosts: they are one run, and end together, whatever happens to one of them.
+
+Two processes on this machine, started as Slurm would start them, are two hosts.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from runs import ROOT, flags, make_home, metrics
+from safetensors.numpy import load_file
+
+from vcloze_jax import hosts
+from vcloze_jax.config import UserError
+from vcloze_jax.inputs import cluster
+from vcloze_jax.storage import checkpoint
+
+CHILD = "import train; train.cli.run(train.main)"
+
+
+def start(code, argv, number):
+    """A process of two, as Slurm starts them."""
+    job = dict(JOB_ID=1, STEP_NODELIST="localhost", NTASKS=2, PROCID=number, LOCALID=number)
+    env = {f"SLURM_{key}": str(value) for key, value in job.items()}
+    env |= {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_PORT": os.environ["TEST_PORT"]}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, argv)],
+        cwd=ROOT,
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(autouse=True)
+def port(monkeypatch):
+    """A port that is free, on which the two find each other."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        monkeypatch.setenv("TEST_PORT", str(free.getsockname()[1]))
+
+
+def start_pair(argv, codes=(CHILD, CHILD)):
+    return [start(code, argv, number) for number, code in enumerate(codes)]
+
+
+def ends(pair, seconds=600):
+    """The exit codes of two processes, and what they wrote to stdout and stderr."""
+    outs = [process.communicate(timeout=seconds) for process in pair]
+    return [process.returncode for process in pair], [out for out, _ in outs], [e for _, e in outs]
+
+
+# --- what they are made of ---
+
+PARTS = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+from vcloze_jax import hosts
+from vcloze_jax.config import Recipe, UserError
+from vcloze_jax.devices import make_mesh, parse_mesh, put
+from vcloze_jax.inputs import cli
+from vcloze_jax.sharding import on_host, spread
+from vcloze_jax.storage import checkpoint
+
+def main(argv):
+    mesh = make_mesh(parse_mesh("2"))
+    me, folder = jax.process_index(), Path(argv[0])
+    assert jax.process_count() == 2 and jax.local_device_count() == 1 and mesh.size == 2
+
+    assert hosts.tell_all(f"I am {me}") == ["I am 0", "I am 1"]
+    for mistaken in (0, 1):
+        try:
+            with hosts.agreed():
+                if me == mistaken:
+                    raise UserError(f"of {mistaken}")
+        except UserError as error:
+            assert str(error) == f"of {mistaken}"
+        else:
+            raise AssertionError
+    poll = hosts.Poll(mesh)
+    assert [poll(143 * (me == 1)), poll(0), poll(2 * (me == 0)), poll(0)] == [0, 143, 0, 2]
+
+    drawn = hosts.drawn_here(Recipe(group=8, micro_batch=4), mesh)
+    assert drawn == ([0, 1, 4, 5], [2, 3, 6, 7])[me]
+    rows = [np.full(3, i, np.int32) if i in drawn else None for i in range(4)]
+    batch = spread(rows, mesh)
+    assert not batch.is_fully_addressable
+    assert on_host(batch).tolist() == [[i] * 3 for i in range(4)]
+
+    kernel = np.arange(8, dtype=np.float32).reshape(4, 2)
+    state = put({"kernel": kernel, "bias": np.ones(3, np.float32)}, mesh)
+    checkpoint.save(folder, 5, state)
+    step, again = checkpoint.resume(folder, jax.tree.map(lambda x: x * 0, state))
+    assert step == 5 and again["kernel"].sharding == state["kernel"].sharding
+    for ours, theirs in zip(*map(jax.tree.leaves, map(on_host, (state, again)))):
+        assert np.array_equal(ours, theirs)
+    print("host", me, file=sys.stderr)
+    print("spoken")
+
+cli.run(main)
+"""
+
+
+def test_two_processes(tmp_path):
+    """Two hosts find each other; each hears what the other says, and has its mistakes; each brings
+    its own rows to a batch; a checkpoint of both is one that a process alone reads."""
+    codes, outs, errors = ends(start_pair([tmp_path], (PARTS, PARTS)))
+    assert codes == [0, 0], errors
+    assert "host 0" in errors[0] and "host 1" in errors[1]
+    assert "spoken" in outs[0] and "spoken" not in outs[1]
+    like = {"kernel": jnp.zeros((4, 2)), "bias": jnp.zeros(3)}
+    step, state = checkpoint.restore(tmp_path, like)
+    assert step == 5 and state["kernel"].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_alone(monkeypatch):
+    """A process that is alone, also in a cluster, joins nobody and answers itself; where there are
+    others that it cannot find, it says so."""
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: joined.append(1))
+    monkeypatch.setattr(cluster, "CHIPS", ())
+    for name in {*cluster.SIGNS, *cluster.COUNTS}:
+        monkeypatch.delenv(name, raising=False)
+    hosts.join_hosts()
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    hosts.join_hosts()
+    assert not joined and hosts.is_first() and hosts.tell_all("a") == ["a"]
+    with pytest.raises(ZeroDivisionError), hosts.agreed():
+        1 / 0  # noqa: B018
+
+    def fail(**_):
+        raise RuntimeError("no coordinator")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(UserError, match=r"do not find each other \(no coordinator\); start one"):
+        hosts.join_hosts()
+
+
+# --- whole runs ---
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """The weights and the grids of the runs."""
+    return make_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def alone(home):
+    """The folder of the run of one process with eight devices."""
+    done = subprocess.run([sys.executable, "-c", CHILD, *flags(home, home / "alone")], cwd=ROOT)
+    assert done.returncode == 0
+    return home / "alone"
+
+
+def assert_equal(out, other):
+    """Metrics of two runs are equal to rounding, and so are adapters as a whole: Adam makes a whole
+    step of a gradient that is nothing but rounding, so that single numbers may differ."""
+    for here, there in zip(metrics(out), metrics(other), strict=True):
+        assert here["step"] == there["step"]
+        assert here["loss_by_kind"].keys() == there["loss_by_kind"].keys()
+        for key in ("loss", "grad_norm"):
+            rtol = 1e-6 if here["step"] < 3 else 1e-5
+            np.testing.assert_allclose(here[key], there[key], rtol=rtol)
+    ours, theirs = (load_file(folder / "lora.safetensors") for folder in (out, other))
+    assert ours.keys() == theirs.keys()
+    ours, theirs = (np.concatenate([x[k].ravel() for k in sorted(x)]) for x in (ours, theirs))
+    assert np.linalg.norm(ours - theirs) < 1e-3 * np.linalg.norm(theirs)
+    assert np.median(np.abs(ours - theirs)) < 1e-6
+
+
+@pytest.mark.slow
+def test_two_hosts_are_one_process(home, alone, tmp_path):
+    """Two hosts of four devices are one process of eight: metrics, adapter, previews; one writes
+    and speaks. A run may change hosts as it goes on: alone for two steps, then both, then alone."""
+    codes, outs, errors = ends(start_pair(flags(home, tmp_path / "run")))
+    assert codes == [0, 0], errors
+    assert "finished, lora.safetensors written" in outs[0] and "finished" not in outs[1]
+    assert_equal(tmp_path / "run", alone)
+    for kind in ("previews", "checkpoints"):
+        names = [{file.name for file in (f / kind).iterdir()} for f in (tmp_path / "run", alone)]
+        assert names[0] == names[1]
+    out = tmp_path / "changed"
+    for steps, run in ((2, subprocess.run), (4, None), (6, subprocess.run)):
+        argv = flags(home, out, steps=steps)
+        if run:
+            assert run([sys.executable, "-c", CHILD, *argv], cwd=ROOT).returncode == 0
+        else:
+            assert ends(start_pair(argv))[0] == [0, 0]
+    assert_equal(out, alone)
+
+
+# train.py, one of whose hosts does something to itself, or to its limits, after a step's metrics.
+AFTER = """
+import os, resource, sys, time
+import train
+from vcloze_jax.runwriter import RunWriter
+
+action, write = sys.argv.pop(1), RunWriter.write
+
+def write_and_act(writer, sent, seconds):
+    write(writer, sent, seconds)
+    if sent.step == 3 and action == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, resource.RLIM_INFINITY))
+    elif sent.step == 3:
+        os.kill(os.getpid(), int(action))
+
+RunWriter.write = write_and_act
+train.cli.run(train.main)
+"""
+
+
+def run_and_act(home, out, host, action, **changes):
+    """A run of two hosts, to one of which something happens at step 3."""
+    pair = [
+        start(AFTER if n == host else CHILD, [action][: n == host] + flags(home, out, **changes), n)
+        for n in range(2)
+    ]
+    return ends(pair)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", [0, 1])
+def test_signal_to_one(home, alone, tmp_path, host):
+    """SIGTERM to one host stops both after the same step, which is saved; both end with 143, and
+    the same command goes on."""
+    out = tmp_path / "run"
+    codes, _, errors = run_and_act(home, out, host, int(signal.SIGTERM), save_every=100)
+    assert codes == [143, 143], errors
+    assert "stopping" in errors[host] and "stopping" not in errors[1 - host]
+    assert len(metrics(out)) == checkpoint.latest(out / "checkpoints") < 6
+    assert ends(start_pair(flags(home, out)))[0] == [0, 0]
+    assert_equal(out, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", [0, 1])
+def test_one_is_lost(home, tmp_path, host):
+    """A host that is killed ends the other within a minute, with a line that says so; what was
+    saved is there."""
+    out = tmp_path / "run"
+    codes, _, errors = run_and_act(home, out, host, int(signal.SIGKILL))
+    assert codes[host] == -signal.SIGKILL and codes[1 - host] not in (0, 2)
+    assert re.search("another (one|task)", errors[1 - host]), errors
+    written = (out / "metrics.jsonl").stat().st_mtime
+    assert time.time() - written < 60
+    assert checkpoint.latest(out / "checkpoints") == 2
+
+
+@pytest.mark.slow
+def test_disk_full_on_one(home, tmp_path):
+    """A disk that takes no more of one host: both say the same line and end with 2, the older step
+    stays, nothing is half there."""
+    out = tmp_path / "run"
+    codes, _, errors = run_and_act(home, out, 1, "full")
+    lines = [[x for x in e.splitlines() if x.startswith("error: ")] for e in errors]
+    assert codes == [2, 2] and lines[0] == lines[1], errors
+    assert "step 4 cannot be saved: File too large" in lines[0][0]
+    assert sorted(os.listdir(out / "checkpoints")) == ["2"]
+
+
+@pytest.mark.slow
+def test_not_finite_on_two(home, tmp_path):
+    """A number that is not finite ends both hosts at the same moment, each with 1."""
+    with tiny.overflowing(home / "weights"):
+        codes, _, errors = ends(start_pair(flags(home, tmp_path / "run")))
+    assert codes == [1, 1] and all("picture is not finite" in e for e in errors), errors

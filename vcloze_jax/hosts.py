@@ -1,0 +1,131 @@
+"""Several processes, on one machine or many, as one run: how they find each other and agree.
+
+Each runs the same program, on its own devices of one mesh; host 0 writes, and speaks for all. A
+process that is alone is host 0, and agrees with itself at no cost.
+"""
+
+import os
+import re
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vcloze_jax.config import UserError
+from vcloze_jax.inputs import cli
+from vcloze_jax.inputs.checks import describe_error, describe_with_file
+from vcloze_jax.inputs.cluster import count_processes, is_launched
+from vcloze_jax.inputs.terminal import tell_error
+from vcloze_jax.sharding import batch_sharding
+
+SILENCE = 45  # seconds without a sign of life, after which JAX ends the processes that are left
+LONGEST = 1000  # bytes of what a host tells the others
+STATUS = re.compile(r"[A-Z_]+: ")  # what XLA's errors begin with, of whatever class JAX makes them
+
+
+class Agreed(UserError):
+    """A mistake that all hosts know of."""
+
+
+def join_hosts():
+    """Find the processes that a launcher (Slurm, Open MPI, GKE, a TPU pod) started with this one,
+    before JAX makes its devices. Alone, nothing happens. Raises UserError if they are not found.
+    """
+    if jax.distributed.is_initialized() or count_processes() == 1:
+        return
+    # JAX would take SIGTERM for itself, and wait for no other signal.
+    jax.config.update("jax_enable_preemption_service", False)
+    times = dict(heartbeat_timeout_seconds=SILENCE, shutdown_timeout_seconds=SILENCE)
+    try:
+        jax.distributed.initialize(**times)
+    except Exception as error:
+        if not is_launched():  # a machine with TPUs, and of no pod
+            return
+        raise UserError(
+            f"the processes of this job do not find each other ({describe_error(error)}); start "
+            "one alone, or all of them as README says"
+        ) from error
+    cli.AT_END.append(jax.distributed.shutdown)
+
+
+def let_first_speak():
+    """What other hosts print, all but errors and bars, is lost."""
+    if not is_first():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # also under what is not Python
+
+
+def is_first():
+    """Whether this is host 0, which writes."""
+    return jax.process_index() == 0
+
+
+def drawn_here(recipe, mesh):
+    """Which grids of a group this host draws, counted from 0: those that its devices will hold."""
+    cuts = batch_sharding(mesh).addressable_devices_indices_map((recipe.micro_batch,)).values()
+    held = {i for (cut,) in cuts for i in range(recipe.micro_batch)[cut]}
+    return [i for i in range(recipe.group) if i % recipe.micro_batch in held]
+
+
+def tell_all(text):
+    """A text of each host -> those of all, in order, on every host."""
+    if jax.process_count() == 1:
+        return [text]
+    said = np.frombuffer(text.encode()[:LONGEST].ljust(LONGEST), np.uint8)
+    return [
+        bytes(x).decode(errors="ignore").strip() for x in multihost_utils.process_allgather(said)
+    ]
+
+
+@contextmanager
+def agreed():
+    """What goes wrong inside on one host is raised, as Agreed, by all at the end of it: so
+    nothing inside waits for other hosts once something can go wrong."""
+    mistake = ""
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        mistake = str(error) if isinstance(error, UserError) else describe_with_file(error)
+    for said in tell_all(mistake):
+        if said:
+            raise Agreed(said)
+
+
+class Poll:
+    """Asks all hosts for a number, and answers with the largest one of the question before: so
+    nobody waits for devices that work ahead. A process that is alone has its answer at once."""
+
+    def __init__(self, mesh):
+        self.size, self.place = mesh.size, NamedSharding(mesh, P(mesh.axis_names))
+        self.largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
+        self.asked = 0
+
+    def __call__(self, number):
+        if jax.process_count() == 1:
+            return number
+        answer, said = self.asked, np.full(1, number, np.int32)
+        numbers = jax.make_array_from_callback((self.size,), self.place, lambda _: said)
+        self.asked = self.largest(numbers)
+        return int(answer)
+
+
+@contextmanager
+def one_end():
+    """Where this host alone meets an error inside, it ends at once, with a line: the others wait
+    for it, until JAX ends them. So does what JAX says where it is another one that is gone."""
+    try:
+        yield
+    except Exception as error:
+        by_jax = STATUS.match(str(error))
+        ours = isinstance(error, Agreed) or not (by_jax or isinstance(error, (UserError, OSError)))
+        if jax.process_count() == 1 or ours:
+            raise
+        text = str(error) if isinstance(error, UserError) else describe_with_file(error)
+        text += "; if another one is lost, start all of them again" if by_jax else ""
+        tell_error(f"host {jax.process_index()} of {jax.process_count()}: {text}")
+        cli.leave(1 if by_jax else 2)
