@@ -72,5 +72,6 @@ class Film:
         self.frames[step.spec.name].append(sheet)
         if step.index == step.count - 1:
             *_, name, _ = output_names(step.spec.name, 0, film=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             save_film(self.folder / name, self.frames.pop(step.spec.name))
         return sheet
