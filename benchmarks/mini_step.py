@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from vcloze_jax.config import MINI  # noqa: E402
-from vcloze_jax.data.sources import draw_fixed, open_source  # noqa: E402
+from vcloze_jax.data.sources import Shape, open_source, random_generator  # noqa: E402
 from vcloze_jax.devices import make_mesh  # noqa: E402
 from vcloze_jax.rowmemory import choose_row_encoder  # noqa: E402
 from vcloze_jax.storage import places  # noqa: E402
@@ -26,7 +26,7 @@ from vcloze_jax.storage.models import checked_training_preset, load_for_training
 from vcloze_jax.storage.textreader import Tokenizers  # noqa: E402
 from vcloze_jax.trainer import Trainer  # noqa: E402
 
-SHAPE = 2, 2
+SHAPE = Shape(2, 2, MINI.resolution, MINI.resolution)
 
 
 def time_steps(trainer, groups, repeats):
@@ -49,8 +49,8 @@ def main():
     tokenizers = Tokenizers(folder, preset.t5, preset.clip)
     trainer = Trainer(load_for_training(preset, folder, mesh), preset, tokenizers, mesh)
     source = open_source(recipe)
-    shape = next(x for x in source.shapes() if (x.rows, x.columns) == SHAPE)
-    grids = draw_fixed(source, shape, "example", 0, recipe.batch)
+    generators = (random_generator("example", 0, i) for i in range(recipe.batch))
+    grids = [source.example(rng, SHAPE, [i]) for i, rng in enumerate(generators)]
     groups = [grids[i : i + recipe.group] for i in range(0, recipe.batch, recipe.group)]
     for name in ("encoded", "remembered"):
         if name == "remembered":

@@ -8,6 +8,7 @@ ports/      knows neither JAX nor us
 """
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -168,3 +169,16 @@ def test_names_are_found_once():
                 homes.setdefault(node.name, []).append(name)
     twice = {name: rooms for name, rooms in homes.items() if len(rooms) > 1}
     assert set(twice) <= SAME, twice
+
+
+TOOLS = [*ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]
+
+
+@pytest.mark.parametrize("file", TOOLS, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_tools_import_what_there_is(file):
+    """Scripts and benchmarks, which no other test may run, name nothing of ours that is gone."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module in modules():
+            there = set(vars(importlib.import_module(node.module)))
+            there |= {n.rpartition(".")[2] for n in within(node.module)}
+            assert {alias.name for alias in node.names} <= there, node.module

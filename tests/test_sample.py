@@ -75,7 +75,7 @@ def pixels(file):
 
 
 def names(out):
-    return sorted(file.name for file in out.iterdir())
+    return sorted(file.name for file in out.iterdir()) if out.exists() else []
 
 
 # --- what is written ---

@@ -396,9 +396,7 @@ CASES = [
     ("fsdp=4,tensor=2", 1, 2, "full"),
     ("fsdp=4,tensor=2", 3, 1, "none"),
 ]
-EVERY = itertools.product(
-    dict.fromkeys(mesh for mesh, *_ in CASES), ROWS, (1, 2), ("none", "light", "full")
-)
+EVERY = itertools.product(dict.fromkeys(mesh for mesh, *_ in CASES), ROWS, (1, 2), ("none", "full"))
 
 
 @cache

@@ -147,7 +147,7 @@ def test_second_pass(painter, read):
     (both,) = painter([spec])
     assert np.array_equal(both.pixels, first.pixels)
     assert [t.shape for t in both.targets] == [(32, 64, 3)] * 2  # 64 * 32 / 48 = 42, floored
-    passes = describe(both, MINI, painter.mesh)["upsampling"]
+    passes = describe(both, painter)["upsampling"]
     assert [again["tokens"]["image"] for again in passes] == [8, 8]
     again = second_passes(spec, first.targets)
     assert {second.prompt for second in again} == {"a fox"}

@@ -75,5 +75,6 @@ class Film:
             *_, name, _ = output_names(step.spec.name, 0, film=True)
             frames = self.frames.pop(step.spec.name)
             if is_first():
+                self.folder.mkdir(parents=True, exist_ok=True)
                 save_film(self.folder / name, frames)
         return sheet

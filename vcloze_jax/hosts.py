@@ -1,7 +1,16 @@
 """Several processes, on one machine or many, as one run: how they find each other and agree.
 
-Each runs the same program, on its own devices of one mesh; host 0 writes, and speaks for all. A
-process that is alone is host 0, and agrees with itself at no cost.
+    srun -N 2 --ntasks-per-node 8 --gpus-per-node 8 python train.py … --mesh 16 --out /nfs/run
+    gcloud compute tpus tpu-vm ssh POD --worker all --command "cd vcloze-jax; python train.py …"
+    xpk workload create --cluster C --workload W --tpu-type v5p-64 --command "python train.py …"
+
+start one on Slurm, on a TPU pod slice, on GKE. --out is one folder that all of them see: a local
+disk, NFS, Lustre, Filestore, no bucket. If one is lost, the others end within a minute; the same
+command goes on, on as many as there are.
+
+Each runs the same program, on its own devices of one mesh, and draws the grids that these hold; all
+compute previews and adapters, host 0 writes, and speaks for all. A process that is alone is host 0,
+and agrees with itself at no cost.
 """
 
 import os

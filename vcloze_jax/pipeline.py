@@ -173,13 +173,9 @@ class Pipeline:
 
     def present(self, canvas) -> Painting:
         """What a caller is given of a Canvas."""
-        models, sheet = self.painter.models, compose(canvas.spec.grid, canvas.pixels)
+        sheet = compose(canvas.spec.grid, canvas.pixels)
         images = [Image.fromarray(target) for target in canvas.targets]
-        record = describe(canvas, self.painter.preset, self.painter.mesh)
-        record["weights"] = str(models.folder)
-        record["adapters"] = places.describe_adapters(models.folder, models.loras)
-        is_mini = models.folder == places.MINI_FOLDER
-        record["unlike_training"] = describe_unlike_mini(canvas.spec) if is_mini else ""
+        record = describe(canvas, self.painter)
         return Painting(images, Image.fromarray(sheet), record, canvas.latents)
 
 
@@ -200,9 +196,10 @@ def load_painter(folder, lora, mesh):
     return Painter(preset, models, models.text_reader(), mesh)
 
 
-def describe(canvas, preset, mesh):
+def describe(canvas, painter):
     """All that made a picture, as JSON."""
-    spec, grid = canvas.spec, canvas.spec.grid
+    spec, grid, preset, models = canvas.spec, canvas.spec.grid, painter.preset, painter.models
+    is_mini = models.folder == places.MINI_FOLDER
     record = {
         "spec": spec.resolved,
         "prompt": spec.prompt,
@@ -210,7 +207,10 @@ def describe(canvas, preset, mesh):
         "boxes": cell_boxes(grid),
         **describe_pass(canvas, preset),
         "compiles": spent["compiled"],
-        "attention": kernel_on(mesh, preset),
+        "attention": kernel_on(painter.mesh, preset),
+        "weights": str(models.folder),
+        "adapters": places.describe_adapters(models.folder, models.loras),
+        "unlike_training": describe_unlike_mini(spec) if is_mini else "",
         "versions": {"vcloze_jax": __version__, "jax": jax.__version__, "flax": flax.__version__},
     }
     if canvas.second_passes:

@@ -1,6 +1,6 @@
 """What a training run tells while it lasts: metrics, previews, curves, adapters and checkpoints."""
 
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from itertools import takewhile
 
 import jax
@@ -145,7 +145,8 @@ class RunWriter:
         """Compile what previews need, in a run that goes on: by one Euler step, not by painting."""
         trainer = self.trainer
         models = trainer.base_models() if trainer.recipe.rank else trainer.models()
-        self.paint(models, steps=1)
+        with suppress(FloatingPointError):  # it is for the step to say
+            self.paint(models, steps=1)
         trainer.validate({noisy.x_t.shape: noisy for noisy in self.fixed}.values())
 
     def paint(self, models, steps=None):

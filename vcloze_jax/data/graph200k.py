@@ -148,7 +148,8 @@ class Graph200KGrids:
         drawn anew; the task stays.
         """
         left, cells = self.candidates(task), []
-        wanted = [item for item in self.numbers[list(queries)] if item in left]
+        asked = self.numbers[list(queries)]
+        wanted = asked[np.isin(asked, left)].tolist()
         for row_rng in rng.spawn(rows)[::-1]:  # from the last row on
             while True:
                 if not len(left):
