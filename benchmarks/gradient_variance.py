@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -28,7 +29,7 @@ from vcloze_jax.step import purpose_key  # noqa: E402
 from vcloze_jax.storage import places  # noqa: E402
 from vcloze_jax.storage.models import checked_training_preset, load_for_training  # noqa: E402
 from vcloze_jax.storage.textreader import Tokenizers  # noqa: E402
-from vcloze_jax.trainer import Trainer, zeros_like  # noqa: E402
+from vcloze_jax.trainer import Trainer  # noqa: E402
 
 RECIPE = replace(MINI.recipe, data="graphemoji", micro_batch=1)
 ADAPTERS = {"new": None, "shipped": str(places.MINI_LORA)}
@@ -44,7 +45,7 @@ def load(preset, lora, mesh):
 def grid_gradient(trainer, adapter, example, number):
     """The gradient at one grid, by its number in the run: float32 [parameters]."""
     noisy = trainer.encode([example], [number], purpose_key(RECIPE.seed, "draws"))
-    args = adapter, trainer.frozen, zeros_like(adapter), noisy
+    args = adapter, trainer.frozen, jax.tree.map(jnp.zeros_like, adapter), noisy
     _, grads = trainer.program("accumulate", noisy.x_t.shape, *args)(*args)
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(grads)])
 

@@ -114,15 +114,6 @@ def loss_fn(trainable, frozen, noisy, *, region, **statics):
     return losses[region].mean(), losses
 
 
-def validate(trainable, frozen, noisy, **options):
-    """Mean loss, and the part of the velocities that an adapter makes, as a share of their norm."""
-    loss, _ = loss_fn(trainable, frozen, noisy, **options)
-    del options["region"]
-    nothing = jax.tree.map(jnp.zeros_like, trainable)
-    out, bare = (predict_velocity(w, frozen, noisy, **options) for w in (trainable, nothing))
-    return jnp.stack([loss, jnp.linalg.norm(out - bare) / jnp.linalg.norm(out)])
-
-
 def merge_models(graphdefs, *trees, names=("flux", *ENCODERS)):
     """The four networks, or some, of graphdefs and trees by name; None for one that no tree has."""
     models = dict.fromkeys(graphdefs)
