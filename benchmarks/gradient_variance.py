@@ -45,8 +45,7 @@ def load(preset, lora, mesh):
 def grid_gradient(trainer, adapter, example, number):
     """The gradient at one grid, by its number in the run: float32 [parameters]."""
     noisy = trainer.encode([example], [number], purpose_key(RECIPE.seed, "draws"))
-    zeros = jax.tree.map(jnp.zeros_like, adapter)
-    args = adapter, trainer.frozen, zeros, noisy
+    args = adapter, trainer.frozen, jax.tree.map(jnp.zeros_like, adapter), noisy
     _, grads = trainer.program("accumulate", noisy.x_t.shape, *args)(*args)
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(grads)])
 

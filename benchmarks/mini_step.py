@@ -44,7 +44,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
     mesh, folder = make_mesh(None), places.MINI_FOLDER
-    recipe = replace(MINI.recipe, data="graphemoji")
+    recipe = replace(MINI.recipe, data="graphemoji", micro_batch=MINI.recipe.group)
     preset = checked_training_preset(folder, recipe)
     tokenizers = Tokenizers(folder, preset.t5, preset.clip)
     trainer = Trainer(load_for_training(preset, folder, mesh), preset, tokenizers, mesh)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vcloze_jax import kernels
 from vcloze_jax.devices import make_mesh, parse_mesh
-from vcloze_jax.model import kernels
 from vcloze_jax.model.ops import attention, choose_kernel
 
 

@@ -1,7 +1,7 @@
 """The law of the house: a story that is read, and wings that serve it, each with its own law.
 
-the story   train.py, sample.py and the files of STORY: what must be read; not what model/kernels
-            knows of accelerators: they compute what model/ops has as a formula
+the story   train.py, sample.py and the files of STORY: what must be read
+kernels     compute what model/ops has as a formula, and know nothing else
 model/      knows no file and no flag           inputs/     knows no JAX
 data/       knows no model                      storage/    alone knows ports and orbax
 ports/      knows neither JAX nor us
@@ -96,6 +96,11 @@ def test_models_know_no_file_and_no_flag():
     assert set(within("vcloze_jax.model")).isdisjoint(importers(*outside))
     for name in within("vcloze_jax.model"):
         assert "open(" not in modules()[name].read_text(), name
+
+
+def test_kernels_know_the_formula_alone():
+    """A kernel for an accelerator stands for ops.attention: it needs no room beside it."""
+    assert ours("vcloze_jax.kernels") <= {"vcloze_jax.model.ops", "vcloze_jax.sharding"}
 
 
 def test_data_knows_no_model():

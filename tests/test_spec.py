@@ -13,6 +13,7 @@ from PIL import Image
 from vcloze_jax import prompts
 from vcloze_jax.config import FLUX_FILL, MINI, UserError
 from vcloze_jax.inputs.specfiles import read_specs
+from vcloze_jax.inputs.tasks import find_task, list_tasks
 
 ROW = [["a.png", "b.png"]]
 GRID = [["a.png", "b.png"], ["b.png", None]]
@@ -373,10 +374,12 @@ def test_prefixes_are_added_once_and_stripped(prefix):
 
 def test_named_tasks():
     """Law: every demo of the authors has a name, whose sentence speaks of every column once."""
-    assert {"image-to-depth-normal-and-hed", "depth-to-image-and-relighting"} < prompts.TASKS.keys()
-    for name, task in prompts.TASKS.items():
+    tasks = list_tasks(FLUX_FILL)
+    assert {"image-to-depth-normal-and-hed", "depth-to-image-and-relighting"} < tasks.keys()
+    for name, task in tasks.items():
+        assert find_task(name) == task
         numbers = [task.prompt.count(f"[IMAGE{i}] ") for i in range(1, task.columns + 1)]
         assert numbers == [1] * task.columns, name
         assert f"[IMAGE{task.columns + 1}]" not in task.prompt
-    assert prompts.TASKS["image-to-depth-normal-and-hed"].columns == 4
-    assert len({task.prompt for task in prompts.TASKS.values()}) == len(prompts.TASKS)
+    assert tasks["image-to-depth-normal-and-hed"].columns == 4
+    assert len({task.prompt for task in tasks.values()}) == len(tasks)

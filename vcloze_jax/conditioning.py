@@ -27,10 +27,6 @@ class Models(NamedTuple):
     t5: T5Encoder | None
     clip: CLIPTextEncoder | None
 
-    def text_encoders(self):
-        """T5 and CLIP."""
-        return self.t5, self.clip
-
 
 class Context(NamedTuple):
     """What the MMDiT reads beside the noisy tokens, the same for the loss and for sampling."""

@@ -143,8 +143,8 @@ class Painter:
         with timed(seconds, "load"):
             flux = self.models.flux
         with timed(seconds, "paint"), jax.set_mesh(self.mesh):
-            stack = jax.tree.map(lambda x: spread(x, self.mesh), self.stack(batch, size))
-            x, times, context = stack
+            to_mesh = partial(spread, mesh=self.mesh)
+            x, times, context = jax.tree.map(to_mesh, self.stack(batch, size))
             mods = self.modulate_steps(flux, times, context)
             for i in steps:
                 mod, t, t_next = self.select_step(mods, times, i)

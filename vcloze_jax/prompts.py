@@ -1,11 +1,10 @@
-"""The sentences of VisualCloze: layout, task and content, and named tasks made of them.
+"""The sentences of VisualCloze: layout, task and content.
 
-Templates, phrases and tasks are data: prompts.toml.
+Templates, phrases and named tasks are data: prompts.toml.
 """
 
 import tomllib
 from pathlib import Path
-from typing import NamedTuple
 
 _DATA = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 LAYOUTS = tuple(_DATA["layouts"])
@@ -14,6 +13,7 @@ CONTENT_PREFIXES = tuple(_DATA["content_prefixes"])
 EDITING_PREFIXES = tuple(_DATA["editing_prefixes"])
 PHRASES: dict[str, str] = _DATA["phrases"]  # kind of picture -> what it is called
 RESTORATIONS: dict[str, str] = _DATA["restorations"]  # likewise, of pictures to be restored
+TASKS: dict[str, str] = _DATA["tasks"]  # name -> the kinds of its columns: "photo style -> styled"
 
 
 def layout_prompt(rows: int, columns: int, template: int = 0) -> str:
@@ -45,20 +45,3 @@ def strip_prefix(content: str) -> str:
 def join(*parts: str) -> str:
     """One prompt of the parts that are not empty, one space between."""
     return " ".join(part for part in parts if part)
-
-
-class NamedTask(NamedTuple):
-    """A task sentence and the number of columns that it speaks of."""
-
-    prompt: str
-    columns: int
-
-
-def _describe_task(columns: str) -> NamedTask:
-    """'photo style -> styled' -> the sentence that leads from those kinds of pictures to that."""
-    given, painted = (kinds.split() for kinds in columns.split("->"))
-    phrases = [(PHRASES | RESTORATIONS)[kind] for kind in given + painted]
-    return NamedTask(task_prompt(phrases, targets=len(painted)), len(phrases))
-
-
-TASKS = {name: _describe_task(columns) for name, columns in _DATA["tasks"].items()}

@@ -4,6 +4,7 @@ from contextlib import ExitStack, closing, suppress
 from itertools import takewhile
 
 import jax
+import jax.numpy as jnp
 from tqdm import tqdm
 
 from vcloze_jax import plan
@@ -17,10 +18,11 @@ from vcloze_jax.inputs.runfolder import Log
 from vcloze_jax.inputs.sheet import compose_columns, stack_sheets
 from vcloze_jax.painter import Painter
 from vcloze_jax.programs import spent
-from vcloze_jax.sharding import compute_dtype
+from vcloze_jax.step import merge_models
 from vcloze_jax.storage import checkpoint
 from vcloze_jax.storage.models import save_trained
 from vcloze_jax.storage.textreader import TextMemory, TextReader
+from vcloze_jax.validation import Validation
 from vcloze_jax.watchers import Profile, tell_tensorboard
 
 VALIDATION = 3  # groups of held-out grids
@@ -41,7 +43,7 @@ class RunWriter:
         self.poll, self.any_host = Poll(trainer.mesh), Poll(trainer.mesh)
         if run.writes:
             self.log = Log(run.metrics, trainer.step)
-            self.validation = Log(run.validation, trainer.step)
+            self.held_out = Log(run.validation, trainer.step)
         self.painter = make_painter(trainer)
         preset, self.bases = trainer.preset, None
         how = preset.num_inference_steps, preset.guidance_scale
@@ -81,7 +83,7 @@ class RunWriter:
         self.measure([example.grid.tokens for example in examples], 1)  # counts, remembered
         group = self.trainer.recipe.group
         groups = draw_validation(self.source.held_out(), group, VALIDATION)
-        self.fixed = self.trainer.fixed_batches(groups)
+        self.validate = Validation(self.trainer, groups)
         if self.trainer.step == 0:
             self.preview()
         else:
@@ -116,12 +118,12 @@ class RunWriter:
         """Paint what is learnt, beside the base and the truth; measure it on held-out grids."""
         columns = {}
         if self.trainer.recipe.rank:
-            self.bases = self.bases or self.paint(self.trainer.base_models())
+            self.bases = self.bases or self.paint(base_models(self.trainer))
             columns["base"] = self.bases
         columns["adapter" if columns else "model"] = self.paint(self.trainer.models())
         if self.stopped():
             return
-        loss, effect = self.trainer.validate(self.fixed)
+        loss, effect = self.validate()
         if not self.run.writes:
             return
         sheets = []
@@ -132,7 +134,7 @@ class RunWriter:
         step = self.trainer.step
         save_png(self.run.previews / f"{step:06d}.png", stack_sheets(sheets))
         record = {"step": step, "loss": loss, "adapter_effect": effect}
-        self.validation.write(record)
+        self.held_out.write(record)
         tell_listeners("validation", record)
         draw_curves(self.run.metrics, self.run.validation, self.run.curves)
         if self.trainer.recipe.rank and step >= PATIENCE and effect < SILENT:
@@ -144,10 +146,10 @@ class RunWriter:
     def rehearse(self):
         """Compile what previews need, in a run that goes on: by one Euler step, not by painting."""
         trainer = self.trainer
-        models = trainer.base_models() if trainer.recipe.rank else trainer.models()
+        models = base_models(trainer) if trainer.recipe.rank else trainer.models()
         with suppress(FloatingPointError):  # it is for the step to say
             self.paint(models, steps=1)
-        trainer.validate({noisy.x_t.shape: noisy for noisy in self.fixed}.values())
+        self.validate()
 
     def paint(self, models, steps=None):
         """The query rows of the previews as these models paint them, as far as the run goes on, and
@@ -182,11 +184,16 @@ def tell_listeners(what, record):
         jax.monitoring.record_scalar(f"/vcloze_jax/{what}/{name}", value, step=record["step"])
 
 
+def base_models(trainer):
+    """The four networks with an adapter that does nothing."""
+    nothing = jax.tree.map(jnp.zeros_like, trainer.learnt)
+    return merge_models(trainer.graphdefs, nothing, trainer.frozen)
+
+
 def make_painter(trainer):
     """A Painter of the models that it is given, which reads their prompts with them."""
     painter = Painter(trainer.preset, None, None, trainer.mesh)
-    encoders = lambda: painter.models.text_encoders()  # noqa: E731
+    encoders = lambda: (painter.models.t5, painter.models.clip)  # noqa: E731
     memory = TextMemory() if "t5" in trainer.frozen else None
-    dtype = compute_dtype(trainer.mesh)
-    painter.read_texts = TextReader(trainer.tokenizers, encoders, dtype, memory)
+    painter.read_texts = TextReader(trainer.tokenizers, encoders, trainer.dtype, memory)
     return painter

@@ -58,7 +58,6 @@ TABLE = (
 )
 SMALL = 2**28  # numbers, half a gigabyte of bfloat16; most kernels of FLUX's blocks are larger
 
-
 # A tree of arrays -> the same in NumPy's, each whole, on every host.
 on_host = partial(multihost_utils.process_allgather, tiled=True)
 
@@ -77,17 +76,15 @@ def shardings(tree, mesh, root=""):
     def of(path, leaf):
         name = root + jax.tree_util.keystr(path, simple=True, separator="/")
         spec = spec_of(name)
-        spec = P(*(None,) * (leaf.ndim - len(spec)), *spec)
-        places = []
-        for size, axes in zip(leaf.shape, spec, strict=True):
-            if axes == "fsdp" and leaf.size < SMALL and size % mesh.shape[axes]:
-                axes = None
-            sizes = {axis: mesh.shape[axis] for axis in AXES if axis in (axes or ())}
+        places = [None] * (leaf.ndim - len(spec)) + list(spec)
+        for i, size in enumerate(leaf.shape):
+            if places[i] == "fsdp" and leaf.size < SMALL and size % mesh.shape["fsdp"]:
+                places[i] = None
+            sizes = {axis: mesh.shape[axis] for axis in AXES if axis in (places[i] or ())}
             if size % math.prod(sizes.values()):
                 over = " and ".join(f"{axis}={n}" for axis, n in sizes.items())
                 where = f"--mesh: {name} {leaf.shape}"
                 raise UserError(f"{where}: {size} does not divide over {over}; divisors of it do")
-            places.append(axes)
         return NamedSharding(mesh, P(*places))
 
     return jax.tree_util.tree_map_with_path(of, tree)
@@ -119,8 +116,7 @@ def spread(rows, mesh):
     """Host arrays, one a sample -> an array over the batch axes. Of a sample that only devices of
     other hosts hold, None will do: each host brings its own."""
     shape = len(rows), *next(row for row in rows if row is not None).shape
-    stack = lambda index: np.stack(rows[index[0]])  # noqa: E731
-    return jax.make_array_from_callback(shape, batch_sharding(mesh), stack)
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), lambda i: np.stack(rows[i[0]]))
 
 
 def compute_dtype(mesh):

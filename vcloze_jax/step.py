@@ -11,7 +11,7 @@ from flax import nnx
 
 from vcloze_jax import conditioning, flow
 from vcloze_jax.conditioning import Context, Models, Posteriors
-from vcloze_jax.sharding import gathered, spread
+from vcloze_jax.sharding import spread
 
 ENCODERS = ("vae", "t5", "clip")
 PURPOSES = ("init", "draws", "validation")  # of a run's random numbers
@@ -117,15 +117,6 @@ def loss_fn(trainable, frozen, noisy, *, region, **statics):
         "grid": flow.masked_loss(out, noisy.velocity, jnp.ones_like(share)),
     }
     return losses[region].mean(), losses | {"time": noisy.t, "kind": noisy.kinds}
-
-
-def validate(trainable, frozen, noisy, **options):
-    """Mean loss, and the part of the velocities that an adapter makes, as a share of their norm."""
-    loss, _ = loss_fn(trainable, frozen, noisy, **options)
-    del options["region"]
-    nothing = jax.tree.map(jnp.zeros_like, trainable)
-    out, bare = (predict_velocity(w, frozen, noisy, **options) for w in (trainable, nothing))
-    return gathered(jnp.stack([loss, jnp.linalg.norm(out - bare) / jnp.linalg.norm(out)]))
 
 
 def merge_models(graphdefs, *trees, names=("flux", *ENCODERS)):

@@ -22,7 +22,6 @@ from vcloze_jax.step import (
     make_step,
     merge_models,
     purpose_key,
-    validate,
 )
 
 
@@ -49,10 +48,10 @@ class Trainer:
 
     def __init__(self, parts, preset, tokenizers, mesh, masks_every_row=False):
         self.graphdefs, trainable, self.frozen = parts
-        self.preset, self.recipe, self.mesh = preset, preset.recipe, mesh
+        self.preset, self.mesh, self.dtype = preset, mesh, compute_dtype(mesh)
         self.tokenizers, self.masks_every_row = tokenizers, masks_every_row
-        recipe = preset.recipe
-        statics = dict(graphdefs=self.graphdefs, dtype=compute_dtype(mesh))
+        self.recipe = recipe = preset.recipe
+        statics = dict(graphdefs=self.graphdefs, dtype=self.dtype)
         loss = partial(loss_fn, region=recipe.loss_region, **statics)
         tx = make_optimizer(recipe.clip, recipe.weight_decay)
         init = partial(init_state, tx=tx, ema=recipe.ema)
@@ -62,13 +61,11 @@ class Trainer:
             "encode": jax.jit(partial(encode_batch, preset=preset, **statics)),
             "accumulate": accumulate,
             "update": update,
-            "validate": jax.jit(partial(validate, region=recipe.loss_region, **statics)),
         }
         self.row_encoder = tuple  # or Batch.rows -> Posteriors, where they are remembered
         self.programs, self.rate, self.micro = {}, learning_rate(recipe), recipe.micro_batch
         self.state = jax.jit(init, out_shardings=layout)(trainable)
-        zeros = partial(jax.tree.map, jnp.zeros_like)
-        self.grads = jax.jit(zeros, out_shardings=layout.trainable)(trainable)
+        self.grads = jax.tree.map(jnp.zeros_like, self.state.trainable)
         self.step, self.ended = 0, 0.0
 
     @property
@@ -79,11 +76,6 @@ class Trainer:
     def models(self):
         """The four networks as they are now."""
         return merge_models(self.graphdefs, self.learnt, self.frozen)
-
-    def base_models(self):
-        """The four networks with an adapter that does nothing."""
-        nothing = jax.tree.map(jnp.zeros_like, self.learnt)
-        return merge_models(self.graphdefs, nothing, self.frozen)
 
     def program(self, name, shape, *args):
         """The program of some inputs' shape, compiled when it is first asked for."""
@@ -110,9 +102,8 @@ class Trainer:
         """Grids of one shape, by their numbers in the run -> NoisyBatch on the mesh."""
         how = self.tokenizers, self.preset, self.mesh, self.masks_every_row
         batch = make_batch(examples, numbers, *how)
-        shape = tuple(pixels.shape for pixels, _ in batch.rows)
         args = self.frozen, batch._replace(rows=self.row_encoder(batch.rows)), key
-        return self.program("encode", shape, *args)(*args)
+        return self.program("encode", tuple(x.shape for x, _ in batch.rows), *args)(*args)
 
     def send(self, groups, stopped=lambda: False):
         """Send the next optimizer step to the devices -> Sent; None if `stopped()` between two
@@ -128,8 +119,7 @@ class Trainer:
                 numbers = range(first + i, first + i + self.micro)
                 noisy = self.encode(group[i : i + self.micro], numbers, key)
                 args = self.state.trainable, self.frozen, self.grads, noisy
-                program = self.program("accumulate", noisy.x_t.shape, *args)
-                of_grids, self.grads = program(*args)
+                of_grids, self.grads = self.program("accumulate", noisy.x_t.shape, *args)(*args)
                 told.append(of_grids)
         rate = np.float32(self.rate(self.step))
         args = self.state, self.grads, [each[recipe.loss_region] for each in told], rate
@@ -152,22 +142,6 @@ class Trainer:
         # It was sent while the step before it ran: its own time begins where that ended.
         start, self.ended = max(sent.start, self.ended), time.perf_counter()
         return self.ended - start
-
-    def fixed_batches(self, groups):
-        """Groups of examples -> NoisyBatches with always the same times and noise."""
-        key, size = purpose_key(0, "validation"), self.micro
-        parts = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
-        return [
-            self.encode(part, range(i * size, (i + 1) * size), key) for i, part in enumerate(parts)
-        ]
-
-    def validate(self, batches):
-        """Mean loss over some batches, and by how much what is learnt changes the velocities, as
-        a share of their size; of an adapter, which is nothing where it begins."""
-        trees = self.learnt, self.frozen
-        values = [self.program("validate", b.x_t.shape, *trees, b)(*trees, b) for b in batches]
-        loss, effect = np.mean([np.asarray(value) for value in values], 0)
-        return float(loss), float(effect)
 
 
 def train(trainer, groups, writer):

@@ -4,13 +4,22 @@ A task of mini is a path in its graph of tasks (vcloze_jax/data/graph.py): "gray
 "edges-and-palette-to-fluent_3d".
 """
 
+from typing import NamedTuple
+
 from vcloze_jax import prompts
 
 
-def find_task(name: str) -> prompts.NamedTask | None:
+class NamedTask(NamedTuple):
+    """A task sentence and the number of columns that it speaks of."""
+
+    prompt: str
+    columns: int
+
+
+def find_task(name: str) -> NamedTask | None:
     """The task of this name, whichever model knows it; None if none does."""
     if name in prompts.TASKS:
-        return prompts.TASKS[name]
+        return say_authors_task(prompts.TASKS[name])
     from vcloze_jax.data.graph import parse_task  # slow to import: it derives pictures
 
     try:
@@ -19,10 +28,10 @@ def find_task(name: str) -> prompts.NamedTask | None:
         return None
 
 
-def list_tasks(preset) -> dict[str, prompts.NamedTask]:
+def list_tasks(preset) -> dict[str, NamedTask]:
     """{name: task} of all that the model of a preset was trained on."""
     if preset.name != "mini":
-        return prompts.TASKS
+        return {name: say_authors_task(columns) for name, columns in prompts.TASKS.items()}
     from vcloze_jax.data.graph import TRAIN
 
     return {task.spelling: say_task(task) for task in TRAIN}
@@ -34,10 +43,17 @@ def describe_tasks(preset) -> str:
     return "\n".join(f"{name} ({task.columns} columns): {task.prompt}" for name, task in tasks)
 
 
-def say_task(task) -> prompts.NamedTask:
+def say_authors_task(columns: str) -> NamedTask:
+    """'photo style -> styled' -> the sentence that leads from those kinds of pictures to that."""
+    given, painted = (kinds.split() for kinds in columns.split("->"))
+    phrases = [(prompts.PHRASES | prompts.RESTORATIONS)[kind] for kind in given + painted]
+    return NamedTask(prompts.task_prompt(phrases, targets=len(painted)), len(phrases))
+
+
+def say_task(task) -> NamedTask:
     """A path of mini's graph of tasks, said with the first phrase of each node."""
     from vcloze_jax.data.graph import NODE_PHRASES
 
     nodes = *task.conditions, task.target
     sentence = prompts.task_prompt([NODE_PHRASES[node][0] for node in nodes])
-    return prompts.NamedTask(sentence, task.columns)
+    return NamedTask(sentence, task.columns)

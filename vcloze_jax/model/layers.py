@@ -17,10 +17,6 @@ from vcloze_jax.model.ops import KEPT, attention, modulate, rope, timestep_embed
 from vcloze_jax.sharding import COLUMNS, OF_HEADS, OF_PARTS, ROWS, TO_HEADS, VECTOR, WHOLE, placed
 
 
-def as_shape(features):
-    return (features,) if isinstance(features, int) else features
-
-
 def uniform(key, shape, bound):
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
@@ -39,7 +35,8 @@ class Dense(nnx.Module):
     """
 
     def __init__(self, into, out, *, split=WHOLE, rank=0, use_bias=True, std=None, rngs):
-        into, out, self.split = as_shape(into), as_shape(out), split
+        self.split = split
+        into, out = ((n,) if isinstance(n, int) else n for n in (into, out))
         inputs, outputs = math.prod(into), math.prod(out)
         bound = inputs**-0.5 if std is None else std * 3**0.5
         self.kernel = nnx.Param(uniform(rngs.params(), (*into, *out), bound))

@@ -71,7 +71,7 @@ def attention(q, k, v, lengths=None):
     platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
     kernel = choose_kernel(platform, q.dtype, K)
     if kernel != "xla":
-        compute = resolve_name(f"vcloze_jax.model.kernels:{kernel}")  # slow to import
+        compute = resolve_name(f"vcloze_jax.kernels:{kernel}")  # slow to import
         return compute(q, k, v, lengths).reshape(B, L, H * K)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # B H L K
     scores = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32) * K**-0.5
