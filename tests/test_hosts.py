@@ -3,6 +3,7 @@
 Two processes on this machine, started as Slurm would start them, are two hosts.
 """
 
+import json
 import os
 import re
 import signal
@@ -56,7 +57,11 @@ def start_pair(argv, codes=(CHILD, CHILD)):
 
 def ends(pair, seconds=600):
     """The exit codes of two processes, and what they wrote to stdout and stderr."""
-    outs = [process.communicate(timeout=seconds) for process in pair]
+    try:
+        outs = [process.communicate(timeout=seconds) for process in pair]
+    finally:
+        for process in pair:  # it may wait for ever
+            process.kill()
     return [process.returncode for process in pair], [out for out, _ in outs], [e for _, e in outs]
 
 
@@ -201,6 +206,25 @@ def test_two_hosts_are_one_process(home, alone, tmp_path):
         else:
             assert ends(start_pair(argv))[0] == [0, 0]
     assert_equal(out, alone)
+
+
+@pytest.mark.slow
+def test_two_hosts_paint_as_one(home, tmp_path):
+    """Two hosts of one device paint the bytes that a process of two does; one writes and speaks."""
+    grid = json.loads((home / "grids.jsonl").read_text().splitlines()[0])
+    grid["image"][-1][-1] = None
+    spec = grid | {"num_inference_steps": 2, "resolution": 32}
+    (tmp_path / "grid.json").write_text(json.dumps(spec))
+    paint = "import sample; sample.cli.run(sample.main)"
+    argv = [f"--weights={home / 'weights'}", "--mesh=2", f"--grid={tmp_path / 'grid.json'}"]
+    codes, outs, errors = ends(start_pair([*argv, f"--out={tmp_path / 'two'}"], (paint, paint)))
+    assert codes == [0, 0], errors
+    assert "1 grids painted" in outs[0] and "painted" not in outs[1]
+    argv = [sys.executable, "-c", paint, *argv, f"--out={tmp_path / 'one'}"]
+    assert subprocess.run(argv, cwd=ROOT).returncode == 0
+    for name in ("grid.png", "grid_target0.png"):
+        two, one = ((tmp_path / out / name).read_bytes() for out in ("two", "one"))
+        assert two == one, name
 
 
 # train.py, one of whose hosts does something to itself, or to its limits, after a step's metrics.
