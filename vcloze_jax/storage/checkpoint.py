@@ -50,8 +50,8 @@ def check_space(folder: str | Path, state) -> None:
 
 def resume(folder: str | Path, state) -> tuple[int, object]:
     """Make `folder` ready for a run's checkpoints, and take up the newest intact one: (step, state)
-    as `restore` says, for which the given one makes room, or (0, state) where there is none. Raises
-    UserError."""
+    as `restore` says, for which the given one, of jax arrays, is deleted, or (0, state) where there
+    is none. Raises UserError."""
     with agreed():
         if is_first():
             clean(folder)
