@@ -39,6 +39,7 @@ def main(argv):
         return
     specs = read_specs(args.grid, preset, read_changes(args))
     check_outputs(args.out, specs, args.film)
+    args.weights = cli.fetch_weights(args)
 
     from vcloze_jax import plan
     from vcloze_jax.film import Film

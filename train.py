@@ -24,7 +24,7 @@ def parse(argv):
     add("--check", action="store_true", help="validate everything, train nothing")
     cli.add_plan_flags(parser)
     accept = "go on with a run although these are not those that it was begun with"
-    add("--accept", nargs="+", choices=ORIGINS, default=[], help=accept)
+    add("--accept", nargs="+", action="extend", choices=ORIGINS, default=[], help=accept)
     add("--tensorboard", action=cli.PackageFlag, const="tensorboardX", help="into RUN/tensorboard")
     trace = "trace so many steps into RUN/profile"
     add("--profile", type=cli.positive_int, default=0, metavar="STEPS", help=trace)
@@ -47,7 +47,7 @@ def main(argv):
 
     mesh = make_mesh(parse_mesh(recipe.mesh) if recipe.mesh else None)
     micro_size(recipe, mesh)
-    folder = Path(args.weights or places.MINI_FOLDER)
+    folder = Path(cli.fetch_weights(args) or places.MINI_FOLDER)
     preset = checked_training_preset(folder, recipe)
     origins = describe_origins(folder, preset, source.digest(), mesh)
     run.compare_origins(recipe, origins, args.accept)

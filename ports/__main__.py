@@ -6,7 +6,6 @@ a mesh as it is, in diffusers too. Every tensor keeps its type, unless --dtype n
 `python -m ports lora --help` is for adapters.
 """
 
-import argparse
 import shutil
 import sys
 from functools import partial
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
-from vcloze_jax.inputs.cli import path
+from vcloze_jax.inputs.cli import Parser, path
 from vcloze_jax.inputs.pictures import check_writable
 from vcloze_jax.inputs.terminal import guard_streams, tell_error
 from vcloze_jax.ports import engine, export
@@ -38,8 +37,7 @@ def main(argv=None) -> int:
 def run_lora(argv) -> str:
     """`python -m ports lora FILE --to NAMING --out FILE`: an adapter in another naming; FILE may be
     a run's checkpoint, too."""
-    parser = argparse.ArgumentParser("python -m ports lora", description=export.__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser(export.__doc__, "python -m ports lora")
     add = parser.add_argument
     known = "an adapter in any naming that is known, or a folder RUN/checkpoints/STEP"
     add("file", type=Path, metavar="FILE", help=known)
@@ -83,7 +81,7 @@ def export_checkpoint(folder: Path, naming: Naming, out: Path) -> int:
 
 def run_folder(argv) -> str:
     """`python -m ports SRC --out DST`, as above."""
-    parser = argparse.ArgumentParser("python -m ports", description=__doc__)
+    parser = Parser(__doc__, "python -m ports")
     parser.add_argument("source", type=find_weights, metavar="SRC", help="a weights folder")
     parser.add_argument("--out", type=path, metavar="DST", required=True, help="a new folder")
     dtypes = tuple(dict.fromkeys(engine.DTYPES.values()))

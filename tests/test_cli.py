@@ -17,11 +17,13 @@ import sample
 import train
 from vcloze_jax import evaluate
 from vcloze_jax.config import MINI, PRESETS, Recipe, UserError
+from vcloze_jax.data import __main__ as data
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.metrics import draw_curves
 from vcloze_jax.inputs.pictures import save_png
 from vcloze_jax.inputs.runfolder import FREE, ORIGINS, Log, RunFolder
 from vcloze_jax.inputs.tasks import find_task
+from vcloze_jax.ports import __main__ as ports
 from vcloze_jax.storage import places
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +86,8 @@ def assert_refused(answer, message):
         ("--grid missing.json", "missing.json: "),
         ("--grid bad.json", "bad.json: image[0][1]: "),
         ("--grid bad.json --grid fox.json", "bad.json: image[0][1]: "),
+        ("--grid fox.json --out a --out b", "--out: given twice; keep one"),
+        ("--grid fox.json --seed 0 --seed 0", "--seed: given twice; keep one"),
         ("--grid fox.json --weights=", "argument --weights: an empty path"),
         ("--grid fox.json --out=", "argument --out: an empty path"),
         ("--grid fox.json --out s3://b/fox", "--out s3:/b/fox: an address, not a path"),
@@ -178,6 +182,9 @@ def test_help(call, main):
         (f"--steps {10**20}", f"--steps {10**20}: must be below 2^31"),
         ("--decay-steps 10", "--decay-steps 10: must be 0, or more than --warmup 50"),
         ("--data=", "argument --data: an empty path"),
+        ("--data own.jsonl --data=none", "--data: given twice; keep one"),
+        ("--lora a --lora b", "--lora: given twice; keep one"),
+        ("--guidance-range 1 2 --guidance-range 1 3", "--guidance-range: given twice"),
         ("--rank -1", "--rank -1: must be at least 0"),
         ("--preset maxi", "argument --preset: invalid choice: 'maxi'"),
         ("--preset flux-fill", "--preset flux-fill: its weights are yours; add --weights DIR"),
@@ -231,6 +238,7 @@ def test_train_refuses_weights_and_meshes(folder, call, monkeypatch, argv, messa
     [
         ("--out /proc/none --weights none", "--out /proc/none: No such file"),
         ("--out file --weights none", "--out file: File exists"),
+        ("--subjects 1 --subjects 2", "--subjects: given twice; keep one"),
         ("--card none --weights none", "--card none: 'none' is a folder"),
     ],
 )
@@ -385,6 +393,22 @@ def test_one_writer(begun):
 
 
 # --- what the commands share ---
+
+
+@pytest.mark.parametrize("main", [sample.main, train.main, evaluate.main, ports.main, data.main])
+def test_a_flag_of_one_value_is_given_once(call, main):
+    """In every command: the last of two would silently take the other's place."""
+    assert_refused(call(main, "--out a --out b", jax=True), "--out: given twice; keep one")
+
+
+def test_flags_that_add_up():
+    """What may be given again is not lost."""
+    assert sample.parse("--grid a --grid b c".split()).grid == [Path(name) for name in "abc"]
+    assert train.parse("--accept data --accept weights dtype".split()).accept == [
+        "data",
+        "weights",
+        "dtype",
+    ]
 
 
 @pytest.mark.parametrize(

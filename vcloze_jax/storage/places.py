@@ -21,8 +21,8 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 def find_weights(weights, download=False) -> Path:
     """The folder on this machine that --weights names: a folder, one of Hugging Face's cache
-    ("models--OWNER--NAME"), or the id OWNER/NAME of a repository in that cache, which `download`
-    fetches first. Raises UserError."""
+    ("models--OWNER--NAME"), or the id OWNER/NAME of a repository in that cache; where that is not
+    there yet and `download_weights` will fetch it, the id. Raises UserError."""
     path = Path(weights)
     if (path / "snapshots").is_dir():
         return find_snapshot(path)
@@ -34,22 +34,34 @@ def find_weights(weights, download=False) -> Path:
     if not HUB_ID.fullmatch(name := str(weights).rstrip("/")):
         # "./a/b" is no id, also where it is asked for once more.
         return path.absolute() if HUB_ID.fullmatch(str(path)) else path
-    from huggingface_hub import constants, snapshot_download  # slow to import
+    from huggingface_hub import constants  # slow to import
 
-    licence = f"accept its licence at https://huggingface.co/{name} (FLUX.1's is non-commercial)"
-    if download:
-        try:
-            return Path(snapshot_download(name))
-        except Exception as error:  # of the network, of the hub, of the disk
-            reason = f"{name}: not downloaded ({describe_error(error)})"
-            raise UserError(f"{reason}; {licence}, and log in: hf auth login") from error
     path = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
-    if not (path / "snapshots").is_dir():
-        raise UserError(
-            f"{name}: there is no such folder, nor is it in Hugging Face's cache; {licence}, then: "
-            f"hf download {name}"
-        )
-    return find_snapshot(path)
+    if (path / "snapshots").is_dir():
+        return find_snapshot(path)
+    if download:
+        return Path(name)
+    reason = f"{name}: there is no such folder, nor is it in Hugging Face's cache"
+    raise UserError(f"{reason}; {licence_of(name)}, then: hf download {name}")
+
+
+def licence_of(name):
+    """Where the licence of a repository of Hugging Face is accepted."""
+    return f"accept its licence at https://huggingface.co/{name} (FLUX.1's is non-commercial)"
+
+
+def download_weights(weights) -> Path:
+    """`find_weights` after all files of an id OWNER/NAME were fetched that the cache lacks."""
+    path, name = Path(weights), str(weights).rstrip("/")
+    if path.exists() or not HUB_ID.fullmatch(name):
+        return find_weights(weights)
+    from huggingface_hub import snapshot_download  # slow to import
+
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:  # of the network, of the hub, of the disk
+        reason = f"{name}: not downloaded ({describe_error(error)})"
+        raise UserError(f"{reason}; {licence_of(name)}, and log in: hf auth login") from error
 
 
 def find_snapshot(path):
