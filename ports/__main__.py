@@ -19,6 +19,7 @@ from vcloze_jax.inputs.cli import Parser, path
 from vcloze_jax.inputs.pictures import check_writable
 from vcloze_jax.inputs.terminal import guard_streams, tell_error
 from vcloze_jax.ports import engine, export
+from vcloze_jax.ports.adapters import open_adapter
 from vcloze_jax.ports.diagnose import PortError
 from vcloze_jax.ports.tables.namings import NAMINGS, TARGETS, Naming
 from vcloze_jax.storage.places import find_weights
@@ -53,6 +54,8 @@ def run_lora(argv) -> str:
     check_writable(args.out.parent, args.out.name)
     try:
         is_step = args.file.is_dir() and args.file.resolve().name.isdecimal()
+        if not is_step and (doubt := open_adapter(args.file).doubt):
+            print(f"{args.file}: {doubt}")
         convert = export_checkpoint if is_step else export.convert_adapter
         count = convert(args.file, naming, args.out)
     except PortError as error:

@@ -461,6 +461,20 @@ def test_exit_codes(call, result, code):
     assert err == (f"error: {result}\n" if isinstance(result, Exception) else "")
 
 
+@pytest.mark.parametrize("name", ["JAX_NUM_CPU_DEVICES", "JAX_ENABLE_X64"])
+def test_variables_that_jax_refuses(folder, name):
+    """A variable of the environment that JAX cannot read is the user's mistake: one line."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "sample.py", "--grid", "fox.json", "--check"],
+        cwd=folder,
+        env=os.environ | {name: "x"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(f"error: {name}=x: .* that JAX cannot read; unset it\n", done.stderr)
+
+
 POISON = "raise ImportError('jax is poisoned')\n"
 # Importing it is where a command first waits: there it is asked to stop.
 STOPPED = "import signal; signal.raise_signal(signal.SIGTERM)\n"

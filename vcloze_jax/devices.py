@@ -2,6 +2,9 @@
 
 import math
 import os
+import re
+import subprocess
+import sys
 from contextlib import suppress
 
 import jax
@@ -9,11 +12,13 @@ import jaxlib
 from jax.sharding import AxisType
 
 from vcloze_jax.config import UserError
-from vcloze_jax.inputs.checks import describe_error
+from vcloze_jax.inputs.checks import describe_error, shorten
 from vcloze_jax.model.ops import choose_kernel
 from vcloze_jax.sharding import AXES, compute_dtype
 
 MOST = 65_536  # devices on an axis
+TIMEOUT = "--xla_cpu_collective_call_terminate_timeout_seconds"
+FUSION = "--xla_cpu_experimental_ynn_fusion_type"
 
 
 def parse_mesh(text):
@@ -44,6 +49,7 @@ def make_mesh(sizes=None):
     or JAX finds none of those that the environment asks for.
     """
     wanted = math.prod((sizes or {}).values())
+    check_xla_flags()
     ready_xla(wanted)
     if wanted > max(1, jax.config.jax_num_cpu_devices):
         with suppress(RuntimeError):  # JAX has started, and its devices are as they are
@@ -51,8 +57,10 @@ def make_mesh(sizes=None):
     try:
         devices = jax.devices()
     except (AssertionError, RuntimeError) as error:
-        reason = f"JAX has no device here: {describe_error(error)}"
-        raise UserError(f"{reason}; unset JAX_PLATFORMS, or mend its driver") from error
+        said = str(error) and f": {describe_error(error)}"
+        variable = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}".removesuffix("=")
+        remedy = f"unset {variable}, or mend its driver"
+        raise UserError(f"JAX has no device here{said}; {remedy}") from error
     if sizes is None:
         count = 1 if devices[0].platform == "cpu" else len(devices)
         sizes = dict(data=1, fsdp=count, tensor=1)
@@ -75,6 +83,20 @@ def kernel_on(mesh, preset):
     return choose_kernel(platform, compute_dtype(mesh), preset.flux.head_dim)
 
 
+def check_xla_flags():
+    """Raise UserError where XLA_FLAGS holds what XLA would end the process for, with a hundred
+    lines: it is asked in another one, which takes a second, and only for flags not of ours."""
+    given = os.environ.get("XLA_FLAGS", "")
+    if all(flag.startswith((TIMEOUT, FUSION)) for flag in given.split()):
+        return
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    told = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True)
+    lines = told.stderr.decode(errors="replace")
+    fault = re.search(r"^[EF]\d+ .*?\] (.*flag.*)", lines, re.MULTILINE | re.IGNORECASE)
+    if told.returncode and fault:
+        raise UserError(f"XLA_FLAGS={given}: {shorten(fault[1])}; unset it, or correct it")
+
+
 def ready_xla(devices):
     """Ready XLA, before its first use, for as many virtual CPU devices on a few cores.
 
@@ -86,9 +108,9 @@ def ready_xla(devices):
     in what it fuses for its library YNNPACK; 0.11.2 does not. Without it a step takes a tenth to a
     fifth more. A flag that XLA_FLAGS already has stays as it is.
     """
-    flags = ["--xla_cpu_collective_call_terminate_timeout_seconds=1200"]
+    flags = [f"{TIMEOUT}=1200"]
     if (0, 10, 2) <= jaxlib.version.__version_info__ < (0, 11):
-        flags.append("--xla_cpu_experimental_ynn_fusion_type=")
+        flags.append(f"{FUSION}=")
     given = os.environ.get("XLA_FLAGS", "").split()
     names = {flag.partition("=")[0] for flag in given}
     new = [flag for flag in flags if flag.partition("=")[0] not in names]

@@ -6,6 +6,7 @@ import json
 import math
 import numbers
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,17 +32,51 @@ BINARY = {
     b"\x89PNG": "is a picture; give the JSON file that names it",
     b"\xff\xd8\xff": "is a picture; give the JSON file that names it",
 }
+# Where JSON cannot be read on: how Python's message begins -> what should stand there, ours.
+EXPECTED = {
+    "Expecting property name": 'a key in "…" should stand there',
+    "Expecting value": "a value should stand there",
+    "Expecting ':'": "a colon should stand there",
+    "Expecting ','": "a comma or a closing bracket should stand there",
+    "Extra data": "nothing should stand behind the end",
+    "Unterminated": 'a text begins that no " closes',
+    "Invalid control": r"a line break or a tab is within a text; write \n or \t",
+    "Invalid \\": r"a backslash that stands for nothing; write / in a path, or \\",
+    "Illegal trailing comma": "a comma before the closing bracket; remove it",
+}
+# What stands there instead, by the first pattern that fits it and the character before.
+INSTEAD = (
+    (r".?$", "the end"),
+    (r".?(//|/\*|#)", "a comment, which JSON does not know; remove it"),
+    (r",[\]}]", "a closing bracket; remove the comma before it"),
+    (r".?['\u2018\u2019\u201c\u201d]", 'a quote that JSON does not know; write "'),
+    (r".?(True|False|None)\b", "a word of Python; write true, false or null"),
+)
 LONGEST = 300  # characters of a foreign message, or of a name
 
 
 def describe_error(error: Exception) -> str:
     """What an exception that is not ours, but a library's or the file system's, says on one line:
     with what helps, where that is known, and without the file, which the caller names."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON{describe_syntax(error)}"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     for number, remedy in REMEDIES.items():  # a library often has it in the midst of its own
         if (reason := os.strerror(number)) in text:
             return f"{reason} ({remedy})"
     return shorten(" ".join(text.split()))
+
+
+def describe_syntax(error: json.JSONDecodeError) -> str:
+    """Where a text is not JSON, and what is wrong there, as the tail of a message. The line is left
+    away where the text has only one: it may be one of a file that has more."""
+    line = f"line {error.lineno}, " if "\n" in error.doc[: error.pos] + error.doc.rstrip() else ""
+    what = next((words for start, words in EXPECTED.items() if error.msg.startswith(start)), "")
+    if "should" in what:
+        before, rest = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
+        found = (words for sign, words in INSTEAD if re.match(sign, before[-1:] + rest))
+        what += f", not {next(found, ascii(rest[:1]))}"
+    return f" at {line}column {error.colno}: {what}"
 
 
 def shorten(text: str) -> str:
@@ -104,9 +139,9 @@ def parse_json(content: bytes):
     except UnicodeDecodeError:
         kind = next((kind for start, kind in BINARY.items() if content.startswith(start)), None)
         raise UserError(kind or "is not UTF-8; save it as UTF-8") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         empty = not text.strip()
-        raise UserError("is empty" if empty else f"is not JSON: {error}") from None
+        raise UserError("is empty" if empty else f"is {describe_error(error)}") from None
     except RecursionError:
         raise UserError("is nested too deeply") from None
 
@@ -122,7 +157,7 @@ def _unite_pairs(pairs: list[tuple]) -> dict:
 
 def _parse_int(digits: str) -> int | float:
     # Python refuses thousands of digits without saying which key; the check of the key refuses inf.
-    return int(digits) if len(digits) < 20 else math.inf
+    return int(digits) if len(digits) < 300 else math.inf  # below it is a float, too
 
 
 def read_key(table: dict, key: str, default, check, *limits):

@@ -271,6 +271,19 @@ def exit_code(main):
     except FloatingPointError as error:
         tell_error(error)
         return 1
-    except Exception:
+    except Exception as error:
+        if said := describe_variable(error):
+            tell_error(said)
+            return 2
         traceback.print_exc()
         return 1
+
+
+def describe_variable(error):
+    """Which variable of the environment JAX cannot read, where an error is that; "" of others."""
+    refused = r"""Invalid value "(?P<value>.*)" for JAX flag (?P<name>\w+)"""
+    refused += r"""|invalid truth value '(?P<truth>.*)' for environment '(?P<switch>\w+)'"""
+    if not isinstance(error, ValueError) or not (found := re.match(refused, str(error))):
+        return ""
+    name, value = found["name"] or found["switch"], found["value"] or found["truth"] or ""
+    return f"{name.upper()}={value}: a variable of the environment that JAX cannot read; unset it"

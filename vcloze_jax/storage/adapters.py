@@ -27,13 +27,16 @@ def open_for(config: FluxConfig, file: Path) -> Adapter:
 
 def check(file: Path, config: FluxConfig):
     """Everything that can be wrong with an adapter for this model without reading a tensor. Says so
-    where it was made for another base."""
+    where it was made for another base, or may have been meant weaker or stronger."""
     if not file.exists():
         raise UserError(f"{file}: there is no such adapter{places.suggest_adapter(file)}")
     with translate_errors(file):
-        if open_for(config, file).narrow:
-            others = f"with zeros for the other {config.in_channels - mmdit.LATENT}"
-            print(f"lora: {file}: made for FLUX.1-dev, of {mmdit.LATENT} input channels; {others}")
+        adapter = open_for(config, file)
+    if adapter.narrow:
+        others = f"with zeros for the other {config.in_channels - mmdit.LATENT}"
+        print(f"lora: {file}: made for FLUX.1-dev, of {mmdit.LATENT} input channels; {others}")
+    if adapter.doubt:
+        print(f"lora: {file}: {adapter.doubt}")
 
 
 def load(file: Path, config: FluxConfig) -> dict:

@@ -182,7 +182,8 @@ def load_tokenizer(cls, folder, vocab):
     for side in ("padding_side", "truncation_side"):
         if (said := getattr(tokenizer, side)) != "right":
             file = folder / "tokenizer_config.json"
-            raise UserError(f"{file}: {side} is {said!r}, only 'right' can be read")
+            remedy = "say 'right', as FLUX's own tokenizers do"
+            raise UserError(f"{file}: {side} is {said!r}, only 'right' can be read; {remedy}")
     if len(tokenizer) > vocab:
         raise UserError(
             f"{folder}: {len(tokenizer)} tokens, but the text encoder knows {vocab}; "
