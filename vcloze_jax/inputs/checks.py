@@ -31,6 +31,8 @@ BINARY = {
     b"PK\x03\x04": "is a zip file; unpack it",
     b"\x89PNG": "is a picture; give the JSON file that names it",
     b"\xff\xd8\xff": "is a picture; give the JSON file that names it",
+    b"PAR1": "is a file of Parquet; write it as JSON, an object a line",
+    b"ARROW1": "is a file of Arrow; write it as JSON, an object a line",
 }
 # Where JSON cannot be read on: how Python's message begins -> what should stand there, ours.
 EXPECTED = {
@@ -43,12 +45,14 @@ EXPECTED = {
     "Invalid control": r"a line break or a tab is within a text; write \n or \t",
     "Invalid \\": r"a backslash that stands for nothing; write / in a path, or \\",
     "Illegal trailing comma": "a comma before the closing bracket; remove it",
+    "Unexpected UTF-8 BOM": "a byte order mark; save it as UTF-8 without one",
 }
 # What stands there instead, by the first pattern that fits it and the character before.
 INSTEAD = (
     (r".?$", "the end"),
     (r".?(//|/\*|#)", "a comment, which JSON does not know; remove it"),
     (r",[\]}]", "a closing bracket; remove the comma before it"),
+    (r"\}\{", "one more object; several are a list, [{…}, {…}]"),
     (r".?['\u2018\u2019\u201c\u201d]", 'a quote that JSON does not know; write "'),
     (r".?(True|False|None)\b", "a word of Python; write true, false or null"),
 )
@@ -88,24 +92,32 @@ def explain_missing(path: str | Path) -> str:
     """Why a file that is not there looks as if it were, and what helps; "" where nothing tells."""
     path = Path(path)
     folder, name = path.parent, path.name
+    if os.path.islink(path) and os.path.lexists(os.path.realpath(path)):
+        return "links lead round in a circle; remove one"
     if os.path.islink(path):
         return f"it is a link to {os.readlink(path)}, which is gone; fetch it again"
     if "~" in path.parts:
         return "~ stands for no home here; write the path in full"
+    if re.search(r"\$\w|\$\{|%\w+%", str(path)):
+        return "variables are not filled in here; write the path in full"
+    if name in ("null", "None"):
+        return "what is to be painted is null, without quotes"
     if "\\" in name:
         return "write / instead of \\"
     with suppress(OSError, ValueError):
         alike = [near for near in os.listdir(folder) if fold_name(near) == fold_name(name)]
-        if alike and alike[0].casefold() == name.casefold():
-            return f"there is {alike[0]!r}; write the name as it is there"
-        if alike:
+        form = unicodedata.normalize("NFC", name)
+        if alike and form in (unicodedata.normalize("NFC", near) for near in alike):
             return "there is one whose accents are encoded in another way (NFC, NFD); rename it"
+        if alike:
+            return f"there is {alike[0]!r}; write the name as it is there"
     return ""
 
 
 def fold_name(name: str) -> str:
-    """A file's name as macOS and Windows compare it: whatever its case and Unicode form."""
-    return unicodedata.normalize("NFC", name).casefold()
+    """A file's name as macOS and Windows compare it: whatever its case and Unicode form; without
+    quotes and blanks around it, which a shell or a form may have left."""
+    return unicodedata.normalize("NFC", name.strip(" \t\r\n'\"")).casefold()
 
 
 def describe_with_file(error: Exception, file="") -> str:
@@ -131,14 +143,15 @@ def parse_json(content: bytes):
 
     Raises UserError that names what is wrong; `error_context` names the file.
     """
+    if kind := next((kind for start, kind in BINARY.items() if content.startswith(start)), None):
+        raise UserError(kind)
     try:
         text = content.decode()
         if text.startswith("\ufeff"):
             raise UserError("begins with a byte order mark; save it as UTF-8 without one")
         return json.loads(text, object_pairs_hook=_unite_pairs, parse_int=_parse_int)
     except UnicodeDecodeError:
-        kind = next((kind for start, kind in BINARY.items() if content.startswith(start)), None)
-        raise UserError(kind or "is not UTF-8; save it as UTF-8") from None
+        raise UserError("is not UTF-8; save it as UTF-8") from None
     except json.JSONDecodeError as error:
         empty = not text.strip()
         raise UserError("is empty" if empty else f"is {describe_error(error)}") from None

@@ -41,11 +41,14 @@ def check(file: Path, config: FluxConfig):
 
 def load(file: Path, config: FluxConfig) -> dict:
     """An adapter of any naming as a tree of ours, float32 on the host, of scale 1: to `fold`, or
-    where `fit` agrees, to go on training. It holds only the layers that the file changes."""
+    where `fit` agrees, to go on training. It holds only the layers that the file changes; one that
+    changes nothing is said to."""
     _, ours, _ = abstract(Flux, replace(config, rank=1))
     ours = shapes(ours)
     with translate_errors(file):
         arrays = dict(read_arrays(open_for(config, file)))
+    if not any(x.any() for path, x in arrays.items() if not path.endswith("/lora_a")):
+        print(f"lora: {file}: every B, or its alpha, is 0, so that it changes nothing")
     return unflatten_dict({path: give_axes(path, x, ours) for path, x in arrays.items()}, sep="/")
 
 
