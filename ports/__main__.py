@@ -41,7 +41,7 @@ def run_lora(argv) -> str:
     parser = Parser(export.__doc__, "python -m ports lora")
     add = parser.add_argument
     known = "an adapter in any naming that is known, or a folder RUN/checkpoints/STEP"
-    add("file", type=Path, metavar="FILE", help=known)
+    add("file", type=path, metavar="FILE", help=known)
     add("--to", choices=TARGETS, required=True, help="the naming to write")
     add("--out", type=path, metavar="FILE", required=True)
     args = parser.parse_args(argv)

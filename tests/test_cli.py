@@ -35,6 +35,8 @@ def folder(tmp_path, monkeypatch):
     home."""
     save_png(tmp_path / "a.png", np.zeros((64, 64, 3), np.uint8))
     (tmp_path / "fox.json").write_text(json.dumps({"image": [["a.png", None]]}))
+    forge = {"image": [["a.png", None]], "content_prompt": "a fox <lora:fox:0.8>"}
+    (tmp_path / "forge.json").write_text(json.dumps(forge))
     (tmp_path / "bad.json").write_text(json.dumps({"image": [["a.png", "missing.png"]]}))
     (tmp_path / "own.jsonl").write_text(json.dumps({"image": [["a.png", "a.png"]]}))
     (tmp_path / f"{'n' * 245}.json").write_text(json.dumps({"image": [["a.png", None]]}))
@@ -83,6 +85,12 @@ def assert_refused(answer, message):
         ("--gri fox.json", "unrecognized arguments: --gri"),
         ("--grid fox.json --lora a.safetensors:nan", "the scale must be finite"),
         ("--grid fox.json --lora :0.5", "--lora :0.5: no file before the scale"),
+        ("–seed 1 --grid fox.json", "unrecognized arguments: –seed 1; a dash was typed as another"),
+        (
+            "--grid fox.json –seed 1",
+            "–seed: '–seed' cannot be opened: No such file or directory; its",
+        ),
+        ("--grid forge.json", "forge.json: content_prompt: <lora:fox:0.8> would be read as words"),
         ("--grid missing.json", "missing.json: "),
         ("--grid bad.json", "bad.json: image[0][1]: "),
         ("--grid bad.json --grid fox.json", "bad.json: image[0][1]: "),
@@ -184,6 +192,7 @@ def test_help(call, main):
         ("--data=", "argument --data: an empty path"),
         ("--data own.jsonl --data=none", "--data: given twice; keep one"),
         ("--lora a --lora b", "--lora: given twice; keep one"),
+        ("--data graphemoji:", "--data graphemoji:: nothing behind the colon"),
         ("--guidance-range 1 2 --guidance-range 1 3", "--guidance-range: given twice"),
         ("--rank -1", "--rank -1: must be at least 0"),
         ("--preset maxi", "argument --preset: invalid choice: 'maxi'"),
@@ -459,6 +468,21 @@ def test_exit_codes(call, result, code):
     exit_code, _, err = call(main, "")
     assert exit_code == code
     assert err == (f"error: {result}\n" if isinstance(result, Exception) else "")
+
+
+@pytest.mark.parametrize("argv", ["--seed -1", "--seed 4294967296", "--side 99999999"])
+def test_data_refuses(folder, call, monkeypatch, argv):
+    """A number that nothing can be drawn with is told by its flag, and no sheet is begun."""
+    monkeypatch.chdir(folder)
+    assert_refused(call(data.main, f"--degrade a.png {argv}"), argv)
+    assert not (folder / "degradations.png").exists()
+
+
+def test_an_adapter_is_given_once(tmp_path):
+    """The same file twice, however it is spelled, would silently be twice as strong."""
+    file = tmp_path / "a.safetensors"
+    with pytest.raises(UserError, match="a.safetensors: given twice; give it once, with the sum"):
+        places.named_model(None, [str(file), f"{tmp_path}/../{tmp_path.name}/a.safetensors:0.5"])
 
 
 @pytest.mark.parametrize("name", ["JAX_NUM_CPU_DEVICES", "JAX_ENABLE_X64"])

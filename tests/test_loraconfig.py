@@ -210,6 +210,18 @@ def test_a_header_that_is_no_json(tmp_path, tree):
         adapters.check(file, PLAIN)
 
 
+@pytest.mark.parametrize("zero", ["lora_B", "alpha"])
+def test_an_adapter_that_changes_nothing_is_said_to(tmp_path, tree, capsys, zero):
+    """Of B that was never trained, or an alpha of 0, which kohya would take for the rank."""
+    file = lorafiles.written(tmp_path, tree, bias=False)
+    adapters.load(file, PLAIN)
+    assert capsys.readouterr().out == ""
+    entries = {} if zero == "lora_B" else dict(lora_alpha=0)
+    edited(file, lambda d: {key: x * (zero not in key) for key, x in d.items()}, **entries)
+    adapters.load(file, PLAIN)
+    assert capsys.readouterr().out.count("so that it changes nothing") == 1
+
+
 def test_folders(tmp_path, tree):
     """A folder of diffusers is its file; one with two adapters or none says so."""
     file = lorafiles.written(tmp_path, tree, bias=False)
@@ -263,6 +275,9 @@ def test_a_folder_is_known_by_all_its_tensors(tmp_path):
     [
         ("fox/FLUX.1-style", "hf download fox/FLUX.1-style --local-dir FLUX.1-style"),
         ("there.safetensors:0.5", "training takes no :SCALE"),
+        ("there.safetensors:0,5", "SCALE is a number, as in :0.5"),
+        ("there", "there is 'there.safetensors'"),
+        ("https:/civitai.com/models/1", "it is an address: fetch the file first"),
         ("There.safetensors", "there is 'there.safetensors'"),
     ],
 )

@@ -126,6 +126,17 @@ def test_a_platform_without_a_reason(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "name, value", [("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False)]
+)
+def test_a_seed_is_the_same_noise_everywhere(name, value):
+    """Whatever the environment says of JAX's random numbers, a mesh is made for ours."""
+    ours = jax.random.normal(jax.random.key(7), (4, 64))
+    jax.config.update(name, value)
+    make_mesh()
+    np.testing.assert_array_equal(jax.random.normal(jax.random.key(7), (4, 64)), ours)
+
+
+@pytest.mark.parametrize(
     "flags, message",
     [
         ("--nonsense", "XLA_FLAGS=--nonsense: Unknown flag in XLA_FLAGS: --nonsense; unset it"),

@@ -17,6 +17,10 @@ from vcloze_jax.model.ops import choose_kernel
 from vcloze_jax.sharding import AXES, compute_dtype
 
 MOST = 65_536  # devices on an axis
+SETTINGS = {  # of JAX; variables of the environment with which a seed would mean another noise
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+}
 TIMEOUT = "--xla_cpu_collective_call_terminate_timeout_seconds"
 FUSION = "--xla_cpu_experimental_ynn_fusion_type"
 
@@ -51,6 +55,8 @@ def make_mesh(sizes=None):
     wanted = math.prod((sizes or {}).values())
     check_xla_flags()
     ready_xla(wanted)
+    for name, value in SETTINGS.items():
+        jax.config.update(name, value)
     if wanted > max(1, jax.config.jax_num_cpu_devices):
         with suppress(RuntimeError):  # JAX has started, and its devices are as they are
             jax.config.update("jax_num_cpu_devices", wanted)

@@ -56,6 +56,7 @@ INSTEAD = (
     (r".?['\u2018\u2019\u201c\u201d]", 'a quote that JSON does not know; write "'),
     (r".?(True|False|None)\b", "a word of Python; write true, false or null"),
 )
+DASHES = re.compile(r"(^| )[\u2010-\u2015]")  # that word processors make of --
 LONGEST = 300  # characters of a foreign message, or of a name
 
 
@@ -96,6 +97,8 @@ def explain_missing(path: str | Path) -> str:
         return "links lead round in a circle; remove one"
     if os.path.islink(path):
         return f"it is a link to {os.readlink(path)}, which is gone; fetch it again"
+    if DASHES.match(name):
+        return "its dash was typed as another sign; write -- anew, if it is a flag"
     if "~" in path.parts:
         return "~ stands for no home here; write the path in full"
     if re.search(r"\$\w|\$\{|%\w+%", str(path)):
@@ -109,6 +112,7 @@ def explain_missing(path: str | Path) -> str:
         form = unicodedata.normalize("NFC", name)
         if alike and form in (unicodedata.normalize("NFC", near) for near in alike):
             return "there is one whose accents are encoded in another way (NFC, NFD); rename it"
+        alike = alike or [near for near in os.listdir(folder) if Path(near).stem == name]
         if alike:
             return f"there is {alike[0]!r}; write the name as it is there"
     return ""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vcloze_jax.config import DATA, PRESETS, Recipe, UserError, flag
 from vcloze_jax.inputs.cachefolder import cache_folder
-from vcloze_jax.inputs.checks import describe_with_file
+from vcloze_jax.inputs.checks import DASHES, describe_with_file
 from vcloze_jax.inputs.signals import leave, watch_signals
 from vcloze_jax.inputs.terminal import guard_streams, tell_error
 from vcloze_jax.storage.places import (
@@ -53,6 +53,8 @@ class Parser(argparse.ArgumentParser):
         self.given = set()
 
     def error(self, message):
+        if DASHES.search(message):
+            message += "; a dash was typed as another sign, write -- anew"
         raise UserError(f"{message}; --help lists the flags")
 
     def parse_args(self, argv):

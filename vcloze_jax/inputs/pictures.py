@@ -27,17 +27,12 @@ TURNS = b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"  # keywords of text t
 LARGE = 2**20  # bytes of such text
 EXIF = {"exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow keeps what may turn a picture
 TURNED = 0x0112, range(5, 9)  # EXIF's orientation, and those that swap width and height
-# What else is given for a picture, whatever its name, by how it begins, and what helps.
-CONVERT = "convert it to PNG or JPEG"
-UNREAD = {
-    rb".{4}ftyp(hei|hev|mif|msf)": f"HEIC, as telephones have it; {CONVERT}",
-    rb".{4}ftypavi[fs]": f"AVIF; {CONVERT}",
-    rb"\xff\x0a|.{4}JXL ": f"JPEG XL; {CONVERT}",
-    rb".{4}jP  |\xff\x4f\xff": f"JPEG 2000; {CONVERT}",
-    rb"8BPS": f"a file of Photoshop; {CONVERT}",
-    rb"(\xef\xbb\xbf)?\s*<(svg|\?xml)": f"SVG, which has no pixels; {CONVERT}",
+UNREAD = {  # how files begin that are given for pictures, whatever their names -> what they are
+    rb".{4}ftyp(hei|hev|mif|msf|avi)": "HEIC or AVIF, as telephones have them; convert it",
+    rb"\xff\x0a|.{4}JXL ": "JPEG XL; convert it",
+    rb"(\xef\xbb\xbf)?\s*<(svg|\?xml)": "SVG, which has no pixels; convert it",
     rb"\s*<": "a web page: the download failed; fetch it again",
-    rb"version https://git-lfs": "a pointer of git-lfs, not the file itself; run git lfs pull",
+    rb"version https://git-lfs": "a pointer of git-lfs, not the file; run git lfs pull",
 }
 URL = re.compile(r"(^|/)([a-z][a-z0-9+.-]+:/|data:[a-z]+/)", re.IGNORECASE)
 
@@ -82,7 +77,7 @@ def open_picture(path: str | Path, ground: str = "white") -> Image.Image:
     Raises PictureError naming the file.
     """
     path = check_file(path)
-    with _decoding(repr(shorten(str(path))), lambda: path.open("rb").read(32)):
+    with _decoding(repr(shorten(str(path))), path):
         try:
             return _decode(path, ground)
         except Image.DecompressionBombError:
@@ -115,7 +110,7 @@ def measure_picture(path: str | Path, ground: str = "white") -> PictureSize:
 
 def decode_picture(content: bytes, name: str, ground: str = "white") -> Image.Image:
     """The picture that a file of that `content` would hold. Raises PictureError about `name`."""
-    with _decoding(name, lambda: content[:32]):
+    with _decoding(name, io.BytesIO(content)):
         return _decode(io.BytesIO(content), ground)
 
 
@@ -239,9 +234,9 @@ def _draft(path: Path) -> Path:
 
 
 @contextmanager
-def _decoding(name: str, start=bytes) -> Iterator[None]:
-    """Turn what decoding a picture may raise into a PictureError about `name`; `start()` gives the
-    file's first bytes."""
+def _decoding(name: str, file: Path | io.BytesIO | None = None) -> Iterator[None]:
+    """Turn what decoding a picture, of a file if there is one, may raise into a PictureError about
+    `name`."""
     try:
         yield
     except UserError as error:
@@ -249,16 +244,19 @@ def _decoding(name: str, start=bytes) -> Iterator[None]:
     except Image.DecompressionBombError:
         raise PictureError(f"{name} has more than {MAX_PIXELS} pixels; shrink it") from None
     except Image.UnidentifiedImageError:
-        raise PictureError(f"{name} is {_describe_unread(start())}") from None
+        raise PictureError(f"{name} is {_describe_unread(file)}") from None
     except Exception as error:  # a decoder may raise anything on a hostile file
         remedy = "fetch it again, or save it anew, in 8 bits"
         raise PictureError(f"{name} cannot be read: {describe_error(error)}; {remedy}") from None
 
 
-def _describe_unread(start: bytes) -> str:
+def _describe_unread(file: Path | io.BytesIO) -> str:
     """What a file is by its first bytes, where it is no picture that is read, and what helps."""
-    known = (words for sign, words in UNREAD.items() if re.match(sign, start, re.DOTALL))
-    return next(known, f"none of {', '.join(FORMATS)}; convert it")
+    with file.open("rb") if isinstance(file, Path) else file as stream:
+        stream.seek(0)
+        start = stream.read(32)
+    known = (f" but {words}" for sign, words in UNREAD.items() if re.match(sign, start, re.DOTALL))
+    return f"none of {', '.join(FORMATS)}{next(known, '; convert it')}"
 
 
 def _decode(file: Path | io.BytesIO, ground: str) -> Image.Image:
@@ -314,9 +312,9 @@ def _from_deep_grey(picture: Image.Image, ground: str) -> Image.Image:
     wide = picture.mode == "F" or (picture.mode, picture.format) == ("I", "TIFF")
     if wide or grey.min() < 0 or grey.max() > 65535:
         raise ValueError("more than 16 bits per pixel")  # where is its white?
-    if 0 < grey.max() < 256:  # 8 bits, saved as 16: it would be black
-        raise UserError(f"has 16 bits, and its brightest level is {grey.max()}; save it in 8 bits")
-    levels = np.rint(grey / np.float32(257)).astype(np.uint8)
     clear = grey == picture.info.get("transparency", -1)  # the grey that a PNG calls clear
+    if 0 < (most := grey.max(where=~clear, initial=0)) < 256:  # 8 bits, saved as 16: black
+        raise UserError(f"has 16 bits, and its brightest level is {most}; save it in 8 bits")
+    levels = np.rint(grey / np.float32(257)).astype(np.uint8)
     levels[clear] = ImageColor.getcolor(ground, "L")
     return Image.fromarray(levels)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vcloze_jax.config import FLUX_FILL, PRESETS, UserError
 from vcloze_jax.inputs.checks import describe_error, explain_missing
+from vcloze_jax.inputs.pictures import URL
 
 MINI_FOLDER = (
     Path(__file__).parents[1] / "mini"
@@ -82,6 +83,9 @@ def named_model(weights, lora):
         return MINI_FOLDER, [(MINI_LORA, 1.0)]
     lora = [lora] if isinstance(lora, str | Path) else lora or []
     pairs = [file_and_scale(str(x)) if isinstance(x, str | Path) else x for x in lora]
+    files = [Path(file).resolve() for file, _ in pairs]
+    if twice := next((file for file in files if files.count(file) > 1), None):
+        raise UserError(f"--lora {twice}: given twice; give it once, with the sum of the scales")
     return find_weights(weights or MINI_FOLDER), pairs
 
 
@@ -116,9 +120,12 @@ def suggest_adapter(file):
     if HUB_ID.fullmatch(name := str(file)):
         fetch = f"hf download {name} --local-dir {Path(name).name}"
         return f"; of Hugging Face it is fetched first: {fetch}"
-    stem, colon, _ = name.rpartition(":")
+    if URL.search(name):
+        return "; it is an address: fetch the file first"
+    stem, colon, tail = name.rpartition(":")
     if colon and Path(stem).exists():
-        return "; training takes no :SCALE"
+        number = re.fullmatch(r"[-+.\deE]+", tail)
+        return "; training takes no :SCALE" if number else "; SCALE is a number, as in :0.5"
     return f"; {explain_missing(file) or 'check the path'}"
 
 
