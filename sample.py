@@ -39,7 +39,6 @@ def main(argv):
         return
     specs = read_specs(args.grid, preset, read_changes(args))
     check_outputs(args.out, specs, args.film)
-    args.weights = cli.fetch_weights(args)
 
     from vcloze_jax import plan
     from vcloze_jax.film import Film
@@ -49,7 +48,7 @@ def main(argv):
     if args.plan:
         print(plan.describe_sampling(args, preset, specs))
         return
-    pipeline = Pipeline.load(args.weights, args.lora, args.mesh)
+    pipeline = Pipeline.load(cli.fetch_weights(args), args.lora, args.mesh)
     print(pipeline.summary())
     if args.check:
         return

@@ -34,6 +34,14 @@ BINARY = {
     b"PAR1": "is a file of Parquet; write it as JSON, an object a line",
     b"ARROW1": "is a file of Arrow; write it as JSON, an object a line",
 }
+# What is given for a picture, whatever its name, by how it begins, and what helps.
+FOREIGN = {
+    rb".{4}ftyp(hei|hev|mif|msf|avi)": "HEIC or AVIF, as telephones have them; convert it",
+    rb"\xff\x0a|.{4}JXL ": "JPEG XL; convert it",
+    rb"(\xef\xbb\xbf)?\s*<(svg|\?xml)": "SVG, which has no pixels; convert it",
+    rb"\s*<": "a web page: the download failed; fetch it again",
+    rb"version https://git-lfs": "a pointer of git-lfs, not the file; run git lfs pull",
+}
 # Where JSON cannot be read on: how Python's message begins -> what should stand there, ours.
 EXPECTED = {
     "Expecting property name": 'a key in "…" should stand there',
@@ -82,6 +90,12 @@ def describe_syntax(error: json.JSONDecodeError) -> str:
         found = (words for sign, words in INSTEAD if re.match(sign, before[-1:] + rest))
         what += f", not {next(found, ascii(rest[:1]))}"
     return f" at {line}column {error.colno}: {what}"
+
+
+def describe_foreign(start: bytes) -> str:
+    """What a file that begins so is, and what helps, given for a picture; "" of others."""
+    known = (words for sign, words in FOREIGN.items() if re.match(sign, start, re.DOTALL))
+    return next(known, "")
 
 
 def shorten(text: str) -> str:

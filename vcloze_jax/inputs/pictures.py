@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
 from vcloze_jax.config import UserError
-from vcloze_jax.inputs.checks import describe_error, explain_missing, shorten
+from vcloze_jax.inputs.checks import describe_error, describe_foreign, explain_missing, shorten
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 MAX_PIXELS = 2**26  # 8192 x 8192, 256 MiB as Pillow holds it
@@ -27,13 +27,6 @@ TURNS = b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"  # keywords of text t
 LARGE = 2**20  # bytes of such text
 EXIF = {"exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow keeps what may turn a picture
 TURNED = 0x0112, range(5, 9)  # EXIF's orientation, and those that swap width and height
-UNREAD = {  # how files begin that are given for pictures, whatever their names -> what they are
-    rb".{4}ftyp(hei|hev|mif|msf|avi)": "HEIC or AVIF, as telephones have them; convert it",
-    rb"\xff\x0a|.{4}JXL ": "JPEG XL; convert it",
-    rb"(\xef\xbb\xbf)?\s*<(svg|\?xml)": "SVG, which has no pixels; convert it",
-    rb"\s*<": "a web page: the download failed; fetch it again",
-    rb"version https://git-lfs": "a pointer of git-lfs, not the file; run git lfs pull",
-}
 URL = re.compile(r"(^|/)([a-z][a-z0-9+.-]+:/|data:[a-z]+/)", re.IGNORECASE)
 
 
@@ -139,8 +132,11 @@ def picture_of_array(x: np.ndarray) -> Image.Image:
 def to_mask(picture: Image.Image) -> np.ndarray:
     """RGB to bool [h, w]: white (grey level of 128 or more) is True, to be generated.
 
-    Raises UserError if all of it is grey below that, which is neither white nor black.
+    Raises UserError if all of it is grey below that, or most is coloured: neither white nor black.
     """
+    colours = np.ptp(np.asarray(picture), axis=-1)  # of RGB, from the least to the most
+    if (colours >= 32).mean() > 0.5:
+        raise UserError("most of it is coloured: is it the picture? A mask is black and white")
     levels = np.asarray(picture.convert("L"))
     if 0 < levels.max() < 128:
         reason = f"its brightest grey is {levels.max()}, and white begins at 128"
@@ -254,9 +250,8 @@ def _describe_unread(file: Path | io.BytesIO) -> str:
     """What a file is by its first bytes, where it is no picture that is read, and what helps."""
     with file.open("rb") if isinstance(file, Path) else file as stream:
         stream.seek(0)
-        start = stream.read(32)
-    known = (f" but {words}" for sign, words in UNREAD.items() if re.match(sign, start, re.DOTALL))
-    return f"none of {', '.join(FORMATS)}{next(known, '; convert it')}"
+        words = describe_foreign(stream.read(32))
+    return f"none of {', '.join(FORMATS)}{f' but {words}' if words else '; convert it'}"
 
 
 def _decode(file: Path | io.BytesIO, ground: str) -> Image.Image:
