@@ -192,7 +192,6 @@ def test_help(call, main):
         ("--data=", "argument --data: an empty path"),
         ("--data own.jsonl --data=none", "--data: given twice; keep one"),
         ("--lora a --lora b", "--lora: given twice; keep one"),
-        ("--data graphemoji:", "--data graphemoji:: nothing behind the colon"),
         ("--guidance-range 1 2 --guidance-range 1 3", "--guidance-range: given twice"),
         ("--rank -1", "--rank -1: must be at least 0"),
         ("--preset maxi", "argument --preset: invalid choice: 'maxi'"),

@@ -97,8 +97,6 @@ def open_source(recipe: Recipe) -> Source:
     kind, colon, part = recipe.data.partition(":")
     if recipe.data_dir and kind != "graph200k":
         raise UserError(f"--data-dir {recipe.data_dir}: only graph200k lies in one; leave it out")
-    if colon and not part and kind in SOURCES:
-        raise UserError(f"--data {recipe.data}: nothing behind the colon; is a variable not set?")
     for form, opener in SOURCES.items():
         if form.partition(":")[:2] == (kind, colon):
             return resolve_name(opener)(part, recipe)
