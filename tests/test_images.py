@@ -346,15 +346,6 @@ def test_a_picture_that_shows_nothing_is_refused(tmp_path):
     assert not pixels(file).any()
 
 
-def test_a_photograph_is_no_mask():
-    """Law: what is mostly coloured was given for a mask by mistake; coloured strokes are none."""
-    with pytest.raises(UserError, match="most of it is coloured: is it the picture"):
-        to_mask(Image.new("RGB", (9, 9), (200, 180, 140)))
-    strokes = Image.new("RGB", (9, 9))
-    strokes.paste((255, 255, 0), (0, 0, 9, 3))
-    assert to_mask(strokes).mean() == 1 / 3
-
-
 @pytest.mark.filterwarnings("error")
 def test_damaged_pictures_never_raise_anything_else(tmp_path, capfd):
     """Law: random damage gives a picture or a UserError, no warning and nothing on stderr."""

@@ -132,11 +132,8 @@ def picture_of_array(x: np.ndarray) -> Image.Image:
 def to_mask(picture: Image.Image) -> np.ndarray:
     """RGB to bool [h, w]: white (grey level of 128 or more) is True, to be generated.
 
-    Raises UserError if all of it is grey below that, or most is coloured: neither white nor black.
+    Raises UserError if all of it is grey below that, which is neither white nor black.
     """
-    colours = np.ptp(np.asarray(picture), axis=-1)  # of RGB, from the least to the most
-    if (colours >= 32).mean() > 0.5:
-        raise UserError("most of it is coloured: is it the picture? A mask is black and white")
     levels = np.asarray(picture.convert("L"))
     if 0 < levels.max() < 128:
         reason = f"its brightest grey is {levels.max()}, and white begins at 128"
