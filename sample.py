@@ -48,7 +48,7 @@ def main(argv):
     if args.plan:
         print(plan.describe_sampling(args, preset, specs))
         return
-    pipeline = Pipeline.load(args.weights, args.lora, args.mesh)
+    pipeline = Pipeline.load(cli.fetch_weights(args), args.lora, args.mesh)
     print(pipeline.summary())
     if args.check:
         return

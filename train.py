@@ -26,7 +26,7 @@ def parse(argv):
     add("--check", action="store_true", help="validate everything, train nothing")
     cli.add_plan_flags(parser)
     accept = "go on with a run although these are not those that it was begun with"
-    add("--accept", nargs="+", choices=ORIGINS, default=[], help=accept)
+    add("--accept", nargs="+", action="extend", choices=ORIGINS, default=[], help=accept)
     add("--tensorboard", action=cli.PackageFlag, const="tensorboardX", help="into RUN/tensorboard")
     trace = "trace so many steps into RUN/profile"
     add("--profile", type=cli.positive_int, default=0, metavar="STEPS", help=trace)
@@ -47,9 +47,10 @@ def main(argv):
     from vcloze_jax.storage.models import checked_training_preset, describe_origins
 
     mesh = make_mesh(parse_mesh(recipe.mesh) if recipe.mesh else None)
-    run.writes, folder = hosts.is_first(), Path(args.weights or places.MINI_FOLDER)
+    run.writes = hosts.is_first()
     with hosts.agreed():
         run.compare(recipe)
+        folder = Path(cli.fetch_weights(args) or places.MINI_FOLDER)
         recipe = replace(recipe, micro_batch=micro_size(recipe, mesh))
         preset = checked_training_preset(folder, recipe)
         origins = describe_origins(folder, preset, source.digest(), mesh)

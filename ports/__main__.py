@@ -6,7 +6,6 @@ a mesh as it is, in diffusers too. Every tensor keeps its type, unless --dtype n
 `python -m ports lora --help` is for adapters.
 """
 
-import argparse
 import shutil
 import sys
 from functools import partial
@@ -16,10 +15,11 @@ from safetensors import SafetensorError
 
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
-from vcloze_jax.inputs.cli import path
+from vcloze_jax.inputs.cli import Parser, path
 from vcloze_jax.inputs.pictures import check_writable
 from vcloze_jax.inputs.terminal import guard_streams, tell_error
 from vcloze_jax.ports import engine, export
+from vcloze_jax.ports.adapters import open_adapter
 from vcloze_jax.ports.diagnose import PortError
 from vcloze_jax.ports.tables.namings import NAMINGS, TARGETS, Naming
 from vcloze_jax.storage.places import find_weights
@@ -38,11 +38,10 @@ def main(argv=None) -> int:
 def run_lora(argv) -> str:
     """`python -m ports lora FILE --to NAMING --out FILE`: an adapter in another naming; FILE may be
     a run's checkpoint, too."""
-    parser = argparse.ArgumentParser("python -m ports lora", description=export.__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser(export.__doc__, "python -m ports lora")
     add = parser.add_argument
     known = "an adapter in any naming that is known, or a folder RUN/checkpoints/STEP"
-    add("file", type=Path, metavar="FILE", help=known)
+    add("file", type=path, metavar="FILE", help=known)
     add("--to", choices=TARGETS, required=True, help="the naming to write")
     add("--out", type=path, metavar="FILE", required=True)
     args = parser.parse_args(argv)
@@ -55,6 +54,8 @@ def run_lora(argv) -> str:
     check_writable(args.out.parent, args.out.name)
     try:
         is_step = args.file.is_dir() and args.file.resolve().name.isdecimal()
+        if not is_step and (doubt := open_adapter(args.file).doubt):
+            print(f"{args.file}: {doubt}")
         convert = export_checkpoint if is_step else export.convert_adapter
         count = convert(args.file, naming, args.out)
     except PortError as error:
@@ -83,7 +84,7 @@ def export_checkpoint(folder: Path, naming: Naming, out: Path) -> int:
 
 def run_folder(argv) -> str:
     """`python -m ports SRC --out DST`, as above."""
-    parser = argparse.ArgumentParser("python -m ports", description=__doc__)
+    parser = Parser(__doc__, "python -m ports")
     parser.add_argument("source", type=find_weights, metavar="SRC", help="a weights folder")
     parser.add_argument("--out", type=path, metavar="DST", required=True, help="a new folder")
     dtypes = tuple(dict.fromkeys(engine.DTYPES.values()))

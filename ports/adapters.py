@@ -25,7 +25,12 @@ from vcloze_jax.ports.diagnose import (
     in_brackets,
     list_faults,
 )
-from vcloze_jax.ports.loraconfig import LoraConfig, find_adapter, read_lora_config
+from vcloze_jax.ports.loraconfig import (
+    LoraConfig,
+    describe_untold_strength,
+    find_adapter,
+    read_lora_config,
+)
 from vcloze_jax.ports.tables import Leaf, Piece, lay_out, mmdit, split_name
 from vcloze_jax.ports.tables.namings import NAMINGS, Naming
 
@@ -82,6 +87,12 @@ class Adapter(NamedTuple):
         """Whether it is of FLUX.1-dev, on a base that reads more than the noisy latent."""
         pairs = ((kernel, factors) for kernel, found in self.linear for factors in found)
         return any(factors.piece.shape[1] < kernel.shape[-2] for kernel, factors in pairs)
+
+    @property
+    def doubt(self) -> str:
+        """What speaks against the strength that it is read with, or ""."""
+        told = self.config.alpha or any(key.endswith(".alpha") for key in self.source.header)
+        return "" if told else describe_untold_strength(self.source.metadata)
 
 
 def open_adapter(path: Path, shapes: dict[str, tuple[int, ...]] | None = None) -> Adapter:

@@ -47,6 +47,7 @@ KINDS = (
 # What the key of an adapter that is in no row says, by the first pattern that is found in it.
 STRANGE = (
     (r"lora_te|text_encoder|text_model", "for a text encoder; only the MMDiT can be adapted"),
+    (r"bundle_emb", "a word that was learnt beside it, for a text encoder"),
     (
         r"dora_scale|magnitude|use_dora",
         "a DoRA, whose norms are no sum of W and B A; fold it with PEFT",

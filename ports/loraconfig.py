@@ -120,6 +120,20 @@ def read_lora_config(source) -> LoraConfig:
     return configs[-1] if configs else LoraConfig()
 
 
+def describe_untold_strength(metadata: dict[str, str]) -> str:
+    """What the header of kohya's sd-scripts says of a strength that no tensor says, as a remark; ""
+    where that is full strength, too, or nothing. Loaders take the rank for an alpha that is absent
+    (diffusers' _convert_kohya_flux_lora_to_diffusers, kohya's own), and so do we."""
+    try:
+        alpha, rank = (float(metadata[f"ss_network_{name}"]) for name in ("alpha", "dim"))
+    except (KeyError, TypeError, ValueError):  # "None", and "Dynamic" of one that was resized
+        return ""
+    if not (alpha > 0 and rank > 0) or alpha == rank:  # kohya takes an alpha of 0 for the rank
+        return ""
+    scale = f"ss_network_alpha {alpha:g} of ss_network_dim {rank:g}, which FILE:{alpha / rank:g} is"
+    return f"no tensor is an alpha, so alpha is the rank, scale 1; but its header says {scale}"
+
+
 def parse_lora_config(text: str | bytes, source: str) -> LoraConfig:
     """A LoraConfig in JSON; PortError if it is none, or says what we cannot honour."""
     try:
@@ -139,6 +153,11 @@ def parse_lora_config(text: str | bytes, source: str) -> LoraConfig:
         if not all(map(math.isfinite, [*patterns[0].values(), alpha or 0])):
             raise ValueError("an alpha is not finite")
         rank = None if rank is None else int(rank)
+    except json.JSONDecodeError as error:
+        raise PortError(
+            f"{source} is no JSON from column {error.colno} of line {error.lineno} on; "
+            "save it again"
+        ) from error
     except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
         raise PortError(f"{source} is not a LoraConfig ({error})") from error
     except PortError as error:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vcloze_jax import Pipeline
 from vcloze_jax.data.graph import NODES
 from vcloze_jax.data.graphemoji import read_nodes
+from vcloze_jax.pipeline import Pipeline
 
 FILE = Path(__file__).parents[1] / "examples/result.png"
 QUERY, EXAMPLES = "backpack", ("crab", "mushroom")

@@ -17,11 +17,13 @@ import sample
 import train
 from vcloze_jax import evaluate
 from vcloze_jax.config import MINI, PRESETS, Recipe, UserError
+from vcloze_jax.data import __main__ as data
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.metrics import draw_curves
 from vcloze_jax.inputs.pictures import save_png
 from vcloze_jax.inputs.runfolder import FREE, ORIGINS, Log, RunFolder
 from vcloze_jax.inputs.tasks import find_task
+from vcloze_jax.ports import __main__ as ports
 from vcloze_jax.storage import places
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +35,8 @@ def folder(tmp_path, monkeypatch):
     home."""
     save_png(tmp_path / "a.png", np.zeros((64, 64, 3), np.uint8))
     (tmp_path / "fox.json").write_text(json.dumps({"image": [["a.png", None]]}))
+    forge = {"image": [["a.png", None]], "content_prompt": "a fox <lora:fox:0.8>"}
+    (tmp_path / "forge.json").write_text(json.dumps(forge))
     (tmp_path / "bad.json").write_text(json.dumps({"image": [["a.png", "missing.png"]]}))
     (tmp_path / "own.jsonl").write_text(json.dumps({"image": [["a.png", "a.png"]]}))
     (tmp_path / f"{'n' * 245}.json").write_text(json.dumps({"image": [["a.png", None]]}))
@@ -81,9 +85,17 @@ def assert_refused(answer, message):
         ("--gri fox.json", "unrecognized arguments: --gri"),
         ("--grid fox.json --lora a.safetensors:nan", "the scale must be finite"),
         ("--grid fox.json --lora :0.5", "--lora :0.5: no file before the scale"),
+        ("–seed 1 --grid fox.json", "unrecognized arguments: –seed 1; a dash was typed as another"),
+        (
+            "--grid fox.json –seed 1",
+            "–seed: '–seed' cannot be opened: No such file or directory; its",
+        ),
+        ("--grid forge.json", "forge.json: content_prompt: <lora:fox:0.8> would be read as words"),
         ("--grid missing.json", "missing.json: "),
         ("--grid bad.json", "bad.json: image[0][1]: "),
         ("--grid bad.json --grid fox.json", "bad.json: image[0][1]: "),
+        ("--grid fox.json --out a --out b", "--out: given twice; keep one"),
+        ("--grid fox.json --seed 0 --seed 0", "--seed: given twice; keep one"),
         ("--grid fox.json --weights=", "argument --weights: an empty path"),
         ("--grid fox.json --out=", "argument --out: an empty path"),
         ("--grid fox.json --out s3://b/fox", "--out s3:/b/fox: an address, not a path"),
@@ -178,6 +190,9 @@ def test_help(call, main):
         (f"--steps {10**20}", f"--steps {10**20}: must be below 2^31"),
         ("--decay-steps 10", "--decay-steps 10: must be 0, or more than --warmup 50"),
         ("--data=", "argument --data: an empty path"),
+        ("--data own.jsonl --data=none", "--data: given twice; keep one"),
+        ("--lora a --lora b", "--lora: given twice; keep one"),
+        ("--guidance-range 1 2 --guidance-range 1 3", "--guidance-range: given twice"),
         ("--rank -1", "--rank -1: must be at least 0"),
         ("--preset maxi", "argument --preset: invalid choice: 'maxi'"),
         ("--preset flux-fill", "--preset flux-fill: its weights are yours; add --weights DIR"),
@@ -232,6 +247,7 @@ def test_train_refuses_weights_and_meshes(folder, call, monkeypatch, argv, messa
     [
         ("--out /proc/none --weights none", "--out /proc/none: No such file"),
         ("--out file --weights none", "--out file: File exists"),
+        ("--subjects 1 --subjects 2", "--subjects: given twice; keep one"),
         ("--card none --weights none", "--card none: 'none' is a folder"),
     ],
 )
@@ -388,6 +404,22 @@ def test_one_writer(begun):
 # --- what the commands share ---
 
 
+@pytest.mark.parametrize("main", [sample.main, train.main, evaluate.main, ports.main, data.main])
+def test_a_flag_of_one_value_is_given_once(call, main):
+    """In every command: the last of two would silently take the other's place."""
+    assert_refused(call(main, "--out a --out b", jax=True), "--out: given twice; keep one")
+
+
+def test_flags_that_add_up():
+    """What may be given again is not lost."""
+    assert sample.parse("--grid a --grid b c".split()).grid == [Path(name) for name in "abc"]
+    assert train.parse("--accept data --accept weights dtype".split()).accept == [
+        "data",
+        "weights",
+        "dtype",
+    ]
+
+
 @pytest.mark.parametrize(
     "text, file, scale",
     [
@@ -436,6 +468,35 @@ def test_exit_codes(call, result, code):
     exit_code, _, err = call(main, "")
     assert exit_code == code
     assert err == (f"error: {result}\n" if isinstance(result, Exception) else "")
+
+
+@pytest.mark.parametrize("argv", ["--seed -1", "--seed 4294967296", "--side 99999999"])
+def test_data_refuses(folder, call, monkeypatch, argv):
+    """A number that nothing can be drawn with is told by its flag, and no sheet is begun."""
+    monkeypatch.chdir(folder)
+    assert_refused(call(data.main, f"--degrade a.png {argv}"), argv)
+    assert not (folder / "degradations.png").exists()
+
+
+def test_an_adapter_is_given_once(tmp_path):
+    """The same file twice, however it is spelled, would silently be twice as strong."""
+    file = tmp_path / "a.safetensors"
+    with pytest.raises(UserError, match="a.safetensors: given twice; give it once, with the sum"):
+        places.named_model(None, [str(file), f"{tmp_path}/../{tmp_path.name}/a.safetensors:0.5"])
+
+
+@pytest.mark.parametrize("name", ["JAX_NUM_CPU_DEVICES", "JAX_ENABLE_X64"])
+def test_variables_that_jax_refuses(folder, name):
+    """A variable of the environment that JAX cannot read is the user's mistake: one line."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "sample.py", "--grid", "fox.json", "--check"],
+        cwd=folder,
+        env=os.environ | {name: "x"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(f"error: {name}=x: .* that JAX cannot read; unset it\n", done.stderr)
 
 
 POISON = "raise ImportError('jax is poisoned')\n"

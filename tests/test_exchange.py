@@ -77,6 +77,7 @@ SPELLINGS = {  # naming it starts from, what is done to its keys
         lambda key: down_up(key).replace(".lora_", ".lora_linear_layer."),
     ),
     "OneTrainer": ("diffusers", flat),
+    "SimpleTuner": ("diffusers", lambda key: flat(key).replace("lora_transformer", "lycoris")),
     "BFL": ("visualcloze", str),
     "ComfyUI": ("visualcloze", lambda key: f"diffusion_model.{key}"),
     "ComfyUI, old": ("visualcloze", lambda key: f"diffusion_model.{down_up(key)}"),

@@ -9,7 +9,9 @@ from folders import PRESET
 
 import sample
 import train
+from vcloze_jax import evaluate
 from vcloze_jax.config import UserError
+from vcloze_jax.inputs import cli
 from vcloze_jax.storage import places, weights
 
 ID = "black-forest-labs/FLUX.1-Fill-dev"
@@ -95,15 +97,49 @@ def test_what_is_not_there_says_how_to_fetch_it(cache, monkeypatch):
     assert str(places.find_weights(ID)) == ID
 
 
+ASKED = ["--weights", ID, "--download"]
+
+
 def test_download(cache, monkeypatch):
-    """--download fetches an id; what goes wrong there is one line with the licence."""
-    argv = ["--grid", "a.json", "--weights", ID, "--download"]
+    """--download fetches an id, also where an older or broken snapshot is here; what goes wrong
+    there is one line with the licence."""
+    args = sample.parse(["--grid", "a.json", *ASKED])
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: f"{cache}/{name}")
-    assert sample.parse(argv).weights == cache / ID
+    assert cli.fetch_weights(args) == cache / ID
+    (cache / "models--black-forest-labs--FLUX.1-Fill-dev/snapshots/old").mkdir(parents=True)
+    assert cli.fetch_weights(sample.parse(["--grid", "a.json", *ASKED])) == cache / ID
 
     def fail(name):
         raise OSError("403\n\nCannot access gated repo for url https://…")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(UserError, match="not downloaded .403 Cannot .*licence at .*hf auth login"):
-        sample.parse(argv)
+        cli.fetch_weights(args)
+
+
+@pytest.mark.parametrize(
+    "main, argv, message",
+    [
+        (sample.main, "--grid bad.json", "bad.json: image.0..0.: .*a.png"),
+        (sample.main, "--grid bad.json --plan", "bad.json: image.0..0.: .*a.png"),
+        (sample.main, "--grid good.json --out /proc/none", "--out /proc/none: No such file"),
+        (train.main, "--data bad.json", "bad.json: line 1: image.0..0.: .*a.png"),
+        (train.main, "--steps 0", "--steps 0: must be at least 1"),
+        (evaluate.main, "--subjects 0", "--subjects 0: 1 to 128 are held out"),
+    ],
+)
+def test_nothing_is_fetched_for_a_mistake(cache, monkeypatch, main, argv, message):
+    """Flags, specs, pictures and data are right before the network is asked for anything."""
+    monkeypatch.chdir(cache)
+    Path("bad.json").write_text('{"image": [["a.png", null]]}')
+    Path("good.json").write_text('{"image": [[null]]}')
+    with pytest.raises(UserError, match=message):
+        main([*argv.split(), *ASKED])
+
+
+def test_what_is_fetched_is_what_it_was_taken_for(cache, monkeypatch):
+    """Specs were read for FLUX.1-Fill: weights that turn out to be mini's are not painted with."""
+    copied = folders.copy(places.MINI_FOLDER, cache / "fetched")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(copied))
+    with pytest.raises(UserError, match="give the same command again, without --download"):
+        cli.fetch_weights(sample.parse(["--grid", "a.json", *ASKED]))

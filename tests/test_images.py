@@ -271,7 +271,7 @@ def test_only_regular_files_are_opened(tmp_path):
         "/dev/zero": "device",
         tmp_path: "folder",
         tmp_path / "absent.png": "No such file",
-        tmp_path / "loop.png": "cannot be opened",
+        tmp_path / "loop.png": "links lead round in a circle; remove one",
         "https://example.org/a.png": "URL",
         "FILE:///etc/passwd": "URL",
         "s3://bucket/a.png": "URL",
@@ -292,6 +292,12 @@ def test_only_regular_files_are_opened(tmp_path):
         ("fox.png", "~/fox.png", "~ stands for no home"),
         ("fox.png", "..\\fox.png", "write / instead"),
         ("fox.png", "gone.png", "is a link to nowhere"),
+        ("fox.png", "fox.png ", r"there is 'fox\.png'"),
+        ("fox.png", '"fox.png"', r"there is 'fox\.png'"),
+        ("fox.png", "fox", r"there is 'fox\.png'"),
+        ("fox.png", "$HOME/fox.png", "variables are not filled in"),
+        ("fox.png", "%HOME%/fox.png", "variables are not filled in"),
+        ("fox.png", "null", "what is to be painted is null, without quotes"),
         ("fox.png", "wolf.png", "check the path"),
     ],
 )
@@ -302,6 +308,42 @@ def test_a_missing_file_is_explained(tmp_path, there, asked, remedy):
     (tmp_path / "gone.png").symlink_to("nowhere")
     with pytest.raises(UserError, match=f"No such file or directory; .*{remedy}"):
         open_picture(tmp_path / asked)
+
+
+UNREAD = {
+    b"\0\0\0\x18ftypheic\0\0": " but HEIC or AVIF, as telephones have them; convert it",
+    b"\0\0\0\x18ftypavif\0\0": " but HEIC or AVIF",
+    b"\xff\x0a\0\0": " but JPEG XL; convert it",
+    b"<svg xmlns='http://www.w3.org/2000/svg'/>": " but SVG, which has no pixels; convert it",
+    b"<!DOCTYPE html>": " but a web page: the download failed; fetch it again$",
+    b"version https://git-lfs.github.com/spec/v1": " but a pointer of git-lfs.*; run git lfs pull$",
+    b"II*?": "PPM; convert it",
+}
+
+
+@pytest.mark.parametrize("start", UNREAD)
+def test_what_is_no_picture_of_ours_says_what_it_is(tmp_path, start):
+    """Law: a name tells nothing: what a file begins with says what it is and what helps."""
+    (tmp_path / "a.jpg").write_bytes(start)
+    with pytest.raises(UserError, match=f"a.jpg' is none of PNG, .*{UNREAD[start]}"):
+        open_picture(tmp_path / "a.jpg")
+
+
+def test_a_picture_that_shows_nothing_is_refused(tmp_path):
+    """Law: what would silently be white or black is told: alpha that is 0 everywhere, as in bitmaps
+    that do not use it, and 8-bit levels saved with 16. A mask that is clear is an empty mask."""
+    file = tmp_path / "a.png"
+    picture = quadrants().convert("RGBA")
+    picture.putalpha(0)
+    picture.save(file)
+    with pytest.raises(UserError, match="a.png' is clear everywhere.*; save it without alpha"):
+        open_picture(file)
+    assert not to_mask(open_picture(file, "black")).any()
+    Image.fromarray(np.array([[0, 255]], np.uint16)).save(file)
+    with pytest.raises(UserError, match="16 bits, and its brightest level is 255; save it in 8"):
+        open_picture(file)
+    Image.fromarray(np.zeros((1, 2), np.uint16)).save(file)
+    assert not pixels(file).any()
 
 
 @pytest.mark.filterwarnings("error")

@@ -224,8 +224,27 @@ def test_an_empty_file_is_refused(lines):
     """A file without a grid is an error, not an endless wait."""
     with pytest.raises(UserError, match="is empty"):
         lines()
-    with pytest.raises(UserError, match="line 1: is empty; each line is a JSON object"):
-        lines(b"", b"")
+    with pytest.raises(UserError, match="no grid in it; write one JSON object a line"):
+        lines(b"", b"  ")
+
+
+def test_blank_lines_at_the_end(lines):
+    """They are what editors leave, and hold no grid: the same data, of the same digest."""
+    assert lines(PAIR, PAIR, b"", b" ").digest() == lines(PAIR, PAIR).digest()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"PAR1\x15\x04", "is a file of Parquet"),
+        (b"[\n{}\n]", "is not JSON at column 2: a value should"),
+    ],
+)
+def test_data_that_is_no_lines(tmp_path, content, message):
+    """Data in another format says so, and a list over several lines where it stops to be one."""
+    (tmp_path / "mine.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=f"line 1: (is )?{message}"):
+        open_own(str(tmp_path / "mine.jsonl"), FIXED)
 
 
 def test_only_regular_files_are_opened(lines, tmp_path):

@@ -168,6 +168,60 @@ def test_two_that_disagree(tmp_path, tree):
         adapters.check(folder, PLAIN)
 
 
+KOHYA = {  # what kohya's header says -> what is said of it, "" for nothing
+    "half": (dict(ss_network_alpha="5.5", ss_network_dim="11"), "ss_network_alpha 5.5 .*FILE:0.5"),
+    "the same": (dict(ss_network_alpha="11.0", ss_network_dim="11"), ""),
+    "none": (dict(ss_network_alpha="None", ss_network_dim="11"), ""),
+    "zero, which is the rank": (dict(ss_network_alpha="0", ss_network_dim="11"), ""),
+    "resized": (dict(ss_network_alpha="Dynamic", ss_network_dim="Dynamic"), ""),
+    "nothing": ({}, ""),
+}
+
+
+@pytest.mark.parametrize("kind", KOHYA)
+def test_a_strength_that_kohyas_header_alone_says(tmp_path, tree, capsys, kind):
+    """Without a tensor of it alpha is the rank, as for diffusers and for kohya's own loader; where
+    the header says otherwise, one line tells how to get that."""
+    header, message = KOHYA[kind]
+    file = lorafiles.renamed(lorafiles.written(tmp_path, tree, bias=False), "kohya")
+    alphas = load_file(file)
+    save_file(alphas, file, metadata=header)
+    adapters.check(file, PLAIN)
+    assert capsys.readouterr().out == ""  # alphas among the tensors are the truth
+    save_file({key: x for key, x in alphas.items() if not key.endswith(".alpha")}, file, header)
+    out = tmp_path / "other.safetensors"
+    for say in (
+        lambda: adapters.check(file, PLAIN),
+        lambda: command.main(["lora", str(file), "--to", "diffusers", "--out", str(out)]),
+    ):
+        say()
+        told = capsys.readouterr().out
+        lines = [line for line in told.splitlines() if "no tensor is an alpha" in line]
+        assert len(lines) == bool(message) and re.search(message, told)
+    np.testing.assert_allclose(strength(file, tree), [1, 1], rtol=1e-6)
+
+
+def test_a_header_that_is_no_json(tmp_path, tree):
+    """It is told where it breaks, in our words."""
+    file = lorafiles.written(tmp_path, tree, bias=False)
+    save_file(load_file(file), file, metadata={lorafiles.LORA: '{"r": 11,}'})
+    words = "lora_adapter_metadata in its header is no JSON from column 10 of line 1 on; save it"
+    with pytest.raises(UserError, match=words):
+        adapters.check(file, PLAIN)
+
+
+@pytest.mark.parametrize("zero", ["lora_B", "alpha"])
+def test_an_adapter_that_changes_nothing_is_said_to(tmp_path, tree, capsys, zero):
+    """Of B that was never trained, or an alpha of 0, which kohya would take for the rank."""
+    file = lorafiles.written(tmp_path, tree, bias=False)
+    adapters.load(file, PLAIN)
+    assert capsys.readouterr().out == ""
+    entries = {} if zero == "lora_B" else dict(lora_alpha=0)
+    edited(file, lambda d: {key: x * (zero not in key) for key, x in d.items()}, **entries)
+    adapters.load(file, PLAIN)
+    assert capsys.readouterr().out.count("so that it changes nothing") == 1
+
+
 def test_folders(tmp_path, tree):
     """A folder of diffusers is its file; one with two adapters or none says so."""
     file = lorafiles.written(tmp_path, tree, bias=False)
@@ -221,6 +275,9 @@ def test_a_folder_is_known_by_all_its_tensors(tmp_path):
     [
         ("fox/FLUX.1-style", "hf download fox/FLUX.1-style --local-dir FLUX.1-style"),
         ("there.safetensors:0.5", "training takes no :SCALE"),
+        ("there.safetensors:0,5", "SCALE is a number, as in :0.5"),
+        ("there", "there is 'there.safetensors'"),
+        ("https:/civitai.com/models/1", "it is an address: fetch the file first"),
         ("There.safetensors", "there is 'there.safetensors'"),
     ],
 )

@@ -213,7 +213,7 @@ def test_length_of_the_prompts(saved, tmp_path, length):
 
 
 CONFIGS = {
-    "not JSON": ("transformer", None, "cannot be read as JSON"),
+    "not JSON": ("transformer", None, "is not JSON at column"),
     "text": ("transformer", {"num_layers": "2"}, "num_layers cannot be '2'"),
     "boolean": ("transformer", {"num_layers": True}, "num_layers cannot be True"),
     "negative": ("vae", {"layers_per_block": -1}, "layers_per_block cannot be -1"),

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import re
+import subprocess
 from dataclasses import replace
 from functools import cache, partial
 
@@ -25,7 +26,7 @@ from vcloze_jax.config import (
     UserError,
     VAEConfig,
 )
-from vcloze_jax.devices import make_mesh, parse_mesh, put, ready_xla
+from vcloze_jax.devices import check_xla_flags, make_mesh, parse_mesh, put, ready_xla
 from vcloze_jax.model.layers import Dense
 from vcloze_jax.model.lora import split
 from vcloze_jax.model.mmdit import Flux
@@ -109,6 +110,54 @@ def test_a_platform_that_is_not_here(monkeypatch):
     monkeypatch.setattr(jax, "devices", fail)
     with pytest.raises(UserError, match="JAX has no device here: Unable to .*JAX_PLATFORMS"):
         make_mesh()
+
+
+def test_a_platform_without_a_reason(monkeypatch):
+    """Where JAX says nothing (of a platform that has no plug-in here), neither do we; the variable
+    that asks for it is named."""
+
+    def fail():
+        raise AssertionError
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "devices", fail)
+    with pytest.raises(UserError, match="^JAX has no device here; unset JAX_PLATFORMS=cuda, or"):
+        make_mesh()
+
+
+@pytest.mark.parametrize(
+    "name, value", [("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False)]
+)
+def test_a_seed_is_the_same_noise_everywhere(name, value):
+    """Whatever the environment says of JAX's random numbers, a mesh is made for ours."""
+    ours = jax.random.normal(jax.random.key(7), (4, 64))
+    jax.config.update(name, value)
+    make_mesh()
+    np.testing.assert_array_equal(jax.random.normal(jax.random.key(7), (4, 64)), ours)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--nonsense", "XLA_FLAGS=--nonsense: Unknown flag in XLA_FLAGS: --nonsense; unset it"),
+        ("--xla_cpu_enable_fast_math=maybe", "value maybe for flag xla_cpu_enable_fast_math"),
+    ],
+)
+def test_flags_that_xla_refuses(monkeypatch, flags, message):
+    """XLA would end the process for them, with a hundred lines and another exit code."""
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    with pytest.raises(UserError, match=message):
+        check_xla_flags()
+
+
+def test_flags_that_xla_takes(monkeypatch):
+    """Those that it knows are let through, and for our own no process is started."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    check_xla_flags()
+    monkeypatch.setenv("XLA_FLAGS", "")
+    ready_xla(1)
+    monkeypatch.setattr(subprocess, "run", None)
+    check_xla_flags()
 
 
 def test_meshes_are_made():

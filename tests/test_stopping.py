@@ -14,7 +14,7 @@ from PIL import Image
 from runs import ROOT, assert_same_run, assert_same_training, flags, make_home, metrics
 
 import train
-from vcloze_jax.inputs.cli import SIGNALS
+from vcloze_jax.inputs.signals import SIGNALS
 from vcloze_jax.storage import checkpoint
 
 # train.py that says when it comes to something, a name and the time, and waits there for a while.

@@ -220,10 +220,18 @@ def test_wrong_tokenizers_are_refused(tmp_path):
         Tokenizers(MINI_FOLDER, MINI.t5, replace(MINI.clip, eos=5))
     (tmp_path / "tokenizer_2").mkdir()
     (tmp_path / "tokenizer_2/tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="tokenizer_2: not a tokenizer .tokenizer.json: Expecting"):
+    with pytest.raises(UserError, match="tokenizer_2/tokenizer.json: is not JSON at column 2"):
         Tokenizers(tmp_path, MINI.t5, MINI.clip)
     shutil.copytree(MINI_FOLDER / "tokenizer_2", tmp_path / "tokenizer_2", dirs_exist_ok=True)
     shutil.copytree(MINI_FOLDER / "tokenizer", tmp_path / "tokenizer")
+    config = tmp_path / "tokenizer/tokenizer_config.json"
+    plain = config.read_bytes()
+    config.write_bytes(b"\xef\xbb\xbf" + plain)
+    with pytest.raises(
+        UserError, match="tokenizer/tokenizer_config.json: begins with a byte order"
+    ):
+        Tokenizers(tmp_path, MINI.t5, MINI.clip)
+    config.write_bytes(plain)
     (tmp_path / "tokenizer/merges.txt").unlink()
     with pytest.raises(UserError, match="tokenizer: not a tokenizer .vocab.json: .*merges"):
         Tokenizers(tmp_path, MINI.t5, MINI.clip)

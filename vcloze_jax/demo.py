@@ -200,7 +200,7 @@ def main(argv):
 
     from vcloze_jax.studio import Studio  # JAX from here on
 
-    studio = Studio(args.weights, args.lora, args.mesh, out)
+    studio = Studio(cli.fetch_weights(args), args.lora, args.mesh, out)
     print(studio.pipeline.summary())
     page = Page(studio).blocks
     print(f"http://{LOCAL}:{args.port}")

@@ -2,6 +2,9 @@
 
 import math
 import os
+import re
+import subprocess
+import sys
 from contextlib import suppress
 
 import jax
@@ -10,12 +13,18 @@ from jax.sharding import AxisType
 
 from vcloze_jax import hosts
 from vcloze_jax.config import UserError, flag
-from vcloze_jax.inputs.checks import describe_error
+from vcloze_jax.inputs.checks import describe_error, shorten
 from vcloze_jax.inputs.cluster import count_processes
 from vcloze_jax.model.ops import choose_kernel
 from vcloze_jax.sharding import AXES, compute_dtype, shardings
 
 MOST = 65_536  # devices on an axis
+SETTINGS = {  # of JAX; variables of the environment with which a seed would mean another noise
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+}
+TIMEOUT = "--xla_cpu_collective_call_terminate_timeout_seconds"
+FUSION = "--xla_cpu_experimental_ynn_fusion_type"
 
 
 def parse_mesh(text):
@@ -48,7 +57,10 @@ def make_mesh(sizes=None):
     """
     wanted = math.prod((sizes or {}).values())
     own = math.ceil(wanted / max(1, count_processes()))
+    check_xla_flags()
     ready_xla(own)
+    for name, value in SETTINGS.items():
+        jax.config.update(name, value)
     if own > max(1, jax.config.jax_num_cpu_devices):
         with suppress(RuntimeError):  # JAX has started, and its devices are as they are
             jax.config.update("jax_num_cpu_devices", own)
@@ -56,8 +68,10 @@ def make_mesh(sizes=None):
     try:
         devices = jax.devices()
     except (AssertionError, RuntimeError) as error:
-        reason = f"JAX has no device here: {describe_error(error)}"
-        raise UserError(f"{reason}; unset JAX_PLATFORMS, or mend its driver") from error
+        said = str(error) and f": {describe_error(error)}"
+        variable = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}".removesuffix("=")
+        remedy = f"unset {variable}, or mend its driver"
+        raise UserError(f"JAX has no device here{said}; {remedy}") from error
     hosts.let_first_speak()
     if sizes is None:
         alone = devices[0].platform == "cpu" and jax.process_count() == 1
@@ -106,6 +120,20 @@ def micro_size(recipe, mesh):
     return max(n for n in sizes if n <= max(shards, recipe.micro_batch))
 
 
+def check_xla_flags():
+    """Raise UserError where XLA_FLAGS holds what XLA would end the process for, with a hundred
+    lines: it is asked in another one, which takes a second, and only for flags not of ours."""
+    given = os.environ.get("XLA_FLAGS", "")
+    if all(flag.startswith((TIMEOUT, FUSION)) for flag in given.split()):
+        return
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    told = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True)
+    lines = told.stderr.decode(errors="replace")
+    fault = re.search(r"^[EF]\d+ .*?\] (.*flag.*)", lines, re.MULTILINE | re.IGNORECASE)
+    if told.returncode and fault:
+        raise UserError(f"XLA_FLAGS={given}: {shorten(fault[1])}; unset it, or correct it")
+
+
 def ready_xla(devices):
     """Ready XLA, before its first use, for as many virtual CPU devices on a few cores.
 
@@ -120,9 +148,9 @@ def ready_xla(devices):
     JAX would leave a quarter of a GPU's memory alone; what others need of it is less than a tenth.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    flags = ["--xla_cpu_collective_call_terminate_timeout_seconds=1200"]
+    flags = [f"{TIMEOUT}=1200"]
     if (0, 10, 2) <= jaxlib.version.__version_info__ < (0, 11):
-        flags.append("--xla_cpu_experimental_ynn_fusion_type=")
+        flags.append(f"{FUSION}=")
     given = os.environ.get("XLA_FLAGS", "").split()
     names = {flag.partition("=")[0] for flag in given}
     new = [flag for flag in flags if flag.partition("=")[0] not in names]

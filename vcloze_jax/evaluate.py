@@ -281,7 +281,7 @@ def main(argv):
     source = open_tasks("", MINI.recipe).held_out()
     if not 1 <= args.subjects <= len(source.names):
         raise UserError(f"--subjects {args.subjects}: 1 to {len(source.names)} are held out")
-    painter = load_painter(args.weights, args.lora, args.mesh)
+    painter = load_painter(cli.fetch_weights(args), args.lora, args.mesh)
     subjects = np.linspace(0, len(source.names) - 1, args.subjects).astype(int)
     args.out.mkdir(parents=True, exist_ok=True)
     table = {}

@@ -28,6 +28,7 @@ from vcloze_jax.config import UserError
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
 from vcloze_jax.inputs.cluster import count_processes, is_launched
+from vcloze_jax.inputs.signals import leave
 from vcloze_jax.inputs.terminal import tell_error
 from vcloze_jax.sharding import batch_sharding
 
@@ -137,4 +138,4 @@ def one_end():
         text = str(error) if isinstance(error, UserError) else describe_with_file(error)
         text += "; if another one is lost, start all of them again" if by_jax else ""
         tell_error(f"host {jax.process_index()} of {jax.process_count()}: {text}")
-        cli.leave(1 if by_jax else 2)
+        leave(1 if by_jax else 2)

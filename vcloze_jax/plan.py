@@ -18,6 +18,7 @@ from flax import nnx
 from vcloze_jax import flow
 from vcloze_jax.devices import make_mesh, micro_size, parse_mesh
 from vcloze_jax.grid import bucket
+from vcloze_jax.inputs.cli import fetch_weights
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.vae import VAE
 from vcloze_jax.painter import BATCH_TOKENS
@@ -55,7 +56,7 @@ def describe_sampling(args, preset, specs):
     if args.preset:
         mesh = make_mesh(parse_mesh(args.mesh) if args.mesh else None)
         return sampling(preset, specs, mesh, args.device)
-    pipeline = Pipeline.load(args.weights, args.lora, args.mesh)
+    pipeline = Pipeline.load(fetch_weights(args), args.lora, args.mesh)
     painter = pipeline.painter
     return f"{pipeline.summary()}\n{sampling(painter.preset, specs, painter.mesh, args.device)}"
 

@@ -11,11 +11,11 @@ from vcloze_jax import plan
 from vcloze_jax.data.sources import draw_of_shape, draw_validation
 from vcloze_jax.grid import Spec
 from vcloze_jax.hosts import Poll, agreed
-from vcloze_jax.inputs.cli import Stop
 from vcloze_jax.inputs.metrics import draw_curves, flatten_record, summarise_step
 from vcloze_jax.inputs.pictures import save_png
 from vcloze_jax.inputs.runfolder import Log
 from vcloze_jax.inputs.sheet import compose_columns, stack_sheets
+from vcloze_jax.inputs.signals import Stop
 from vcloze_jax.painter import Painter
 from vcloze_jax.programs import spent
 from vcloze_jax.step import merge_models

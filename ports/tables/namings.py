@@ -58,7 +58,7 @@ LAYER_DOWN = ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight", N
 DOTS = "transformer.", "diffusion_model.", ""
 BARE = "", "diffusion_model.", "transformer."
 UNET = ("lora_unet_",)
-FLAT = "lora_transformer_", "lora_unet_"
+FLAT = "lora_transformer_", "lora_unet_", "lycoris_"  # of OneTrainer, InvokeAI, SimpleTuner
 
 DIFFUSERS, BFL = mmdit.DIFFUSERS, mmdit.BFL
 TENSORS, PICKLE = ".safetensors", ".pth"

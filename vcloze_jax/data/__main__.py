@@ -15,9 +15,11 @@ from vcloze_jax.data.graph200k_tasks import describe_graph
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.pictures import check_writable, open_picture, save_png
 from vcloze_jax.inputs.sheet import GUTTER, LABEL, stack_sheets
+from vcloze_jax.inputs.spec import MAX_SEED
 
 SHOWN = (1, 3, 5)  # severities
 ACROSS = 4  # degradations beside each other
+MAX_SIDE = 1024  # of a picture on a sheet of a hundred
 
 
 def draw_degradations(picture, side, seed):
@@ -45,6 +47,10 @@ def main(argv):
     add("--side", type=cli.positive_int, default=128, help="of a picture in it, in pixels")
     add("--seed", type=int, default=0, help="of what is drawn")
     args = parser.parse_args(argv)
+    if not 0 <= args.seed <= MAX_SEED:
+        raise UserError(f"--seed {args.seed}: must be in 0 … {MAX_SEED}")
+    if args.side > MAX_SIDE:
+        raise UserError(f"--side {args.side}: at most {MAX_SIDE}")
     if not args.list and args.degrade is None:
         raise UserError("nothing to do; --list, or --degrade PHOTO")
     if args.list:

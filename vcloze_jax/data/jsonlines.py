@@ -64,11 +64,14 @@ class LineSamples(Sequence):
     def __init__(self, path: Path):
         with error_context(path), check_file(path).open("rb") as file:
             self.path, self.folder, hashed = path, path.parent, hashlib.sha256()
-            self.starts = [0]
+            self.starts, filled = [0], 0
             for line in file:
                 self.starts.append(self.starts[-1] + len(line))
-                hashed.update(line.strip() + b"\n")
-            if not self.starts[-1]:
+                if line.strip():
+                    hashed.update(line.strip() + b"\n")
+                    filled = len(self.starts)
+            del self.starts[filled:]  # lines at the end that are blank
+            if not self.starts:
                 raise UserError("no grid in it; write one JSON object a line")
             self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.digest = hashed.hexdigest()
@@ -126,7 +129,7 @@ def read_samples(path: Path) -> LineSamples | FolderSamples:
 def parse_line(line: bytes) -> dict:
     """The object of a line. Raises UserError that says what a line must be."""
     try:
-        return check_type(parse_json(line), dict)
+        return check_type(parse_json(line.rstrip()), dict)
     except UserError as error:
         raise UserError(f"{error}; each line is a JSON object, a grid or a pair") from None
 

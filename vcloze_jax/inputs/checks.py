@@ -6,6 +6,7 @@ import json
 import math
 import numbers
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,18 +31,71 @@ BINARY = {
     b"PK\x03\x04": "is a zip file; unpack it",
     b"\x89PNG": "is a picture; give the JSON file that names it",
     b"\xff\xd8\xff": "is a picture; give the JSON file that names it",
+    b"PAR1": "is a file of Parquet; write it as JSON, an object a line",
+    b"ARROW1": "is a file of Arrow; write it as JSON, an object a line",
 }
+# What is given for a picture, whatever its name, by how it begins, and what helps.
+FOREIGN = {
+    rb".{4}ftyp(hei|hev|mif|msf|avi)": "HEIC or AVIF, as telephones have them; convert it",
+    rb"\xff\x0a|.{4}JXL ": "JPEG XL; convert it",
+    rb"(\xef\xbb\xbf)?\s*<(svg|\?xml)": "SVG, which has no pixels; convert it",
+    rb"\s*<": "a web page: the download failed; fetch it again",
+    rb"version https://git-lfs": "a pointer of git-lfs, not the file; run git lfs pull",
+}
+# Where JSON cannot be read on: how Python's message begins -> what should stand there, ours.
+EXPECTED = {
+    "Expecting property name": 'a key in "…" should stand there',
+    "Expecting value": "a value should stand there",
+    "Expecting ':'": "a colon should stand there",
+    "Expecting ','": "a comma or a closing bracket should stand there",
+    "Extra data": "nothing should stand behind the end",
+    "Unterminated": 'a text begins that no " closes',
+    "Invalid control": r"a line break or a tab is within a text; write \n or \t",
+    "Invalid \\": r"a backslash that stands for nothing; write / in a path, or \\",
+    "Illegal trailing comma": "a comma before the closing bracket; remove it",
+    "Unexpected UTF-8 BOM": "a byte order mark; save it as UTF-8 without one",
+}
+# What stands there instead, by the first pattern that fits it and the character before.
+INSTEAD = (
+    (r".?$", "the end"),
+    (r".?(//|/\*|#)", "a comment, which JSON does not know; remove it"),
+    (r",[\]}]", "a closing bracket; remove the comma before it"),
+    (r"\}\{", "one more object; several are a list, [{…}, {…}]"),
+    (r".?['\u2018\u2019\u201c\u201d]", 'a quote that JSON does not know; write "'),
+    (r".?(True|False|None)\b", "a word of Python; write true, false or null"),
+)
+DASHES = re.compile(r"(^| )[\u2010-\u2015]")  # that word processors make of --
 LONGEST = 300  # characters of a foreign message, or of a name
 
 
 def describe_error(error: Exception) -> str:
     """What an exception that is not ours, but a library's or the file system's, says on one line:
     with what helps, where that is known, and without the file, which the caller names."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON{describe_syntax(error)}"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     for number, remedy in REMEDIES.items():  # a library often has it in the midst of its own
         if (reason := os.strerror(number)) in text:
             return f"{reason} ({remedy})"
     return shorten(" ".join(text.split()))
+
+
+def describe_syntax(error: json.JSONDecodeError) -> str:
+    """Where a text is not JSON, and what is wrong there, as the tail of a message. The line is left
+    away where the text has only one: it may be one of a file that has more."""
+    line = f"line {error.lineno}, " if "\n" in error.doc[: error.pos] + error.doc.rstrip() else ""
+    what = next((words for start, words in EXPECTED.items() if error.msg.startswith(start)), "")
+    if "should" in what:
+        before, rest = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
+        found = (words for sign, words in INSTEAD if re.match(sign, before[-1:] + rest))
+        what += f", not {next(found, ascii(rest[:1]))}"
+    return f" at {line}column {error.colno}: {what}"
+
+
+def describe_foreign(start: bytes) -> str:
+    """What a file that begins so is, and what helps, given for a picture; "" of others."""
+    known = (words for sign, words in FOREIGN.items() if re.match(sign, start, re.DOTALL))
+    return next(known, "")
 
 
 def shorten(text: str) -> str:
@@ -53,24 +107,35 @@ def explain_missing(path: str | Path) -> str:
     """Why a file that is not there looks as if it were, and what helps; "" where nothing tells."""
     path = Path(path)
     folder, name = path.parent, path.name
+    if os.path.islink(path) and os.path.lexists(os.path.realpath(path)):
+        return "links lead round in a circle; remove one"
     if os.path.islink(path):
         return f"it is a link to {os.readlink(path)}, which is gone; fetch it again"
+    if DASHES.match(name):
+        return "its dash was typed as another sign; write -- anew, if it is a flag"
     if "~" in path.parts:
         return "~ stands for no home here; write the path in full"
+    if re.search(r"\$\w|\$\{|%\w+%", str(path)):
+        return "variables are not filled in here; write the path in full"
+    if name in ("null", "None"):
+        return "what is to be painted is null, without quotes"
     if "\\" in name:
         return "write / instead of \\"
     with suppress(OSError, ValueError):
         alike = [near for near in os.listdir(folder) if fold_name(near) == fold_name(name)]
-        if alike and alike[0].casefold() == name.casefold():
-            return f"there is {alike[0]!r}; write the name as it is there"
-        if alike:
+        form = unicodedata.normalize("NFC", name)
+        if alike and form in (unicodedata.normalize("NFC", near) for near in alike):
             return "there is one whose accents are encoded in another way (NFC, NFD); rename it"
+        alike = alike or [near for near in os.listdir(folder) if Path(near).stem == name]
+        if alike:
+            return f"there is {alike[0]!r}; write the name as it is there"
     return ""
 
 
 def fold_name(name: str) -> str:
-    """A file's name as macOS and Windows compare it: whatever its case and Unicode form."""
-    return unicodedata.normalize("NFC", name).casefold()
+    """A file's name as macOS and Windows compare it: whatever its case and Unicode form; without
+    quotes and blanks around it, which a shell or a form may have left."""
+    return unicodedata.normalize("NFC", name.strip(" \t\r\n'\"")).casefold()
 
 
 def describe_with_file(error: Exception, file="") -> str:
@@ -96,17 +161,18 @@ def parse_json(content: bytes):
 
     Raises UserError that names what is wrong; `error_context` names the file.
     """
+    if kind := next((kind for start, kind in BINARY.items() if content.startswith(start)), None):
+        raise UserError(kind)
     try:
         text = content.decode()
         if text.startswith("\ufeff"):
             raise UserError("begins with a byte order mark; save it as UTF-8 without one")
         return json.loads(text, object_pairs_hook=_unite_pairs, parse_int=_parse_int)
     except UnicodeDecodeError:
-        kind = next((kind for start, kind in BINARY.items() if content.startswith(start)), None)
-        raise UserError(kind or "is not UTF-8; save it as UTF-8") from None
-    except ValueError as error:
+        raise UserError("is not UTF-8; save it as UTF-8") from None
+    except json.JSONDecodeError as error:
         empty = not text.strip()
-        raise UserError("is empty" if empty else f"is not JSON: {error}") from None
+        raise UserError("is empty" if empty else f"is {describe_error(error)}") from None
     except RecursionError:
         raise UserError("is nested too deeply") from None
 
@@ -122,7 +188,7 @@ def _unite_pairs(pairs: list[tuple]) -> dict:
 
 def _parse_int(digits: str) -> int | float:
     # Python refuses thousands of digits without saying which key; the check of the key refuses inf.
-    return int(digits) if len(digits) < 20 else math.inf
+    return int(digits) if len(digits) < 300 else math.inf  # below it is a float, too
 
 
 def read_key(table: dict, key: str, default, check, *limits):

@@ -4,9 +4,7 @@ import argparse
 import math
 import os
 import re
-import signal
 import sys
-import threading
 import traceback
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -16,10 +14,12 @@ from pathlib import Path
 
 from vcloze_jax.config import DATA, PRESETS, Recipe, UserError, flag
 from vcloze_jax.inputs.cachefolder import cache_folder
-from vcloze_jax.inputs.checks import describe_with_file
+from vcloze_jax.inputs.checks import DASHES, describe_with_file
+from vcloze_jax.inputs.signals import leave, watch_signals
 from vcloze_jax.inputs.terminal import guard_streams, tell_error
 from vcloze_jax.storage.places import (
     MINI_FOLDER,
+    download_weights,
     file_and_scale,
     find_weights,
     named_preset,
@@ -27,29 +27,44 @@ from vcloze_jax.storage.places import (
 
 DOWNLOAD = "fetch --weights OWNER/NAME from Hugging Face, where it is not in its cache"
 PATHS = "weights", "lora", "data"  # of the recipe
-SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 AT_END = []  # functions to call before the process ends by itself
 
 
-class Parser(argparse.ArgumentParser):
-    """Shows the module's docstring as help and turns a wrong flag into a UserError."""
+class Once(argparse.Action):
+    """Keeps the value of a flag: what is given again would silently take the first one's place."""
 
-    def __init__(self, description):
+    def __call__(self, parser, namespace, values, option_string=None):
+        if self in parser.given:
+            raise UserError(f"{option_string}: given twice; keep one")
+        parser.given.add(self)
+        setattr(namespace, self.dest, values)
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows the module's docstring as help and turns a wrong flag into a UserError; a flag of one
+    value is given once."""
+
+    def __init__(self, description, prog=None):
         form = argparse.RawDescriptionHelpFormatter
         epilog = (
             f"Compiled programs, texts and derived pictures are kept in {cache_folder()}\n"
             "(XDG_CACHE_HOME moves it); all of it may be deleted at any time."
         )
-        super().__init__(None, None, description, epilog, formatter_class=form, allow_abbrev=False)
+        super().__init__(prog, None, description, epilog, formatter_class=form, allow_abbrev=False)
+        self.register("action", None, Once)  # what an argument without an action does
+        self.given = set()
 
     def error(self, message):
+        if DASHES.search(message):
+            message += "; a dash was typed as another sign, write -- anew"
         raise UserError(f"{message}; --help lists the flags")
 
     def parse_args(self, argv):
-        """The flags, --weights as a folder on this machine."""
+        """The flags, --weights as a folder on this machine, or with --download as it was given
+        where it is not here yet: `fetch_weights` comes after all that can be checked without."""
         args = super().parse_args(argv)
         if getattr(args, "weights", None):
-            args.weights = find_weights(args.weights, args.download)
+            args.asked, args.weights = args.weights, find_weights(args.weights, args.download)
         return args
 
 
@@ -114,6 +129,18 @@ def read_preset(args):
     return PRESETS[args.preset]
 
 
+def fetch_weights(args):
+    """The folder of --weights, or None where none are named; with --download all of its files are
+    fetched now. Raises UserError, also where what is fetched is of another preset than the one that
+    was taken for it before."""
+    if not args.weights or not args.download:
+        return args.weights
+    folder = download_weights(args.asked)
+    if named_preset(folder) != named_preset(args.weights):
+        raise UserError(f"{folder}: is here now; give the same command again, without --download")
+    return folder
+
+
 def add_model_flags(parser):
     """The flags that say what to paint with, and where."""
     add = parser.add_argument
@@ -160,7 +187,8 @@ def read_recipe(args):
     if "weights" not in given and preset.name != "mini" and not args.plan:
         raise UserError(f"--preset {preset.name}: its weights are yours; add --weights DIR")
     for name in {"weights", "lora"} & given.keys():
-        given[name] = str(Path(given[name]).resolve())
+        path = Path(given[name])
+        given[name] = str(path.resolve() if path.exists() else path)
     if "guidance_range" in given:
         given["guidance_range"] = tuple(given["guidance_range"])
     if given.get("from_scratch"):
@@ -251,64 +279,19 @@ def exit_code(main):
     except FloatingPointError as error:
         tell_error(error)
         return 1
-    except Exception:
+    except Exception as error:
+        if said := describe_variable(error):
+            tell_error(said)
+            return 2
         traceback.print_exc()
         return 1
 
 
-def leave(code):
-    """End the process now."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, RuntimeError):  # it may be at work in this very thread
-            stream.flush()
-    os._exit(code)
-
-
-class Stop:
-    """While it is entered, a signal only asks for a halt: `code` is then the exit code. At any
-    other time, and the second time, it ends the process."""
-
-    entered = None
-
-    def __init__(self):
-        self.code = None
-
-    def __enter__(self):
-        Stop.entered = self
-        return self
-
-    def __exit__(self, *_):
-        Stop.entered = None
-
-    def note(self, number):
-        """Note a signal, and say what will happen; False if that was asked before."""
-        if self.code is not None and number == signal.SIGINT:
-            return False
-        self.code = 128 + number
-        print("\nstopping: the running micro-batch is the last; saving", file=sys.stderr)
-        return True
-
-
-def watch_signals():
-    """SIGTERM, SIGHUP, Ctrl-C end the process with 128 + number, or ask the Stop that is entered.
-
-    A thread waits for them, since a handler waits for what runs: minutes, when XLA compiles.
-    """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-
-    def handle(number, _):
-        if Stop.entered is None:
-            leave(128 + number)
-
-    def watch():
-        while True:
-            number = os.read(reader, 1)[0]
-            stop = Stop.entered  # read once: it is the other thread's to change
-            if not (stop and stop.note(number)):
-                leave(128 + number)
-
-    for number in SIGNALS:
-        signal.signal(number, handle)
-    threading.Thread(target=watch, daemon=True).start()
+def describe_variable(error):
+    """Which variable of the environment JAX cannot read, where an error is that; "" of others."""
+    refused = r"""Invalid value "(?P<value>.*)" for JAX flag (?P<name>\w+)"""
+    refused += r"""|invalid truth value '(?P<truth>.*)' for environment '(?P<switch>\w+)'"""
+    if not isinstance(error, ValueError) or not (found := re.match(refused, str(error))):
+        return ""
+    name, value = found["name"] or found["switch"], found["value"] or found["truth"] or ""
+    return f"{name.upper()}={value}: a variable of the environment that JAX cannot read; unset it"

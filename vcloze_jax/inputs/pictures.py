@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
 from vcloze_jax.config import UserError
-from vcloze_jax.inputs.checks import describe_error, explain_missing, shorten
+from vcloze_jax.inputs.checks import describe_error, describe_foreign, explain_missing, shorten
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 MAX_PIXELS = 2**26  # 8192 x 8192, 256 MiB as Pillow holds it
@@ -70,7 +70,7 @@ def open_picture(path: str | Path, ground: str = "white") -> Image.Image:
     Raises PictureError naming the file.
     """
     path = check_file(path)
-    with _decoding(repr(shorten(str(path)))):
+    with _decoding(repr(shorten(str(path))), path):
         try:
             return _decode(path, ground)
         except Image.DecompressionBombError:
@@ -103,7 +103,7 @@ def measure_picture(path: str | Path, ground: str = "white") -> PictureSize:
 
 def decode_picture(content: bytes, name: str, ground: str = "white") -> Image.Image:
     """The picture that a file of that `content` would hold. Raises PictureError about `name`."""
-    with _decoding(name):
+    with _decoding(name, io.BytesIO(content)):
         return _decode(io.BytesIO(content), ground)
 
 
@@ -227,17 +227,28 @@ def _draft(path: Path) -> Path:
 
 
 @contextmanager
-def _decoding(name: str) -> Iterator[None]:
-    """Turn what decoding a picture may raise into a PictureError about `name`."""
+def _decoding(name: str, file: Path | io.BytesIO | None = None) -> Iterator[None]:
+    """Turn what decoding a picture, of a file if there is one, may raise into a PictureError about
+    `name`."""
     try:
         yield
+    except UserError as error:
+        raise PictureError(f"{name} {error}") from None
     except Image.DecompressionBombError:
         raise PictureError(f"{name} has more than {MAX_PIXELS} pixels; shrink it") from None
     except Image.UnidentifiedImageError:
-        raise PictureError(f"{name} is none of {', '.join(FORMATS)}; convert it") from None
+        raise PictureError(f"{name} is {_describe_unread(file)}") from None
     except Exception as error:  # a decoder may raise anything on a hostile file
-        remedy = "save it anew, in 8 bits"
+        remedy = "fetch it again, or save it anew, in 8 bits"
         raise PictureError(f"{name} cannot be read: {describe_error(error)}; {remedy}") from None
+
+
+def _describe_unread(file: Path | io.BytesIO) -> str:
+    """What a file is by its first bytes, where it is no picture that is read, and what helps."""
+    with file.open("rb") if isinstance(file, Path) else file as stream:
+        stream.seek(0)
+        words = describe_foreign(stream.read(32))
+    return f"none of {', '.join(FORMATS)}{f' but {words}' if words else '; convert it'}"
 
 
 def _decode(file: Path | io.BytesIO, ground: str) -> Image.Image:
@@ -280,6 +291,8 @@ def _to_rgb(picture: Image.Image, ground: str) -> Image.Image:
         return _from_deep_grey(picture, ground).convert("RGB")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
+        if ground == "white" and not picture.getchannel("A").getbbox():
+            raise UserError("is clear everywhere: nothing of it is seen; save it without alpha")
         sheet = Image.new("RGB", picture.size, ground)
         sheet.paste(picture, mask=picture.getchannel("A"))
         return sheet
@@ -291,7 +304,9 @@ def _from_deep_grey(picture: Image.Image, ground: str) -> Image.Image:
     wide = picture.mode == "F" or (picture.mode, picture.format) == ("I", "TIFF")
     if wide or grey.min() < 0 or grey.max() > 65535:
         raise ValueError("more than 16 bits per pixel")  # where is its white?
-    levels = np.rint(grey / np.float32(257)).astype(np.uint8)
     clear = grey == picture.info.get("transparency", -1)  # the grey that a PNG calls clear
+    if 0 < (most := grey.max(where=~clear, initial=0)) < 256:  # 8 bits, saved as 16: black
+        raise UserError(f"has 16 bits, and its brightest level is {most}; save it in 8 bits")
+    levels = np.rint(grey / np.float32(257)).astype(np.uint8)
     levels[clear] = ImageColor.getcolor(ground, "L")
     return Image.fromarray(levels)

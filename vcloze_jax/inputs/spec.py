@@ -5,6 +5,7 @@ A spec uses the argument names of diffusers' VisualCloze pipeline. Every message
 """
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,7 @@ def read_spec(table: dict, preset: Preset, name: str = "grid", source: Path = Pa
         read_key(table, key, default, *NUMBERS[key])
         for key, default in zip(NUMBERS, defaults, strict=True)
     )
-    given = {key: read_key(table, key, None, check_text) for key in (*PROMPTS, "task")}
+    given = {key: read_key(table, key, None, check_prompt) for key in (*PROMPTS, "task")}
 
     folder = source.parent
     with quiet_decoders():
@@ -134,6 +135,13 @@ def read_spec(table: dict, preset: Preset, name: str = "grid", source: Path = Pa
         source=source,
         resolved=resolved,
     )
+
+
+def check_prompt(value) -> str:
+    """A text; UserError where it holds what other programs take for an adapter, not for words."""
+    if found := re.search(r"<(lora|lyco|hypernet):[^>]*>", check_text(value)):
+        raise UserError(f"{found[0]} would be read as words; give adapters as --lora FILE:SCALE")
+    return value
 
 
 def _read_upsampling(

@@ -29,22 +29,28 @@ def open_for(config: FluxConfig, file: Path) -> Adapter:
 
 def check(file: Path, config: FluxConfig):
     """Everything that can be wrong with an adapter for this model without reading a tensor. Says so
-    where it was made for another base."""
+    where it was made for another base, or may have been meant weaker or stronger."""
     if not file.exists():
         raise UserError(f"{file}: there is no such adapter{places.suggest_adapter(file)}")
     with translate_errors(file):
-        if open_for(config, file).narrow:
-            others = f"with zeros for the other {config.in_channels - mmdit.LATENT}"
-            print(f"lora: {file}: made for FLUX.1-dev, of {mmdit.LATENT} input channels; {others}")
+        adapter = open_for(config, file)
+    if adapter.narrow:
+        others = f"with zeros for the other {config.in_channels - mmdit.LATENT}"
+        print(f"lora: {file}: made for FLUX.1-dev, of {mmdit.LATENT} input channels; {others}")
+    if adapter.doubt:
+        print(f"lora: {file}: {adapter.doubt}")
 
 
 def load(file: Path, config: FluxConfig) -> dict:
     """An adapter of any naming as a tree of ours, float32 on the host, of scale 1: to `fold`, or
-    where `fit` agrees, to go on training. It holds only the layers that the file changes."""
+    where `fit` agrees, to go on training. It holds only the layers that the file changes; one that
+    changes nothing is said to."""
     _, ours, _ = abstract(Flux, replace(config, rank=1))
     ours = shapes(ours)
     with translate_errors(file):
         arrays = dict(read_arrays(open_for(config, file)))
+    if not any(x.any() for path, x in arrays.items() if not path.endswith("/lora_a")):
+        print(f"lora: {file}: every B, or its alpha, is 0, so that it changes nothing")
     return unflatten_dict({path: give_axes(path, x, ours) for path, x in arrays.items()}, sep="/")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vcloze_jax.config import FLUX_FILL, PRESETS, UserError
 from vcloze_jax.inputs.checks import describe_error, explain_missing
+from vcloze_jax.inputs.pictures import URL
 
 MINI_FOLDER = (
     Path(__file__).parents[1] / "mini"
@@ -21,8 +22,8 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 def find_weights(weights, download=False) -> Path:
     """The folder on this machine that --weights names: a folder, one of Hugging Face's cache
-    ("models--OWNER--NAME"), or the id OWNER/NAME of a repository in that cache, which `download`
-    fetches first. Raises UserError."""
+    ("models--OWNER--NAME"), or the id OWNER/NAME of a repository in that cache; where that is not
+    there yet and `download_weights` will fetch it, the id. Raises UserError."""
     path = Path(weights)
     if (path / "snapshots").is_dir():
         return find_snapshot(path)
@@ -34,22 +35,34 @@ def find_weights(weights, download=False) -> Path:
     if not HUB_ID.fullmatch(name := str(weights).rstrip("/")):
         # "./a/b" is no id, also where it is asked for once more.
         return path.absolute() if HUB_ID.fullmatch(str(path)) else path
-    from huggingface_hub import constants, snapshot_download  # slow to import
+    from huggingface_hub import constants  # slow to import
 
-    licence = f"accept its licence at https://huggingface.co/{name} (FLUX.1's is non-commercial)"
-    if download:
-        try:
-            return Path(snapshot_download(name))
-        except Exception as error:  # of the network, of the hub, of the disk
-            reason = f"{name}: not downloaded ({describe_error(error)})"
-            raise UserError(f"{reason}; {licence}, and log in: hf auth login") from error
     path = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
-    if not (path / "snapshots").is_dir():
-        raise UserError(
-            f"{name}: there is no such folder, nor is it in Hugging Face's cache; {licence}, then: "
-            f"hf download {name}"
-        )
-    return find_snapshot(path)
+    if (path / "snapshots").is_dir():
+        return find_snapshot(path)
+    if download:
+        return Path(name)
+    reason = f"{name}: there is no such folder, nor is it in Hugging Face's cache"
+    raise UserError(f"{reason}; {licence_of(name)}, then: hf download {name}")
+
+
+def licence_of(name):
+    """Where the licence of a repository of Hugging Face is accepted."""
+    return f"accept its licence at https://huggingface.co/{name} (FLUX.1's is non-commercial)"
+
+
+def download_weights(weights) -> Path:
+    """`find_weights` after all files of an id OWNER/NAME were fetched that the cache lacks."""
+    path, name = Path(weights), str(weights).rstrip("/")
+    if path.exists() or not HUB_ID.fullmatch(name):
+        return find_weights(weights)
+    from huggingface_hub import snapshot_download  # slow to import
+
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:  # of the network, of the hub, of the disk
+        reason = f"{name}: not downloaded ({describe_error(error)})"
+        raise UserError(f"{reason}; {licence_of(name)}, and log in: hf auth login") from error
 
 
 def find_snapshot(path):
@@ -70,6 +83,9 @@ def named_model(weights, lora):
         return MINI_FOLDER, [(MINI_LORA, 1.0)]
     lora = [lora] if isinstance(lora, str | Path) else lora or []
     pairs = [file_and_scale(str(x)) if isinstance(x, str | Path) else x for x in lora]
+    files = [Path(file).resolve() for file, _ in pairs]
+    if twice := next((file for file in files if files.count(file) > 1), None):
+        raise UserError(f"--lora {twice}: given twice; give it once, with the sum of the scales")
     return find_weights(weights or MINI_FOLDER), pairs
 
 
@@ -104,9 +120,12 @@ def suggest_adapter(file):
     if HUB_ID.fullmatch(name := str(file)):
         fetch = f"hf download {name} --local-dir {Path(name).name}"
         return f"; of Hugging Face it is fetched first: {fetch}"
-    stem, colon, _ = name.rpartition(":")
+    if URL.search(name):
+        return "; it is an address: fetch the file first"
+    stem, colon, tail = name.rpartition(":")
     if colon and Path(stem).exists():
-        return "; training takes no :SCALE"
+        number = re.fullmatch(r"[-+.\deE]+", tail)
+        return "; training takes no :SCALE" if number else "; SCALE is a number, as in :0.5"
     return f"; {explain_missing(file) or 'check the path'}"
 
 

@@ -4,14 +4,14 @@ What those cannot say, the defaults of sampling and training, is of the preset t
 names; without that file, of FLUX.1-Fill.
 """
 
-import json
+import codecs
 import math
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from vcloze_jax.config import PRESETS, CLIPConfig, FluxConfig, Preset, UserError, VAEConfig
-from vcloze_jax.inputs.checks import describe_error, describe_with_file
+from vcloze_jax.inputs.checks import check_type, describe_with_file, error_context, parse_json
 from vcloze_jax.ports.diagnose import PortError, refuse_entries
 from vcloze_jax.ports.locate import SIZES, describe_file, locate
 from vcloze_jax.ports.tables.folder import PARTS, SCHEDULER_FIXED, SHIFT, STATIC
@@ -143,12 +143,10 @@ def read_fields(file, names, default):
 def read_json(file):
     """A JSON object, or UserError."""
     try:
-        entries = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({describe_error(error)})") from error
-    if not isinstance(entries, dict):
-        raise UserError(f"{file}: holds no JSON object")
-    return entries
+        with error_context(file):
+            return check_type(parse_json(file.read_bytes().removeprefix(codecs.BOM_UTF8)), dict)
+    except OSError as error:
+        raise UserError(describe_with_file(error, file)) from error
 
 
 def typed(file, name, value, example):

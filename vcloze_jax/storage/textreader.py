@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from vcloze_jax import conditioning
 from vcloze_jax.config import CLIPConfig, T5Config, UserError
-from vcloze_jax.inputs.checks import describe_error
+from vcloze_jax.inputs.checks import describe_error, error_context, parse_json
 from vcloze_jax.ports import engine
 from vcloze_jax.programs import timed
 from vcloze_jax.sharding import on_host
@@ -178,12 +178,16 @@ def load_tokenizer(cls, folder, vocab):
     try:
         tokenizer = cls.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # tokenizers raises bare Exception on a broken file
+        for file in sorted(folder.glob("*.json")):
+            with error_context(file):
+                parse_json(file.read_bytes())
         reason = f"{' and '.join(names)}: {describe_error(error)}"
         raise UserError(f"{folder}: not a tokenizer ({reason}); fetch it again") from error
     for side in ("padding_side", "truncation_side"):
         if (said := getattr(tokenizer, side)) != "right":
             file = folder / "tokenizer_config.json"
-            raise UserError(f"{file}: {side} is {said!r}, only 'right' can be read")
+            remedy = "say 'right', as FLUX's own tokenizers do"
+            raise UserError(f"{file}: {side} is {said!r}, only 'right' can be read; {remedy}")
     if len(tokenizer) > vocab:
         raise UserError(
             f"{folder}: {len(tokenizer)} tokens, but the text encoder knows {vocab}; "
