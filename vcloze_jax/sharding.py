@@ -57,9 +57,7 @@ TABLE = (
     (r"", P()),
 )
 SMALL = 2**28  # numbers, half a gigabyte of bfloat16; most kernels of FLUX's blocks are larger
-
-# A tree of arrays -> the same in NumPy's, each whole, on every host.
-on_host = partial(multihost_utils.process_allgather, tiled=True)
+on_host = partial(multihost_utils.process_allgather, tiled=True)  # arrays -> NumPy's, each whole
 
 
 def spec_of(path):
