@@ -14,6 +14,7 @@ import sample
 import train
 from vcloze_jax import plan
 from vcloze_jax.config import FLUX_FILL, MINI
+from vcloze_jax.data.sources import Shape
 from vcloze_jax.devices import make_mesh, parse_mesh
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.vae import VAE
@@ -154,7 +155,7 @@ def test_full_size():
     assert "fox: 5184 image + 512 text tokens, bucket 5760, 30 steps of 109 TFLOP" in text
     assert "fox_target0: 4096 image + 512 text tokens, bucket 4608, 12 steps of 84.7 TFLOP" in text
     assert "(flux 5.96 GB, vae 335 MB, activations " in text
-    data = SimpleNamespace(shape=lambda rng: 3, example=lambda *_: SimpleNamespace(grid=grid))
+    data = SimpleNamespace(shapes=lambda: [Shape(3, 3, 384, 384)])
     preset = replace(FLUX_FILL, recipe=replace(FLUX_FILL.recipe, micro_batch=8))
     text = plan.training(preset, data, mesh)
     assert "largest grid: rows of 1152x384, 1152x384, 1152x384; 5184 image" in text

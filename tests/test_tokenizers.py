@@ -9,7 +9,7 @@ from transformers import T5Tokenizer
 from vcloze_jax import prompts
 from vcloze_jax.config import MINI
 from vcloze_jax.data.graph import HELD_OUT_COMPOSITIONS, HELD_OUT_TASKS, NODE_PHRASES, TRAIN
-from vcloze_jax.data.graphemoji import GraphEmojiGrids, open_fill, read_nodes
+from vcloze_jax.data.graphemoji import open_fill, open_tasks, read_nodes
 from vcloze_jax.data.sources import draw_group
 from vcloze_jax.storage.textreader import load_tokenizer
 
@@ -36,7 +36,8 @@ def count(tokenizer, text):
 
 def test_sentences_of_training_are_short(tokenizer):
     """No prompt that training draws has more tokens than are read."""
-    for source in (GraphEmojiGrids("train"), GraphEmojiGrids("held_out"), open_fill("", 64, 0.1)):
+    tasks = open_tasks("", MINI.recipe)
+    for source in (tasks, tasks.held_out(), open_fill("", MINI.recipe)):
         for number in range(50):
             for example in draw_group(source, 0, number, 8):
                 assert count(tokenizer, example.prompt) <= train_tokenizers.T5_LENGTH, (
