@@ -1,10 +1,7 @@
 """Laws of the checkpoints: nothing lost, nothing altered, nothing half, nothing silent."""
 
-import os
-
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-
 import gc
+import os
 import random
 import resource
 import subprocess

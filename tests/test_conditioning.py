@@ -1,27 +1,26 @@
 """Laws of conditioning.py: what the model may see of a grid, in sampling and in training."""
 
-from functools import partial
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import FLUX, quick, stored, vae
+from tiny import FLUX, stored, vae
 
 from vcloze_jax import conditioning
 from vcloze_jax.conditioning import Context, position_table, to_model, to_pixels
 from vcloze_jax.grid import Grid, Row
 from vcloze_jax.model.ops import pack, rope_table
 
-encode_condition = jax.jit(conditioning.encode_condition, compiler_options=quick())
+encode_condition = jax.jit(conditioning.encode_condition)
 
 
 def encode_training(vae, rows, fill, keys):
     return conditioning.draw_training(conditioning.encode_rows(vae, rows, fill), keys)
 
 
-train = jax.jit(encode_training, compiler_options=quick())
+train = jax.jit(encode_training)
 KEY = jax.random.key(0)[None]  # of a batch of one
 
 
@@ -144,7 +143,7 @@ def test_masked_pixels_take_the_fill():
     posterior's mean in place of a draw, training at -1 is the sampler's condition."""
     query = grid().query
 
-    @partial(jax.jit, compiler_options=quick())
+    @jax.jit
     def condition(vae, fill):
         mean = SimpleNamespace(
             config=vae.config,
@@ -166,7 +165,7 @@ def test_latent_and_condition_are_two_draws():
     query = grid().query.pixels[None]
     rows = ((query, None), (query, None))
     latents, condition, _ = train(vae(), rows, -1.0, KEY)
-    moments = jax.jit(lambda vae, x: vae.moments(x), compiler_options=quick())
+    moments = jax.jit(lambda vae, x: vae.moments(x))
     mean, std = moments(vae(), to_model(query))
     scaled = vae().config
     draws = [latents[:, :4], condition[:, :4, :64], latents[:, 4:], condition[:, 4:, :64]]

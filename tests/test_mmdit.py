@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
-from tiny import FLUX, cast, flux, part, quick, relative, stored
+from tiny import FLUX, cast, flux, part, relative, stored
 
 from vcloze_jax.conditioning import Context
 from vcloze_jax.config import FLUX_FILL
@@ -20,7 +20,6 @@ from vcloze_jax.painter import modulate_steps
 from vcloze_jax.storage import weights
 
 TEXT = 3  # tokens
-jit = partial(jax.jit, compiler_options=quick())
 # How the model differs, and times and guidances where they are not those of the fixture.
 CASES = {
     "fill": ({}, {}),
@@ -48,7 +47,7 @@ def velocity(model, img, txt, pooled, t, guidance, pe, lengths=None):
     return model(img, txt, model.modulation(t, guidance, pooled), pe, lengths)
 
 
-compiled = jit(velocity)
+compiled = jax.jit(velocity)
 
 
 def run(model, lengths=None, **inputs):
@@ -118,7 +117,7 @@ def test_scan_equals_a_loop():
     """Scanned blocks compute what a Python loop over the slices of their weights does."""
     args = inputs()
 
-    @jit
+    @jax.jit
     def loop(model, img, txt, pooled, t, guidance, pe):
         mod = model.modulation(t, guidance, pooled)
         img, txt = model.img_in(img), model.txt_in(txt)
@@ -141,7 +140,7 @@ def influence(remat="none"):
     args = inputs()
     pe = table(args.pop("ids"))
 
-    @jit
+    @jax.jit
     @partial(jax.grad, argnums=(0, 1))
     def gradient(model, args):
         return jnp.square(velocity(model, pe=pe, **args)[0, 5]).sum()
@@ -164,9 +163,9 @@ def test_modulations_of_all_steps_at_once():
     rest = args["guidance"], args["pooled"]
     times = np.float32([[1.0, 0.8, 0.3, 0.0], [1.0, 0.9, 0.5, 0.0]])
     context = Context(None, None, rest[1], rest[0], None)
-    all_steps = jit(modulate_steps)(model, times, context)
+    all_steps = jax.jit(modulate_steps)(model, times, context)
     assert all_steps.single.shape == (3, FLUX.single_blocks, 2, 3 * FLUX.width)
-    modulation = jit(lambda model, *args: model.modulation(*args))
+    modulation = jax.jit(lambda model, *args: model.modulation(*args))
     for i in range(3):
         for some, alone in zip(all_steps, modulation(model, times[:, i], *rest), strict=True):
             close(some[i], alone)

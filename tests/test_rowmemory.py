@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from tiny import quick, vae
+from tiny import vae
 
 from vcloze_jax import conditioning, rowmemory
 from vcloze_jax.rowmemory import RowMemory
 
-encode_rows = jax.jit(conditioning.encode_rows, compiler_options=quick())
+encode_rows = jax.jit(conditioning.encode_rows)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from tiny import filled, quick
+from tiny import as_users, filled
 
 from vcloze_jax import flow, sharding
 from vcloze_jax.config import (
@@ -181,7 +181,7 @@ def test_a_sum_over_tokens_is_right():
     def gated(gate, w, h, W, A, B):
         return jnp.sum(w * gate[:, None] * (h @ W + (h @ A) @ B))
 
-    grad = jax.jit(jax.grad(gated))(np.ones((1, 128), np.float32), **x)
+    grad = jax.jit(jax.grad(gated), compiler_options=as_users())(np.ones((1, 128), np.float32), **x)
     w, h, W, A, B = (np.float64(x[name]) for name in shapes)
     exact = (w * (h @ W + (h @ A) @ B)).sum(1)
     np.testing.assert_allclose(grad, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
@@ -388,8 +388,8 @@ def step(text):
 
 
 def compiled(f, *args):
-    """The program of this call, quickly compiled."""
-    return f.lower(*args).compile(quick())
+    """The program of this call."""
+    return f.lower(*args).compile()
 
 
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
@@ -531,10 +531,10 @@ def test_regions_of_the_loss(monkeypatch):
     monkeypatch.setattr(flow, "masked_loss", lambda out, target, weight: weight)
     graphdefs, adapter, base = tiny()
     statics = dict(graphdefs=graphdefs, dtype=jnp.float32)
-    encode_one = jax.jit(partial(encode_batch, preset=PRESET, **statics), compiler_options=quick())
+    encode_one = jax.jit(partial(encode_batch, preset=PRESET, **statics))
     noisy = encode_one(base, Batch(*host_batch()), jax.random.key(0))
     loss = partial(loss_fn, region="target", **statics)
-    _, weight = jax.jit(loss, compiler_options=quick())(adapter, base, noisy)
+    _, weight = jax.jit(loss)(adapter, base, noisy)
     np.testing.assert_array_equal(weight["grid"], np.ones((8, 4)))
     expected = np.zeros((8, 4))
     expected[:, 3] = 1 - np.arange(8) / 16

@@ -1,23 +1,20 @@
 """The autoencoder: parity with diffusers (stored), and why a row is encoded in one piece."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import VAE_CONFIG, cast, quick, relative, stored, vae
+from tiny import VAE_CONFIG, cast, relative, stored, vae
 
 from vcloze_jax.config import FLUX_FILL, MINI
 from vcloze_jax.model import vae as room
 from vcloze_jax.model.vae import VAE, GroupNorm
 from vcloze_jax.storage import weights
 
-jit = partial(jax.jit, compiler_options=quick())
-moments = jit(lambda vae, x: vae.moments(x))
-encode = jit(lambda vae, x: vae.encode(x))
-decode = jit(lambda vae, z: vae.decode(z))
+moments = jax.jit(lambda vae, x: vae.moments(x))
+encode = jax.jit(lambda vae, x: vae.encode(x))
+decode = jax.jit(lambda vae, z: vae.decode(z))
 
 
 def rows():
@@ -43,11 +40,11 @@ def test_moments_and_pictures_are_those_of_diffusers():
 def test_attention_in_parts(monkeypatch):
     """The queries of a large picture are taken in parts, the last one smaller: the same sums, to
     float32 rounding."""
-    attention = jit(lambda attention, x: attention(x))
+    attention = jax.jit(lambda attention, x: attention(x))
     block, x = vae().decoder.mid.attn, np.random.default_rng(0).standard_normal((2, 4, 6, 8))
     whole = attention(block, x.astype(np.float32))
     monkeypatch.setattr(room, "QUERIES", 10)  # of 24
-    parts = jit(lambda attention, x: attention(x))(block, x.astype(np.float32))
+    parts = jax.jit(lambda attention, x: attention(x))(block, x.astype(np.float32))
     np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-6)
 
 

@@ -5,6 +5,7 @@ weights, mini's kind but smaller, for the tests of the commands.
 """
 
 import math
+import os
 import re
 import shutil
 import tempfile
@@ -73,16 +74,10 @@ def load(cls, config, name, tensors):
         return weights.load(cls, config, Path(folder))
 
 
-@cache
-def quick():
-    """Options with which XLA's CPU backend compiles gradients five times faster, for code that
-    runs once; none where the installed one does not know them."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda x: x, compiler_options=options)(0)
-    except jax.errors.JaxRuntimeError:
-        return {}
-    return options
+def as_users():
+    """Options that undo conftest's: with them a program is compiled as users' programs are."""
+    undo = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+    return {flag: value for flag, value in undo.items() if flag in os.environ["XLA_FLAGS"]}
 
 
 def cast(tree, dtype):
