@@ -3,11 +3,13 @@
 One run serves most of them: tiny random models, 6 steps on 8 virtual devices, saved every 2.
 """
 
+import io
 import json
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -25,6 +27,7 @@ import sample
 import train
 from vcloze_jax import plan
 from vcloze_jax.config import PRESETS, UserError
+from vcloze_jax.inputs.cli import SIGNALS
 from vcloze_jax.ports import __main__ as ports
 from vcloze_jax.step import init_state, learning_rate, make_optimizer, make_step
 from vcloze_jax.storage import adapters, checkpoint, weights
@@ -41,6 +44,21 @@ def unbroken(home):
     """The folder of the run that nothing happened to."""
     assert train.main(flags(home, home / "unbroken")) == 0
     return home / "unbroken"
+
+
+@pytest.fixture(scope="module")
+def averaged(home):
+    """The folder of a run with an average, of two steps and then two more; of either time it keeps
+    the adapter and what was said."""
+    out = home / "averaged"
+    for steps in (2, 4):
+        jax.clear_caches()  # of the programs of other tests, so that the run needs its own
+        run = flags(home, out, steps=steps, preview_every=2, ema=0.9, profile=1)
+        with redirect_stdout(io.StringIO()) as said:
+            assert train.main(run) == 0
+        (out / f"said{steps}").write_text(said.getvalue())
+        shutil.copy(out / "lora.safetensors", out / f"{steps}.safetensors")
+    return out
 
 
 # --- what a run writes ---
@@ -89,15 +107,13 @@ def test_validation(unbroken):
     assert (unbroken / "losses.png").is_file()
 
 
-def test_nothing_is_compiled_later(home, tmp_path, capsys):
+def test_nothing_is_compiled_later(averaged):
     """All programs of a run are there when its first step is done, those of previews and saves too,
     also where it goes on; it says so in the end."""
-    for steps, first in ((3, 1), (6, 4)):
-        jax.clear_caches()  # of the programs of other tests
-        run = flags(home, tmp_path / "run", steps=steps, preview_every=2, save_every=2, profile=1)
-        assert train.main(run) == 0
-        assert (tmp_path / "run/profile").exists()
-        assert f"\nprograms compiled after step {first}: none\n" in capsys.readouterr().out
+    for steps, first in ((2, 1), (4, 3)):
+        said = (averaged / f"said{steps}").read_text()
+        assert f"\nprograms compiled after step {first}: none\n" in said
+    assert (averaged / "profile").exists()
 
 
 def test_speed(unbroken):
@@ -186,13 +202,13 @@ def run_and_act(home, out, step, number, **changes):
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in SIGNALS[1:])]
+)
 def test_stopped_is_unbroken(unbroken, home, tmp_path, number):
-    """A run of 3 steps that is asked for 6, and is stopped by a signal on the way, is the run of 6
-    steps, to the bit. The signal says what it does, saves the steps that were sent, and exits with
-    128 and its number."""
+    """A run that is stopped by a signal on the way and goes on is the unbroken one, to the bit. The
+    signal says what it does, saves the steps that were sent, and exits with 128 and its number."""
     out = tmp_path / "run"
-    assert train.main(flags(home, out, steps=3, save_every=100)) == 0
     done = run_and_act(home, out, 4, number, save_every=100)
     assert done.returncode == 128 + number, done.stderr
     assert "stopping: the running micro-batch is the last; saving" in done.stderr
@@ -216,58 +232,47 @@ def test_killed_is_unbroken(unbroken, home, tmp_path):
     assert_same_run(out, unbroken)
 
 
-def test_adapter_while_it_trains(home, tmp_path):
+def test_adapter_while_it_trains(unbroken, averaged):
     """Every save writes the adapter as it is then; of a run with an average, the average, and its
     header says so."""
-    for ema in (0.0, 0.9):
-        out = tmp_path / f"run{ema}"
-        assert train.main(flags(home, out, steps=2, save_every=1, ema=ema)) == 0
-    last, average = (tmp_path / f"run{ema}/lora.safetensors" for ema in (0.0, 0.9))
-    notes = [safe_open(file, "numpy").metadata() for file in (last, average)]
-    assert [(n["step"], n["weights"]) for n in notes] == [("2", "last"), ("2", "average 0.9")]
-    last, average = (load_file(file) for file in (last, average))
-    assert any(np.abs(last[key]).max() > np.abs(average[key]).max() > 0 for key in last)
+    files = [unbroken / "lora.safetensors", *(averaged / f"{n}.safetensors" for n in (2, 4))]
+    notes = [safe_open(file, "numpy").metadata() for file in files]
+    assert [n["step"] for n in notes] == ["6", "2", "4"]
+    assert [n["weights"] for n in notes] == ["last", "average 0.9", "average 0.9"]
+    last, average = (
+        checkpoint.load_group(averaged / "checkpoints/4", f"{part}/flux/")
+        for part in ("trainable", "average")
+    )
+    assert any(np.abs(last[path]).max() > np.abs(average[path]).max() > 0 for path in last)
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_adapter_of_a_checkpoint(home, tmp_path, ema, capsys):
+def export(out, step, file, capsys):
+    """The adapter of a checkpoint, as `python -m ports lora` writes it, and its header's note."""
+    argv = ["lora", str(out / f"checkpoints/{step}"), "--to", "diffusers", "--out", str(file)]
+    assert ports.main(argv) == 0, capsys.readouterr().err
+    return load_file(file), safe_open(file, "numpy").metadata()
+
+
+def test_adapter_of_a_checkpoint(unbroken, averaged, tmp_path, capsys):
     """`python -m ports lora` writes the adapter of any step that is still there, its average where
     there is one: the file that the run wrote then, to the bit but for the header's note."""
-    out = tmp_path / "run"
-    assert train.main(flags(home, out, steps=1, save_every=1, ema=ema)) == 0
-    written = (out / "lora.safetensors").rename(tmp_path / "first.safetensors")
-    assert train.main(flags(home, out, steps=2, save_every=1, ema=ema)) == 0
-    for step, file in ((1, written), (2, out / "lora.safetensors")):
-        exported = tmp_path / f"{step}.safetensors"
-        argv = ["lora", str(out / f"checkpoints/{step}"), "--to", "diffusers", "--out"]
-        assert ports.main([*argv, str(exported)]) == 0, capsys.readouterr().err
-        ours, theirs = load_file(exported), load_file(file)
+    for step in (2, 4):
+        ours, note = export(averaged, step, tmp_path / f"{step}.safetensors", capsys)
+        theirs = load_file(averaged / f"{step}.safetensors")
         assert ours.keys() == theirs.keys()
         assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
-        note = safe_open(exported, "numpy").metadata()
-        assert (note["step"], note["weights"]) == (str(step), "average" if ema else "last")
-        assert ema or exported.read_bytes() == file.read_bytes()
+        assert (note["step"], note["weights"]) == (str(step), "average")
+    _, note = export(unbroken, 6, tmp_path / "last.safetensors", capsys)
+    assert (note["step"], note["weights"]) == ("6", "last")
+    written = (unbroken / "lora.safetensors").read_bytes()
+    assert (tmp_path / "last.safetensors").read_bytes() == written
 
 
-def test_average_resumes(home, tmp_path):
+def test_average_resumes(averaged, home, tmp_path):
     """An average goes on where it was, to the bit."""
-    for steps in ((4,), (2, 4)):
-        out = tmp_path / str(len(steps))
-        for count in steps:
-            assert train.main(flags(home, out, steps=count, ema=0.9)) == 0
-    one, two = ((tmp_path / f"{n}/lora.safetensors").read_bytes() for n in (1, 2))
+    assert train.main(flags(home, tmp_path / "run", steps=4, ema=0.9)) == 0
+    one, two = ((out / "lora.safetensors").read_bytes() for out in (averaged, tmp_path / "run"))
     assert one == two
-
-
-def test_micro_batch_is_no_part_of_the_run(unbroken, home, tmp_path):
-    """Grids at a time may change when a run goes on: the same grids with the same noise, so the
-    same losses to rounding (1e-5: sums are ordered otherwise)."""
-    out = tmp_path / "run"
-    assert train.main(flags(home, out, steps=3, mesh=1, micro_batch=8)) == 0
-    assert train.main(flags(home, out, mesh=2, micro_batch=2)) == 0
-    for key in ("loss", "grad_norm"):
-        here, there = ([line[key] for line in metrics(o)] for o in (out, unbroken))
-        np.testing.assert_allclose(here, there, rtol=1e-4 if key == "grad_norm" else 1e-5)
 
 
 def test_other_data_and_weights(unbroken, home, tmp_path):
@@ -290,14 +295,15 @@ def test_other_data_and_weights(unbroken, home, tmp_path):
     assert len(metrics(out)) == 7
 
 
-def test_other_mesh(unbroken, home, tmp_path):
-    """A run goes on from the same state with the same batches on another mesh: sums are ordered
-    otherwise, hence 1e-5."""
-    shutil.copytree(unbroken, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run/checkpoints/6")
-    assert train.main(flags(home, tmp_path / "run", mesh=1, save_every=1)) == 0
+def test_mesh_and_micro_batch_are_no_part_of_the_run(unbroken, home, tmp_path):
+    """A run goes on from the same state with the same grids and noise on another mesh and with
+    other micro-batches: sums are ordered otherwise, hence 1e-5."""
+    out = tmp_path / "run"
+    shutil.copytree(unbroken, out)
+    shutil.rmtree(out / "checkpoints/6")
+    assert train.main(flags(home, out, mesh=1, micro_batch=4, save_every=1)) == 0
     for key in ("loss", "grad_norm"):
-        here, there = ([line[key] for line in metrics(out)] for out in (tmp_path / "run", unbroken))
+        here, there = ([line[key] for line in metrics(o)] for o in (out, unbroken))
         assert here[:4] == there[:4]
         np.testing.assert_allclose(here[4:], there[4:], rtol=1e-5)
 
