@@ -24,8 +24,9 @@ def make_home(folder):
 
 def flags(home, out, **changes):
     """The command of the run, with changes."""
-    table = dict(weights=home / "weights", data=home / "grids.jsonl", resolution=32, mesh=8)
-    table |= dict(rank=4, lr=0.05, batch=8, steps=6, save_every=2, preview_every=3, out=out)
+    table = dict(weights=home / "weights", data=home / "grids.jsonl", resolution=32, mesh=2)
+    table |= dict(rank=4, lr=0.05, ema=0.9, batch=8, steps=6, save_every=2)
+    table |= dict(preview_every=3, out=out)
     return [f"--{key.replace('_', '-')}={value}" for key, value in (table | changes).items()]
 
 

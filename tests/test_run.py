@@ -1,6 +1,6 @@
 """Laws of train.py: what a run writes, and that it goes on to the bit, whatever happened to it.
 
-One run serves most of them: tiny random models, 6 steps on 8 virtual devices, saved every 2.
+One run serves most of them: tiny random models, 6 steps on 2 virtual devices, saved every 2.
 """
 
 import io
@@ -41,24 +41,20 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unbroken(home):
-    """The folder of the run that nothing happened to."""
-    assert train.main(flags(home, home / "unbroken")) == 0
+    """The folder of the run that nothing happened to; what it said is beside what it wrote."""
+    jax.clear_caches()  # of the programs of other tests, so that the run needs its own
+    with redirect_stdout(io.StringIO()) as said:
+        assert train.main(flags(home, home / "unbroken", profile=1)) == 0
+    (home / "unbroken/said").write_text(said.getvalue())
     return home / "unbroken"
 
 
 @pytest.fixture(scope="module")
-def averaged(home):
-    """The folder of a run with an average, of two steps and then two more; of either time it keeps
-    the adapter and what was said."""
-    out = home / "averaged"
-    for steps in (2, 4):
-        jax.clear_caches()  # of the programs of other tests, so that the run needs its own
-        run = flags(home, out, steps=steps, preview_every=2, ema=0.9, profile=1)
-        with redirect_stdout(io.StringIO()) as said:
-            assert train.main(run) == 0
-        (out / f"said{steps}").write_text(said.getvalue())
-        shutil.copy(out / "lora.safetensors", out / f"{steps}.safetensors")
-    return out
+def plain(unbroken, home):
+    """The folder of a run of one step, without an average, that begins with that one's adapter."""
+    run = flags(home, home / "plain", lora=unbroken / "lora.safetensors", steps=1, ema=0)
+    assert train.main(run) == 0
+    return home / "plain"
 
 
 # --- what a run writes ---
@@ -107,13 +103,11 @@ def test_validation(unbroken):
     assert (unbroken / "losses.png").is_file()
 
 
-def test_nothing_is_compiled_later(averaged):
-    """All programs of a run are there when its first step is done, those of previews and saves too,
-    also where it goes on; it says so in the end."""
-    for steps, first in ((2, 1), (4, 3)):
-        said = (averaged / f"said{steps}").read_text()
-        assert f"\nprograms compiled after step {first}: none\n" in said
-    assert (averaged / "profile").exists()
+def test_nothing_is_compiled_later(unbroken):
+    """All programs of a run are there when its first step is done, those of previews and saves too;
+    it says so in the end."""
+    assert "\nprograms compiled after step 1: none\n" in (unbroken / "said").read_text()
+    assert (unbroken / "profile").exists()
 
 
 def test_speed(unbroken):
@@ -219,60 +213,53 @@ def test_stopped_is_unbroken(unbroken, home, tmp_path, number):
     assert_same_run(out, unbroken)
 
 
-def test_killed_is_unbroken(unbroken, home, tmp_path):
+def test_killed_is_unbroken(unbroken, home, tmp_path, capsys):
     """A process that is killed at its fifth step has saved the fourth; the run that goes on from
-    there in another process is the unbroken one, to the bit, without a torn line in its log."""
+    there in another process is the unbroken one, to the bit, without a torn line in its log. It,
+    too, compiles nothing after its first step."""
     out = tmp_path / "run"
     done = run_and_act(home, out, 5, signal.SIGKILL)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert checkpoint.latest(out / "checkpoints") == 4 and len(metrics(out)) == 5
     with (out / "metrics.jsonl").open("a") as torn:
         torn.write('{"step": 6, "lo')
+    jax.clear_caches()  # of the unbroken run's programs
     assert train.main(flags(home, out)) == 0
+    assert "\nprograms compiled after step 5: none\n" in capsys.readouterr().out
     assert_same_run(out, unbroken)
 
 
-def test_adapter_while_it_trains(unbroken, averaged):
-    """Every save writes the adapter as it is then; of a run with an average, the average, and its
-    header says so."""
-    files = [unbroken / "lora.safetensors", *(averaged / f"{n}.safetensors" for n in (2, 4))]
+def test_adapter_while_it_trains(unbroken, plain):
+    """What is saved beside a checkpoint is its adapter; of a run with an average, the average, and
+    its header says so."""
+    files = [folder / "lora.safetensors" for folder in (unbroken, plain)]
     notes = [safe_open(file, "numpy").metadata() for file in files]
-    assert [n["step"] for n in notes] == ["6", "2", "4"]
-    assert [n["weights"] for n in notes] == ["last", "average 0.9", "average 0.9"]
-    last, average = (
-        checkpoint.load_group(averaged / "checkpoints/4", f"{part}/flux/")
-        for part in ("trainable", "average")
-    )
+    assert [(n["step"], n["weights"]) for n in notes] == [("6", "average 0.9"), ("1", "last")]
+    step = unbroken / "checkpoints/6"
+    last, average = (checkpoint.load_group(step, f"{x}/flux/") for x in ("trainable", "average"))
     assert any(np.abs(last[path]).max() > np.abs(average[path]).max() > 0 for path in last)
 
 
-def export(out, step, file, capsys):
-    """The adapter of a checkpoint, as `python -m ports lora` writes it, and its header's note."""
-    argv = ["lora", str(out / f"checkpoints/{step}"), "--to", "diffusers", "--out", str(file)]
-    assert ports.main(argv) == 0, capsys.readouterr().err
-    return load_file(file), safe_open(file, "numpy").metadata()
-
-
-def test_adapter_of_a_checkpoint(unbroken, averaged, tmp_path, capsys):
+def test_adapter_of_a_checkpoint(unbroken, plain, tmp_path, capsys):
     """`python -m ports lora` writes the adapter of any step that is still there, its average where
     there is one: the file that the run wrote then, to the bit but for the header's note."""
-    for step in (2, 4):
-        ours, note = export(averaged, step, tmp_path / f"{step}.safetensors", capsys)
-        theirs = load_file(averaged / f"{step}.safetensors")
-        assert ours.keys() == theirs.keys()
-        assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
-        assert (note["step"], note["weights"]) == (str(step), "average")
-    _, note = export(unbroken, 6, tmp_path / "last.safetensors", capsys)
-    assert (note["step"], note["weights"]) == ("6", "last")
-    written = (unbroken / "lora.safetensors").read_bytes()
-    assert (tmp_path / "last.safetensors").read_bytes() == written
-
-
-def test_average_resumes(averaged, home, tmp_path):
-    """An average goes on where it was, to the bit."""
-    assert train.main(flags(home, tmp_path / "run", steps=4, ema=0.9)) == 0
-    one, two = ((out / "lora.safetensors").read_bytes() for out in (averaged, tmp_path / "run"))
-    assert one == two
+    written = {}
+    for step, folder, kind in (
+        (4, unbroken, "average"),
+        (6, unbroken, "average"),
+        (1, plain, "last"),
+    ):
+        file = tmp_path / f"{step}.safetensors"
+        argv = ["lora", str(folder / f"checkpoints/{step}"), "--to", "diffusers", "--out"]
+        assert ports.main([*argv, str(file)]) == 0, capsys.readouterr().err
+        note = safe_open(file, "numpy").metadata()
+        assert (note["step"], note["weights"]) == (str(step), kind)
+        written[step] = load_file(file)
+    assert file.read_bytes() == (plain / "lora.safetensors").read_bytes()
+    last = load_file(unbroken / "lora.safetensors")
+    assert written[4].keys() == written[6].keys() == last.keys()
+    assert all(np.array_equal(written[6][key], last[key]) for key in last)
+    assert not any(np.array_equal(written[4][key], last[key]) for key in last)
 
 
 def test_other_data_and_weights(unbroken, home, tmp_path):
@@ -301,7 +288,7 @@ def test_mesh_and_micro_batch_are_no_part_of_the_run(unbroken, home, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(unbroken, out)
     shutil.rmtree(out / "checkpoints/6")
-    assert train.main(flags(home, out, mesh=1, micro_batch=4, save_every=1)) == 0
+    assert train.main(flags(home, out, mesh=4, micro_batch=4, save_every=1)) == 0
     for key in ("loss", "grad_norm"):
         here, there = ([line[key] for line in metrics(o)] for o in (out, unbroken))
         assert here[:4] == there[:4]
@@ -333,14 +320,13 @@ def test_preset_of_the_weights(home, tmp_path):
         train.main(flags(home, tmp_path / "run", preset="flux-fill"))
 
 
-def test_failed_start_is_no_run(unbroken, home, tmp_path):
+def test_failed_start_is_no_run(unbroken, plain, home, tmp_path):
     """A mistake that is found late leaves nothing behind that would refuse the right command."""
     adapter = unbroken / "lora.safetensors"
     with pytest.raises(UserError, match="its rank is 4, not 8; set --rank"):
         train.main(flags(home, tmp_path / "run", lora=adapter, rank=8))
     assert not (tmp_path / "run").exists()
-    assert train.main(flags(home, tmp_path / "run", lora=adapter, steps=1)) == 0
-    assert metrics(tmp_path / "run")[0]["loss"] < metrics(unbroken)[0]["loss"]
+    assert metrics(plain)[0]["loss"] < metrics(unbroken)[0]["loss"]
 
 
 # --- every weight ---
