@@ -34,7 +34,7 @@ ready_xla(8)  # now, so that test processes of any mesh share their compiled pro
 jax.config.update("jax_num_cpu_devices", 8)
 
 # The files that take longest begin, so that no core works alone at the end.
-LONGEST = "run", "sharding", "stopping", "lora", "plan", "sample", "mmdit", "parity_training"
+LONGEST = "run", "mesh_step", "plan", "stopping", "parity_training", "sample", "lora", "mmdit"
 
 
 def pytest_collection_modifyitems(items):
