@@ -12,6 +12,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 CACHE = os.path.join(tempfile.gettempdir(), "vcloze_jax_test_cache")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"  # of commands, too, whose programs are ours only then
 os.environ["XDG_CACHE_HOME"] = CACHE  # of text embeddings: the tests' own
 FAST = "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"
 
@@ -31,7 +32,6 @@ import pytest  # noqa: E402
 from vcloze_jax.devices import ready_xla  # noqa: E402
 
 ready_xla(8)  # now, so that test processes of any mesh share their compiled programs
-jax.config.update("jax_num_cpu_devices", 8)
 
 # The files that take longest begin, so that no core works alone at the end.
 LONGEST = "run", "mesh_step", "plan", "stopping", "parity_training", "sample", "lora", "mmdit"
