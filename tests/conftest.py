@@ -26,7 +26,6 @@ def xla_knows(flags):
 if "XLA_FLAGS" not in os.environ:  # workers and commands that are started from here have it
     os.environ["XLA_FLAGS"] = next(filter(xla_knows, (" ".join(FAST), *FAST)), "")
 
-import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from vcloze_jax.devices import ready_xla  # noqa: E402

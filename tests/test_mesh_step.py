@@ -189,15 +189,16 @@ def test_noise_is_drawn_for_each_grid_alone():
 # Mini's widths: the loss was wrong there, on one of these meshes only, for one row only.
 FLUX = replace(MINI.flux, double_blocks=1, single_blocks=2, rank=MINI.recipe.rank)
 ROWS = {1: 32, 2: 66, 3: 99}  # image tokens; with an odd count, and 96 of text, 195 in all
-CASES = [
-    # mesh, rows, samples on each device, remat; all the others are slow
-    ("8", 1, 1, "none"),
-    ("data=4,fsdp=2", 3, 1, "full"),
-    ("data=2,fsdp=2,tensor=2", 2, 2, "light"),
-    ("fsdp=4,tensor=2", 3, 2, "none"),
+MESHES_OF_FLUX = "8", "data=4,fsdp=2", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2"
+# Mesh, rows, samples on each device, and remat, of which each mesh has every kind.
+PLACES, REMATS = itertools.product(MESHES_OF_FLUX, ROWS, (1, 2)), ("none", "full", "light")
+EVERY = list(zip(PLACES, itertools.cycle(REMATS), strict=False))
+FAST = [
+    (("8", 1, 1), "none"),
+    (("data=4,fsdp=2", 3, 1), "full"),
+    (("data=2,fsdp=2,tensor=2", 2, 1), "light"),
+    (("fsdp=4,tensor=2", 1, 2), "full"),
 ]
-EVERY_MESH = (*dict.fromkeys(mesh for mesh, *_ in CASES), "data=2,fsdp=4")
-EVERY = itertools.product(EVERY_MESH, ROWS, (1, 2), ("none", "full"))
 
 
 @cache
@@ -235,7 +236,7 @@ def transformer(text, tokens, batch, remat):
 
 @pytest.mark.parametrize(
     ("text", "rows", "samples", "remat"),
-    CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case not in CASES],
+    [pytest.param(*c, r, marks=[] if (c, r) in FAST else pytest.mark.slow) for c, r in EVERY],
 )
 def test_the_transformer_on_every_mesh(text, rows, samples, remat):
     """Loss and every gradient are those of one device without remat, and no activation moves from
