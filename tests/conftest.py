@@ -4,9 +4,8 @@ XLA makes each program unoptimised, in a fifth of the time: most of them run onc
 """
 
 import os
-import subprocess
-import sys
 import tempfile
+from contextlib import suppress
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 CACHE = os.path.join(tempfile.gettempdir(), "vcloze_jax_test_cache")
@@ -16,20 +15,23 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"  # of commands, too, whose programs are 
 os.environ["XDG_CACHE_HOME"] = CACHE  # of text embeddings: the tests' own
 FAST = "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"
 
+import pytest  # noqa: E402
 
-def xla_knows(flags):
-    """Whether this jaxlib has all the flags; one that it has not would end the process."""
-    code, env = "import jax; jax.devices()", os.environ | {"XLA_FLAGS": flags}
-    return not subprocess.run([sys.executable, "-c", code], env=env, capture_output=True).returncode
+from vcloze_jax.config import UserError  # noqa: E402
+from vcloze_jax.devices import check_xla_flags, ready_xla  # noqa: E402
+
+
+def known_flags():
+    """All of FAST, or what this jaxlib knows of it; another flag would end every process."""
+    for flags in (" ".join(FAST), *FAST):
+        with suppress(UserError):
+            check_xla_flags(flags)
+            return flags
+    return ""
 
 
 if "XLA_FLAGS" not in os.environ:  # workers and commands that are started from here have it
-    os.environ["XLA_FLAGS"] = next(filter(xla_knows, (" ".join(FAST), *FAST)), "")
-
-import pytest  # noqa: E402
-
-from vcloze_jax.devices import ready_xla  # noqa: E402
-
+    os.environ["XLA_FLAGS"] = known_flags()
 ready_xla(8)  # now, so that test processes of any mesh share their compiled programs
 
 # The files that take longest begin, so that no core works alone at the end.

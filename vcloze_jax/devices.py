@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from contextlib import suppress
+from functools import cache
 
 import jax
 import jaxlib
@@ -57,7 +58,7 @@ def make_mesh(sizes=None):
     """
     wanted = math.prod((sizes or {}).values())
     own = math.ceil(wanted / max(1, count_processes()))
-    check_xla_flags()
+    check_xla_flags(os.environ.get("XLA_FLAGS", ""))
     ready_xla(own)
     for name, value in SETTINGS.items():
         jax.config.update(name, value)
@@ -120,14 +121,15 @@ def micro_size(recipe, mesh):
     return max(n for n in sizes if n <= max(shards, recipe.micro_batch))
 
 
-def check_xla_flags():
-    """Raise UserError where XLA_FLAGS holds what XLA would end the process for, with a hundred
-    lines: it is asked in another one, which takes a second, and only for flags not of ours."""
-    given = os.environ.get("XLA_FLAGS", "")
+@cache
+def check_xla_flags(given):
+    """Raise UserError where these XLA_FLAGS hold what XLA would end the process for, with a hundred
+    lines: it is asked in another one, which takes a second, once, only for flags not of ours."""
     if all(flag.startswith((TIMEOUT, FUSION)) for flag in given.split()):
         return
     command = [sys.executable, "-c", "import jax; jax.devices()"]
-    told = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": given}
+    told = subprocess.run(command, env=environment, capture_output=True)
     lines = told.stderr.decode(errors="replace")
     fault = re.search(r"^[EF]\d+ .*?\] (.*flag.*)", lines, re.MULTILINE | re.IGNORECASE)
     if told.returncode and fault:
