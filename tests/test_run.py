@@ -26,7 +26,7 @@ import sample
 import train
 from vcloze_jax import plan
 from vcloze_jax.config import PRESETS, UserError
-from vcloze_jax.inputs.cli import SIGNALS
+from vcloze_jax.inputs.signals import SIGNALS
 from vcloze_jax.ports import __main__ as ports
 from vcloze_jax.storage import adapters, checkpoint, weights
 
