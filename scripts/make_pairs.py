@@ -1,9 +1,11 @@
-"""Make a folder of 20 pairs of real photographs, to try `train.py --data FOLDER` with.
+"""Make a folder of 20 pairs, to try `train.py --data FOLDER` with.
 
+    python scripts/make_pairs.py examples/pairs --icons        # those that ship
     python scripts/make_pairs.py pairs [--task tint]
 
-The photographs are cut from those that scikit-image and matplotlib install; a pair is a cut and the
-same cut inverted, or tinted. in/NAME.jpg, out/NAME.jpg, and NAME.txt with what it shows.
+Photographs are cut from those that scikit-image and matplotlib install, and each comes with a
+NAME.txt that says what it shows; icons are Fluent's (MIT), of subjects that mini never saw. A pair
+is in/NAME and the same picture inverted, or tinted, as out/NAME.
 """
 
 import argparse
@@ -31,28 +33,52 @@ PHOTOGRAPHS = {  # file: (what it shows, boxes [left, top, right, bottom] of the
     f"{MATPLOTLIB}/grace_hopper.jpg": ("an officer", [(0, 0, 512, 600), (100, 60, 400, 360)]),
     f"{SKIMAGE}/color.png": ("coloured patches", [(0, 0, 370, 371)]),
 }
+ICONS = (
+    "woman astronaut,superhero,student,skier,raccoon,tiger,peacock,dragon,crab,lotus,mushroom,"
+    "waffle,cup with straw,ferris wheel,trolleybus,rocket,snowman,backpack,t-shirt,magnet"
+).split(",")
 TASKS = {
     "invert": ImageOps.invert,
     "tint": lambda cut: ImageOps.colorize(cut.convert("L"), (40, 0, 60), (255, 240, 190)),
 }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--task", choices=TASKS, default="invert")
-    args = parser.parse_args()
-    for side in ("in", "out"):
-        (args.folder / side).mkdir(parents=True, exist_ok=True)
+def cut_photographs():
+    """Yield (name, picture, what it shows)."""
     for file, (text, boxes) in PHOTOGRAPHS.items():
         package, _, path = file.partition("/")
         with Image.open(Path(find_spec(package).origin).parent / path) as picture:
             photograph = picture.convert("RGB")
         for i, box in enumerate(boxes):
-            name, cut = f"{Path(file).stem}-{i}", photograph.crop(box)
-            cut.save(args.folder / "in" / f"{name}.jpg", quality=95)
-            TASKS[args.task](cut).save(args.folder / "out" / f"{name}.jpg", quality=95)
-            (args.folder / f"{name}.txt").write_text(text)
+            yield f"{Path(file).stem}-{i}.jpg", photograph.crop(box), text
+
+
+def draw_icons():
+    """Yield (name, picture of 64 x 64, nothing that it is said to show)."""
+    from vcloze_jax.data.graph import NODES
+    from vcloze_jax.data.graphemoji import read_nodes
+
+    names, pictures = read_nodes("held_out")
+    for name in ICONS:
+        icon = pictures[names.index(name), NODES.index("fluent_3d")]
+        yield f"{name.replace(' ', '_')}.png", Image.fromarray(icon), ""
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--icons", action="store_true", help="not photographs")
+    parser.add_argument("--task", choices=TASKS, default="invert")
+    args = parser.parse_args()
+    for side in ("in", "out"):
+        (args.folder / side).mkdir(parents=True, exist_ok=True)
+    for name, picture, text in draw_icons() if args.icons else cut_photographs():
+        picture.save(args.folder / "in" / name, quality=95, optimize=True)
+        TASKS[args.task](picture).save(args.folder / "out" / name, quality=95, optimize=True)
+        if text:
+            (args.folder / name).with_suffix(".txt").write_text(text)
 
 
 if __name__ == "__main__":

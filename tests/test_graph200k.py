@@ -130,7 +130,7 @@ import sys, pyarrow as pa
 from vcloze_jax.config import Recipe
 from vcloze_jax.data.sources import draw_group, open_source
 grids = open_source(Recipe(data="graph200k", data_dir={str(folders["arrow"])!r}))
-assert grids.items.table.nbytes > 100_000
+assert grids.items.table.nbytes > 50_000
 draw_group(grids, 0, 0, 2)
 assert pa.total_allocated_bytes() < 10_000, pa.total_allocated_bytes()
 assert {{"datasets", "jax", "tensorflow_datasets", "cv2"}}.isdisjoint(sys.modules)

@@ -1,0 +1,122 @@
+"""Laws of training on Graph200K: every list of the authors' gives grids that a step takes."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from scripts.make_graph200k import SPLITS, write_dataset
+from vcloze_jax.config import Recipe
+from vcloze_jax.data.graph200k_tasks import GROUP_OF, Selection
+from vcloze_jax.data.sources import draw_groups, open_source
+from vcloze_jax.devices import make_mesh
+from vcloze_jax.step import encode_batch, loss_fn, make_batch, purpose_key
+from vcloze_jax.storage import places, weights
+from vcloze_jax.storage.models import load_for_training
+from vcloze_jax.storage.textreader import Tokenizers
+from vcloze_jax.trainer import Trainer
+
+SIDE, GROUP = 32, 2
+RECIPE = replace(
+    tiny.TINY.recipe,
+    data="graph200k",
+    resolution=SIDE,
+    rank=2,
+    batch=2 * GROUP,
+    micro_batch=GROUP,
+    group=GROUP,
+    threads=1,
+    task_sentence=1.0,
+    caption_dropout=0.0,
+)
+PRESET = replace(tiny.TINY, recipe=RECIPE)
+MESH = make_mesh(dict(data=1, fsdp=1, tensor=1))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The tiny dataset as train.py opens it."""
+    folder = tmp_path_factory.mktemp("data") / "graph200k"
+    write_dataset(folder)
+    return open_source(replace(RECIPE, data_dir=f"{folder}"))
+
+
+def draw(source, task, number=0):
+    """The group of that number, of one list, made as a run's are."""
+    alone = replace(source, selection=Selection({task: 1.0}))
+    return next(draw_groups(alone, RECIPE, number, number + 1))
+
+
+def test_the_fixture_is_small(tmp_path):
+    """All columns of the published data, real photographs, all 129 lists: in under 100 KB."""
+    write_dataset(tmp_path / "graph200k")
+    files = [f.stat().st_size for f in (tmp_path / "graph200k").rglob("*") if f.is_file()]
+    assert sum(files) < 100_000
+    grids = open_source(Recipe(data_dir=f"{tmp_path}/graph200k"))
+    counts = len(grids.numbers), len(grids.held_out().numbers)
+    assert counts == tuple(count for count, _ in SPLITS.values())
+    assert grids.selection.shares.keys() == GROUP_OF.keys()
+
+
+def test_every_list_is_trained(source):
+    """Each of the 129 lists gives, through the threads of a run, different grids of its columns
+    that hold together: one cell of the last row blank, all pictures there, a sentence that names
+    the columns. Their shapes are among those that a run compiles before its first step, and for
+    each of these a step is traced, from pictures and text to the gradient of an adapter."""
+    tokenizers = Tokenizers(places.MINI_FOLDER, PRESET.t5, PRESET.clip)
+    shapes, traced = {shape.sizes: shape for shape in source.shapes()}, set()
+    for number, task in enumerate(GROUP_OF):
+        one, other = draw(source, task, number)
+        for example in (one, other):
+            grid = example.grid
+            assert (example.kind, grid.columns) == (GROUP_OF[task], task.columns)
+            (column,) = grid.targets
+            assert grid.split(grid.query.mask)[column].all()
+            assert sum(row.mask.sum() for row in grid.rows) == SIDE * SIDE
+            assert all(row.pixels.any() for row in grid.rows) and "[IMAGE1]" in example.prompt
+        assert not np.array_equal(one.grid.query.pixels, other.grid.query.pixels)
+        batch = make_batch([one, other], range(GROUP), tokenizers, PRESET, MESH)
+        shape = shapes[one.grid.shape]
+        if shape not in traced:
+            trace_step(batch, shape)
+            traced.add(shape)
+    assert traced == {*source.shapes()}
+
+
+def trace_step(batch, shape):
+    """A step over a micro-batch, by shapes alone: nothing is computed."""
+    parts = {
+        name: weights.abstract(module, getattr(PRESET.learning, name))
+        for name, module in weights.MODULES.items()
+    }
+    graphdefs, adapters, frozen = ({n: p[i] for n, p in parts.items()} for i in range(3))
+    trainable, statics = {"flux": adapters["flux"]}, dict(graphdefs=graphdefs, dtype="float32")
+    encode = partial(encode_batch, preset=PRESET, **statics)
+    noisy = jax.eval_shape(encode, frozen, batch, purpose_key(0, "draws"))
+    assert noisy.x_t.shape == noisy.velocity.shape == (GROUP, shape.tokens, 64)
+    loss = jax.value_and_grad(partial(loss_fn, region="target", **statics), has_aux=True)
+    (_, by_region), grads = jax.eval_shape(loss, trainable, frozen, noisy)
+    assert {name: each.shape for name, each in by_region.items()} == dict(target=(2,), grid=(2,))
+    assert jax.tree.map(np.shape, grads) == jax.tree.map(np.shape, trainable)
+
+
+@pytest.mark.slow
+def test_different_lists_train_together(source, tmp_path):
+    """A real step over groups of two lists of different kinds: its losses are finite and told by
+    kind, and the adapter has moved."""
+    folder = tiny.weights_folder(tmp_path / "weights")
+    parts = load_for_training(PRESET, folder, MESH)
+    trainer = Trainer(parts, PRESET, Tokenizers(folder, PRESET.t5, PRESET.clip), MESH)
+    kinds = {group: task for task, group in GROUP_OF.items() if task.columns == 3}
+    first, *_, last = kinds.values()
+    groups = [draw(source, task) for task in (first, last)]  # of as many rows: of one number
+    before = jax.tree.map(np.asarray, trainer.state.trainable)
+    sent = trainer.send(iter(groups))
+    trainer.wait(sent)
+    assert {kind for kind, _, _ in sent.grids} == {GROUP_OF[first], GROUP_OF[last]}
+    assert np.isfinite([each["target"] for each in sent.losses]).all()
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, trainer.state.trainable)
+    assert any(jax.tree.leaves(moved))
