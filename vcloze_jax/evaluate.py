@@ -10,6 +10,8 @@ pictures of all its nodes the nearest is the asked one, or one as good (ONE_KIND
 edges are asked: of pixels that may be one off. The same of pictures that need no model: chance, the
 mean picture of the trained subjects, the best condition, the truth through the autoencoder.
 
+--data PAIRS asks what is held out of people's own data instead (evaluate_own.py).
+
 --card README.md writes table and summary between the markers of a model card, too: no figure in it
 is typed by hand.
 """
@@ -24,6 +26,7 @@ from vcloze_jax import conditioning, prompts
 from vcloze_jax.config import MINI, UserError
 from vcloze_jax.data import graph
 from vcloze_jax.data.graphemoji import open_tasks
+from vcloze_jax.evaluate_own import add_own_flags, evaluate_own
 from vcloze_jax.grid import Spec
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.card import format_table, split_card, write_card
@@ -267,16 +270,19 @@ def main(argv):
     parser = cli.Parser(__doc__)
     cli.add_model_flags(parser)
     parser.add_argument("--out", type=cli.path, default=Path("evaluation"), metavar="DIR")
-    parser.add_argument("--subjects", type=int, default=64, help="of the 128 held out")
+    parser.add_argument("--subjects", type=int, default=64, help="of the 128 held out, at most")
     parser.add_argument("--num-inference-steps", type=cli.positive_int, default=12)
     parser.add_argument(
         "--card", type=cli.path, metavar="FILE", help="a model card, with the markers"
     )
+    add_own_flags(parser)
     args = parser.parse_args(argv)
+    check_writable(args.out, "table.json")
+    if args.data is not None:
+        return evaluate_own(args)
     if args.card:
         split_card(args.card)  # now, not after the painting
         check_writable(args.card.parent, args.card.name, "--card")
-    check_writable(args.out, "table.json")
 
     source = open_tasks("", MINI.recipe).held_out()
     if not 1 <= args.subjects <= len(source.names):

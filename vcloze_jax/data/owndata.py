@@ -158,7 +158,8 @@ class OwnGrids:
         others = [i for i in others if i != query.number]
         rows = [*self.read_some(others, shape, shape.rows - 1), query] if self.pairs else [query]
         pixels, mask = (
-            np.concatenate([getattr(row, x) for row in rows]) for x in ("pixels", "mask")
+            np.concatenate([getattr(row, x) for row in rows])[-shape.rows :]
+            for x in ("pixels", "mask")
         )
         sample, order = query.sample, list(range(shape.columns))
         if not has_masks(sample):
@@ -214,6 +215,21 @@ class OwnGrids:
             places = [(s, k) for s in shapes for k in range(self.count(s))][:PREVIEWS]
         generators = [random_generator("preview", 0, k) for _, k in places]
         return [asked.example(g, s, [k]) for g, (s, k) in zip(generators, places, strict=True)]
+
+    def questions(self, examples: int) -> dict[int, Example]:
+        """Each sample, by its number, asked with that many examples, where there are as many: of
+        pairs any others of its bucket, of a grid its own rows above the last; its last cell blank,
+        with all text. Raises UserError for one that cannot be read."""
+        recipe, found = replace(self.recipe, **ASKED), {}
+        for shape, members in self.buckets.items():
+            if (len(members) if self.pairs else shape.rows) > examples:
+                asked = shape._replace(rows=examples + 1)
+                buckets = {shape if self.pairs else asked: members}
+                one = replace(self, recipe=recipe, buckets=buckets)
+                for k, number in enumerate(members.tolist()):
+                    rng = random_generator("preview", 0, number)
+                    found[number] = one.example(rng, asked, [k])
+        return found
 
 
 def open_own(path: str, recipe: Recipe) -> OwnGrids:

@@ -52,6 +52,20 @@ def compose_columns(title: str, grid: Grid, columns: dict[str, np.ndarray | None
     return np.asarray(sheet)
 
 
+def label_cells(cells: list[tuple[str, np.ndarray]]) -> np.ndarray:
+    """Cells uint8 [h, w, 3] of one size side by side on white, each below its label."""
+    (h, w), left = cells[0][1].shape[:2], GUTTER
+    draw = ImageDraw.Draw(Image.new("1", (1, 1)))
+    widths = [max(w, int(draw.textlength(label)) + 1) + GUTTER for label, _ in cells]
+    strip = Image.new("RGB", (sum(widths) + GUTTER, LABEL + h + GUTTER), "white")
+    draw = ImageDraw.Draw(strip)
+    for (label, cell), width in zip(cells, widths, strict=True):
+        draw.text((left, 2), label, fill=(0, 0, 0))
+        strip.paste(Image.fromarray(cell), (left, LABEL))
+        left += width
+    return np.asarray(strip)
+
+
 def tile_grids(grids: list[Grid]) -> np.ndarray:
     """Grids to learn from, numbered, their truth shown and hatched where it is masked, `TILES`
     beside each other and none larger than `LARGEST`: uint8 [height, width, 3]."""
