@@ -35,6 +35,8 @@ def add_own_flags(parser):
     parser.add_argument("--data", type=cli.expand, metavar="PAIRS", help=own)
     share = "of --data, as train.py has it; 0 asks all of it (default: 0.1)"
     parser.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help=share)
+    cells = "of the cells of --data (default: that of the preset)"
+    parser.add_argument("--resolution", type=cli.positive_int, help=cells)
 
 
 def check_flags(args):
@@ -56,28 +58,33 @@ def evaluate_own(args):
     """
     check_flags(args)
     preset = places.named_preset(places.named_model(args.weights, args.lora)[0])
-    source = open_own(args.data, replace(preset.recipe, data=args.data, held_out=args.held_out))
+    resolution = args.resolution or preset.resolution
+    recipe = dict(data=args.data, held_out=args.held_out, resolution=resolution)
+    source = open_own(args.data, replace(preset.recipe, **recipe))
     asked = ask_all(source.held_out(), args.subjects)
     painter = load_painter(args.weights, args.lora, args.mesh)
     painted = {
         name: paint_examples(painter, examples, args.num_inference_steps)
         for name, examples in asked.items()
     }
-    truth = {n: example.grid.cut(example.grid.query.pixels) for n, example in asked[NONE].items()}
-    pictures = painted | {"a given cell": copy_given(asked[NONE])}
-    pictures |= {"its mean colour": flatten(truth)}
+    given, truth = split_queries(asked[NONE])
+    pictures = painted | {
+        "a given cell": {n: [nearest(x, t) for t in truth[n]] for n, x in given.items() if x},
+        "its mean colour": {n: [flatten(t) for t in cells] for n, cells in truth.items()},
+    }
     scores = {name: score(cells, truth) for name, cells in pictures.items() if cells}
     text = describe_scores(scores)
     models = painter.models
     record = {
-        "data": {"path": args.data, "digest": source.digest(), "held_out": args.held_out},
+        **recipe,
+        "digest": source.digest(),
         "weights": str(models.folder),
         "adapters": places.describe_adapters(models.folder, models.loras),
         "num_inference_steps": args.num_inference_steps,
         "scores": scores,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    save_png(args.out / "sheet.png", draw_sheet(asked[NONE], painted, truth))
+    save_png(args.out / "sheet.png", draw_sheet(given, painted, truth))
     save_text(args.out / "table.md", text + "\n")
     save_text(args.out / "table.json", json.dumps(record, indent=1) + "\n")
     print(text)
@@ -85,14 +92,10 @@ def evaluate_own(args):
 
 def ask_all(source, most):
     """{setting: {number of a sample: its Example}}, of at most so many samples, spread evenly."""
-    asked = {name: source.questions(count) for name, count in SETTINGS.items()}
-    numbers = sorted(asked[NONE])
-    chosen = {numbers[i] for i in np.linspace(0, len(numbers) - 1, most).astype(int)}
-    return {
-        name: {n: example for n, example in examples.items() if n in chosen}
-        for name, examples in asked.items()
-        if examples
-    }
+    numbers = np.sort(np.concatenate([*source.buckets.values()]))
+    chosen = numbers[np.linspace(0, len(numbers) - 1, most).astype(int)]
+    asked = {name: source.questions(count, chosen) for name, count in SETTINGS.items()}
+    return {name: examples for name, examples in asked.items() if examples}
 
 
 def paint_examples(painter, examples, steps):
@@ -103,29 +106,25 @@ def paint_examples(painter, examples, steps):
     return {n: canvas.targets for n, canvas in zip(examples, canvases, strict=True)}
 
 
-def list_given(grid):
-    """The cells of the query of which nothing is to be painted, uint8 [h, w, 3] each."""
-    cells = enumerate(grid.split(grid.query.pixels))
-    return [cell for i, cell in cells if i not in grid.targets]
+def split_queries(examples):
+    """{number: the cells of its query of which nothing is to be painted} and {number: the truth of
+    the others}, uint8 [h, w, 3] each."""
+    given, truth = {}, {}
+    for n, (grid, *_) in examples.items():
+        cells = enumerate(grid.split(grid.query.pixels))
+        given[n] = [cell for i, cell in cells if i not in grid.targets]
+        truth[n] = grid.cut(grid.query.pixels)
+    return given, truth
 
 
-def copy_given(examples):
-    """{number: of each target the nearest given cell}; {} where none is given."""
-    copies = {}
-    for n, example in examples.items():
-        given = list_given(example.grid)
-        if given:
-            targets = example.grid.cut(example.grid.query.pixels)
-            copies[n] = [min(given, key=lambda cell: errors(cell, t)[0]) for t in targets]  # noqa: B023
-    return copies
+def nearest(cells, target):
+    """That of some cells which is nearest to a target by RMSE."""
+    return min(cells, key=lambda cell: errors(cell, target)[0])
 
 
-def flatten(truth):
-    """{number: the mean colours of its targets}."""
-    return {
-        n: [np.broadcast_to(np.rint(t.mean((0, 1))).astype(np.uint8), t.shape) for t in targets]
-        for n, targets in truth.items()
-    }
+def flatten(target):
+    """Its mean colour, everywhere: uint8 [h, w, 3]."""
+    return np.broadcast_to(np.rint(target.mean((0, 1))).astype(np.uint8), target.shape)
 
 
 def errors(cell, truth):
@@ -150,11 +149,11 @@ def describe_scores(scores):
     return format_table(rows)
 
 
-def draw_sheet(examples, painted, truth):
+def draw_sheet(given, painted, truth):
     """Some questions, a strip each: what is given, what was painted in each setting, the truth."""
     strips = []
-    for n in [*examples][:SHOWN]:
-        cells = [("given", cell) for cell in list_given(examples[n].grid)]
+    for n in [*truth][:SHOWN]:
+        cells = [("given", cell) for cell in given[n]]
         for k, target in enumerate(truth[n]):
             cells += [(name, of[n][k]) for name, of in painted.items() if n in of]
             cells.append(("truth", target))

@@ -216,8 +216,8 @@ class OwnGrids:
         generators = [random_generator("preview", 0, k) for _, k in places]
         return [asked.example(g, s, [k]) for g, (s, k) in zip(generators, places, strict=True)]
 
-    def questions(self, examples: int) -> dict[int, Example]:
-        """Each sample, by its number, asked with that many examples, where there are as many: of
+    def questions(self, examples: int, numbers: Iterable[int]) -> dict[int, Example]:
+        """Samples of these numbers, each asked with so many examples, where there are as many: of
         pairs any others of its bucket, of a grid its own rows above the last; its last cell blank,
         with all text. Raises UserError for one that cannot be read."""
         recipe, found = replace(self.recipe, **ASKED), {}
@@ -226,9 +226,9 @@ class OwnGrids:
                 asked = shape._replace(rows=examples + 1)
                 buckets = {shape if self.pairs else asked: members}
                 one = replace(self, recipe=recipe, buckets=buckets)
-                for k, number in enumerate(members.tolist()):
-                    rng = random_generator("preview", 0, number)
-                    found[number] = one.example(rng, asked, [k])
+                for k in np.flatnonzero(np.isin(members, numbers)):
+                    rng = random_generator("preview", 0, int(members[k]))
+                    found[int(members[k])] = one.example(rng, asked, [k])
         return found
 
 
