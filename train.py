@@ -1,7 +1,7 @@
 """Train VisualCloze: an adapter (or, with --rank 0, the MMDiT) on grids, by masked flow matching.
 
-    python train.py --mesh 8                                 # mini, on a task it never saw
-    python train.py --mesh 8 --data graphemoji               # the visual cloze on mini's base
+    python train.py --data examples/pairs                    # mini, on a few pairs: bring your own
+    python train.py --mesh 8                                 # on a task it never saw, on a mesh
     python train.py --preset flux-fill --weights FLUX.1-Fill-dev --data mine.jsonl --mesh 8
 
 The run lives in --out; the same command again resumes it, to the bit. RUN/lora.safetensors is
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vcloze_jax.data.report import show_source
 from vcloze_jax.data.sources import draw_groups, open_source
-from vcloze_jax.inputs import cli
+from vcloze_jax.inputs import cli, recipeflags
 from vcloze_jax.inputs.runfolder import ORIGINS, RunFolder
 from vcloze_jax.storage import places
 
@@ -30,14 +30,14 @@ def parse(argv):
     add("--tensorboard", action=cli.PackageFlag, const="tensorboardX", help="into RUN/tensorboard")
     trace = "trace so many steps into RUN/profile"
     add("--profile", type=cli.positive_int, default=0, metavar="STEPS", help=trace)
-    cli.add_recipe_flags(parser)
+    recipeflags.add_recipe_flags(parser)
     return parser.parse_args(argv)
 
 
 def main(argv):
     """Check all that the user may have to correct, then load and train; returns the exit code."""
     args = parse(argv)
-    recipe = cli.read_recipe(args)
+    recipe = recipeflags.read_recipe(args)
     run = RunFolder(args.out or Path("runs", recipe.preset))
     run.compare(recipe)
     source = open_source(recipe)

@@ -18,7 +18,7 @@ import train
 from vcloze_jax import evaluate
 from vcloze_jax.config import MINI, PRESETS, Recipe, UserError
 from vcloze_jax.data import __main__ as data
-from vcloze_jax.inputs import cli
+from vcloze_jax.inputs import cli, recipeflags
 from vcloze_jax.inputs.metrics import draw_curves
 from vcloze_jax.inputs.pictures import save_png
 from vcloze_jax.inputs.runfolder import FREE, ORIGINS, Log, RunFolder
@@ -267,7 +267,7 @@ OTHER = {f.name: OTHERS[type(f.default)] for f in fields(Recipe)} | {"preset": "
 @pytest.fixture
 def begun(tmp_path):
     """The folder of mini's run, as its first second leaves it, and its recipe."""
-    run, recipe = RunFolder(tmp_path / "run"), cli.read_recipe(train.parse([]))
+    run, recipe = RunFolder(tmp_path / "run"), recipeflags.read_recipe(train.parse([]))
     run.create(recipe, {})
     yield run, recipe
     run.close()
@@ -275,11 +275,24 @@ def begun(tmp_path):
 
 def test_every_setting_is_a_flag():
     """Every value of a recipe is a flag, whose absence leaves the preset's default."""
-    assert cli.read_recipe(train.parse([])) == MINI.recipe
+    assert recipeflags.read_recipe(train.parse([])) == MINI.recipe
     argv = ["--guidance-range", "1", "30", "--clip", "3", "--from-scratch", "--batch", "4"]
-    recipe = cli.read_recipe(train.parse(argv))
+    recipe = recipeflags.read_recipe(train.parse(argv))
     told = dict(guidance_range=(1.0, 30.0), clip=3.0, from_scratch=True, rank=0)
     assert recipe == replace(MINI.recipe, **told, batch=4, micro_batch=4, group=4)
+
+
+def test_own_data_has_defaults_of_its_own(tmp_path):
+    """On mini the user's own data is learnt by a recipe for little of it, which every flag changes;
+    no other data and no other preset is."""
+    read = lambda *argv: recipeflags.read_recipe(train.parse(argv))  # noqa: E731
+    small, own = recipeflags.OWN["mini"], ("--data", f"{tmp_path}")
+    assert small.keys() <= {*FREE}  # or runs that began before would be refused
+    assert read(*own) == replace(MINI.recipe, data=f"{tmp_path}", **small)
+    assert read(*own, "--lr", "0.5", "--steps", "7") == replace(read(*own), lr=0.5, steps=7)
+    assert read("--data", "graphemoji") == replace(MINI.recipe, data="graphemoji")
+    flux = read(*own, "--preset", "flux-fill", "--plan")
+    assert flux == replace(PRESETS["flux-fill"].recipe, data=f"{tmp_path}")
 
 
 @pytest.mark.parametrize("key", sorted({f.name for f in fields(Recipe)} - {*FREE, *ORIGINS}))
@@ -349,7 +362,7 @@ def test_golden_run(tmp_path):
     """A run that an earlier version wrote is read by every later one: the same flags go on with it,
     from the step that it has, others are refused by name, and its curves are drawn."""
     argv = "--weights weights --data grids.jsonl --resolution 32 --rank 1 --lr 0.05 --batch 2"
-    recipe = cli.read_recipe(train.parse([*argv.split(), "--steps", "3"]))
+    recipe = recipeflags.read_recipe(train.parse([*argv.split(), "--steps", "3"]))
     run = RunFolder(shutil.copytree(GOLDEN, tmp_path / "run"))
     run.compare(recipe)
     with pytest.raises(UserError, match=r"clip is 2.0, this command says 3.0"):

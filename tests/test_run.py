@@ -27,6 +27,7 @@ import train
 from vcloze_jax import plan
 from vcloze_jax.config import PRESETS, UserError
 from vcloze_jax.inputs.signals import SIGNALS
+from vcloze_jax.inputs.specfiles import read_specs
 from vcloze_jax.ports import __main__ as ports
 from vcloze_jax.storage import adapters, checkpoint, weights
 
@@ -89,6 +90,20 @@ def test_previews(unbroken):
     assert np.abs(base.astype(int) - adapter).max() <= 1 and (adapter != truth).any()
     again, later, same = (part[one] for part in np.split(last, 3, axis=1))
     assert np.array_equal(base, again) and np.array_equal(truth, same) and (later != again).any()
+
+
+def test_question(home, unbroken):
+    """A held-out grid lies there as a spec: what it paints is what the last preview shows (another
+    mesh rounds otherwise), of its given cells alone."""
+    (asked,) = read_specs([unbroken / "question.json"], tiny.TINY)
+    files = sorted(file.name for file in (unbroken / "question").iterdir())
+    assert files == ["0_0.png", "0_1.png", "1_0.png"] and asked.grid.targets == [1]
+    spec, adapter = f"{unbroken}/question.json", f"{unbroken}/lora.safetensors"
+    argv = ["--grid", spec, "--weights", f"{home}/weights", "--lora", adapter]
+    sample.main([*argv, "--out", f"{home}/painted"])
+    painted = np.asarray(Image.open(home / "painted/question.png")).astype(int)
+    _, after, _ = np.split(np.asarray(Image.open(previews(unbroken)[-1])), 3, axis=1)
+    assert np.abs(painted - after[14:]).max() <= 2
 
 
 def test_validation(unbroken):

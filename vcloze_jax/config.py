@@ -94,7 +94,7 @@ def flag(name):
 
 
 START, DATA, RUN = "start from", "data", "run (all of it may change when a run goes on)"
-TRAINING = "training (defaults are the preset's)"
+TRAINING = "training (defaults are the preset's, with --data of your own in part others)"
 
 
 def setting(default, help, section=TRAINING, *, free=False, least=None, choices=None):

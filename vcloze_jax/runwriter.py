@@ -1,5 +1,6 @@
 """What a training run tells while it lasts: metrics, previews, curves, adapters and checkpoints."""
 
+import shlex
 from contextlib import ExitStack, closing, suppress
 from itertools import takewhile
 
@@ -16,6 +17,7 @@ from vcloze_jax.inputs.pictures import save_png
 from vcloze_jax.inputs.runfolder import Log
 from vcloze_jax.inputs.sheet import compose_columns, stack_sheets
 from vcloze_jax.inputs.signals import Stop
+from vcloze_jax.inputs.specfiles import write_spec
 from vcloze_jax.painter import Painter
 from vcloze_jax.programs import spent
 from vcloze_jax.step import merge_models
@@ -116,11 +118,11 @@ class RunWriter:
 
     def preview(self):
         """Paint what is learnt, beside the base and the truth; measure it on held-out grids."""
-        columns = {}
+        columns, step = {}, self.trainer.step
         if self.trainer.recipe.rank:
             self.bases = self.bases or self.paint(base_models(self.trainer))
-            columns["base"] = self.bases
-        columns["adapter" if columns else "model"] = self.paint(self.trainer.models())
+            columns["base" if self.trainer.recipe.lora else "before"] = self.bases
+        columns[f"after {step} steps"] = self.paint(self.trainer.models())
         if self.stopped():
             return
         loss, effect = self.validate()
@@ -131,7 +133,6 @@ class RunWriter:
             painted = {label: rows[i] for label, rows in columns.items()} | {"truth": None}
             title = f"{len(spec.grid.rows) - 1} examples"
             sheets.append(compose_columns(title, spec.grid, painted))
-        step = self.trainer.step
         save_png(self.run.previews / f"{step:06d}.png", stack_sheets(sheets))
         record = {"step": step, "loss": loss, "adapter_effect": effect}
         self.held_out.write(record)
@@ -175,7 +176,19 @@ class RunWriter:
             return self.code
         written = "lora.safetensors" if recipe.rank else "weights"
         print(f"{self.run.path}: finished, {written} written")
+        sheet = self.run.previews / f"{step:06d}.png"
+        print(f"held-out grids, before and after: {sheet}; losses: {self.run.curves}")
+        print(f"paint one of them: {self.pose_question(self.run.path / written)}")
         return 0
+
+    def pose_question(self, written):
+        """Write a held-out grid as a spec -> the command that paints it with what was learnt."""
+        recipe, file = self.trainer.recipe, self.run.question
+        asked = max(self.specs, key=lambda spec: len(spec.grid.rows))
+        write_spec(file, asked, recipe.resolution)
+        base = ["--weights", recipe.weights] if recipe.rank and recipe.weights != "mini" else []
+        learnt = ["--lora" if recipe.rank else "--weights", str(written)]
+        return shlex.join(["python", "sample.py", "--grid", str(file), *base, *learnt])
 
 
 def tell_listeners(what, record):

@@ -89,6 +89,11 @@ SOURCES = {
 OWN = "vcloze_jax.data.owndata:open_own"  # of any other name: a file, or a folder of pairs
 
 
+def is_own(data: str) -> bool:
+    """Whether that is the name of the user's own file or folder, and none of `SOURCES`."""
+    return data.partition(":")[:2] not in {form.partition(":")[:2] for form in SOURCES}
+
+
 def open_source(recipe: Recipe) -> Source:
     """What --data names: a row of `SOURCES`, or the user's own file or folder.
 

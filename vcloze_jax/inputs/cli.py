@@ -1,18 +1,16 @@
 """What the commands share: flags, one-line errors and exit codes."""
 
 import argparse
-import math
 import os
 import re
 import sys
 import traceback
 from contextlib import suppress
-from dataclasses import fields, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from vcloze_jax.config import DATA, PRESETS, Recipe, UserError, flag
+from vcloze_jax.config import PRESETS, UserError
 from vcloze_jax.inputs.cachefolder import cache_folder
 from vcloze_jax.inputs.checks import DASHES, describe_with_file
 from vcloze_jax.inputs.signals import leave, watch_signals
@@ -26,7 +24,6 @@ from vcloze_jax.storage.places import (
 )
 
 DOWNLOAD = "fetch --weights OWNER/NAME from Hugging Face, where it is not in its cache"
-PATHS = "weights", "lora", "data"  # of the recipe
 AT_END = []  # functions to call before the process ends by itself
 
 
@@ -155,86 +152,6 @@ def add_model_flags(parser):
         help="adapter to fold in, repeatable; on mini it replaces mini's own",
     )
     add("--mesh", help="8, or data=2,fsdp=2,tensor=2 (default: all accelerators, or one CPU)")
-
-
-def add_recipe_flags(parser):
-    """A flag for every field of Recipe; one that is not given stays None: the preset's holds."""
-    parser.add_argument("--download", action="store_true", help=DOWNLOAD)
-    groups = {}
-    for f in fields(Recipe):
-        options = {key: f.metadata[key] for key in ("help", "choices") if f.metadata[key]}
-        if isinstance(f.default, bool):
-            options["action"] = "store_true"
-        elif isinstance(f.default, tuple):
-            options |= dict(type=float, nargs=len(f.default))
-        elif f.name in PATHS:
-            options["type"] = expand
-        elif f.default is not None:
-            options["type"] = type(f.default)
-        if f.name == "preset":
-            options["choices"] = PRESETS
-        section = f.metadata["section"]
-        if section not in groups:
-            groups[section] = parser.add_argument_group(section)
-        groups[section].add_argument(flag(f.name), default=None, **options)
-
-
-def read_recipe(args):
-    """The Recipe that flags ask for, over the defaults of their preset. Raises UserError."""
-    given = {f.name: getattr(args, f.name) for f in fields(Recipe)}
-    given = {name: value for name, value in given.items() if value is not None}
-    preset = PRESETS[given.get("preset", "mini")]
-    if "weights" not in given and preset.name != "mini" and not args.plan:
-        raise UserError(f"--preset {preset.name}: its weights are yours; add --weights DIR")
-    for name in {"weights", "lora"} & given.keys():
-        path = Path(given[name])
-        given[name] = str(path.resolve() if path.exists() else path)
-    if "guidance_range" in given:
-        given["guidance_range"] = tuple(given["guidance_range"])
-    if given.get("from_scratch"):
-        given.setdefault("rank", 0)
-    batch = max(given.get("batch", preset.recipe.batch), 1)
-    for part in ("group", "micro_batch"):
-        if default := getattr(preset.recipe, part):
-            given.setdefault(part, math.gcd(batch, default))
-    return check_recipe(replace(preset.recipe, **given))
-
-
-LARGEST = 2**31  # above what a device counts in int32
-SHARE = (lambda x: 0 <= x <= 1), "from 0 to 1"
-RANGES = {  # field of Recipe: what holds of its value, and that in words; NaN fails each
-    "lr": (lambda x: 0 < x < 1, "above 0, below 1"),
-    "clip": (lambda x: x > 0, "above 0"),
-    "ema": (lambda x: 0 <= x < 1, "at least 0, below 1"),
-    "mask_fill": (lambda x: -1 <= x <= 1, "from -1 to 1"),
-    "time_mean": (math.isfinite, "a finite number"),
-    "guidance_range": (lambda x: 0 < x[0] <= x[1] <= 1000, "LOW HIGH, above 0, to 1000"),
-    "seed": (lambda x: 0 <= x < 2**32, "in 0 … 2^32-1"),
-}
-
-
-def check_recipe(recipe):
-    """The recipe; UserError where a value, or two together, cannot be."""
-    for f in fields(recipe):
-        value, least = getattr(recipe, f.name), f.metadata["least"]
-        if least is not None and not least <= value < LARGEST:  # NaN is neither
-            words = "below 2^31" if value >= LARGEST else f"at least {least}"
-            raise UserError(f"{flag(f.name)} {value}: must be {words}")
-        share = SHARE if f.metadata["section"] == DATA and isinstance(value, float) else None
-        holds, words = RANGES.get(f.name, share or (None, None))
-        if holds and not holds(value):
-            shown = " ".join(f"{x:g}" for x in value) if isinstance(value, tuple) else value
-            raise UserError(f"{flag(f.name)} {shown}: must be {words}")
-    if 0 < recipe.decay_steps <= recipe.warmup:
-        reason = f"must be 0, or more than --warmup {recipe.warmup}"
-        raise UserError(f"--decay-steps {recipe.decay_steps}: {reason}")
-    for part in ("micro_batch", "group"):
-        size = getattr(recipe, part)
-        if size and recipe.batch % size:
-            raise UserError(f"--batch {recipe.batch}: not a multiple of {flag(part)} {size}")
-    if recipe.from_scratch and (recipe.rank or recipe.lora):
-        raise UserError("--from-scratch trains every weight: leave --rank and --lora away")
-    return recipe
 
 
 def run(main):

@@ -35,6 +35,7 @@ class RunFolder:
         self.config, self.metrics = self.path / "config.json", self.path / "metrics.jsonl"
         self.validation, self.curves = self.path / "validation.jsonl", self.path / "losses.png"
         self.checkpoints, self.previews = self.path / "checkpoints", self.path / "previews"
+        self.question = self.path / "question.json"
         self.held, self.writes = None, count_processes() == 1
 
     def compare(self, recipe):

@@ -3,9 +3,12 @@
 A file holds a spec, a list of specs, or a record that painting one wrote, whose spec it is again.
 """
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from vcloze_jax.config import Preset, UserError
 from vcloze_jax.grid import Spec
@@ -18,7 +21,7 @@ from vcloze_jax.inputs.checks import (
     read_key,
 )
 from vcloze_jax.inputs.cluster import count_processes
-from vcloze_jax.inputs.pictures import URL, check_file, check_writable
+from vcloze_jax.inputs.pictures import URL, check_file, check_writable, save_png, save_text
 from vcloze_jax.inputs.spec import MAX_SEED, NUMBERS, read_spec
 
 MAX_BYTES = 2**22  # of a spec file
@@ -98,6 +101,21 @@ def read_pictures(table, preset, name, source, changes) -> list[Spec]:
     ]
 
 
+def write_spec(file: Path, spec: Spec, resolution: int) -> None:
+    """Write a Spec of a grid to learn from as sample.py reads it: null where it is masked, and what
+    is given beside it, as NAME/ROW_COLUMN.png. Raises UserError if the disk refuses."""
+    folder = file.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    image = []
+    for r, row in enumerate(spec.grid.rows):
+        cells = zip(spec.grid.split(row.pixels), spec.grid.split(row.mask), strict=True)
+        image.append([_write_cell(folder / f"{r}_{c}.png", *cell) for c, cell in enumerate(cells)])
+    table = {"image": image, "layout_prompt": "", "task_prompt": spec.prompt}
+    table |= {"resolution": resolution, "num_inference_steps": spec.num_inference_steps}
+    table |= {"guidance_scale": spec.guidance_scale, "seed": spec.seed}
+    save_text(file, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+
+
 def check_outputs(out: Path, specs: list[Spec], film: bool = False) -> None:
     """Raise UserError where an output cannot be written, or would replace an input, but for a
     record that is painted again."""
@@ -126,6 +144,18 @@ def output_names(name: str, targets: int, film: bool = False) -> list[str]:
     one, and last the record."""
     pictures = [f"{name}.png", *(f"{name}_target{i}.png" for i in range(targets))]
     return [*pictures, *([f"{name}_film.webp"] if film else []), f"{name}.json"]
+
+
+def _write_cell(file, pixels, mask):
+    """One cell as a spec in the folder above has it, its picture and what is masked in files."""
+    if mask.all():
+        return None
+    name, mask_file = f"{file.parent.name}/{file.name}", file.with_stem(f"{file.stem}_mask")
+    save_png(file, pixels)
+    if not mask.any():
+        return name
+    save_png(mask_file, np.uint8(255) * mask)
+    return {"image": name, "mask": f"{file.parent.name}/{mask_file.name}"}
 
 
 def _spec_of(table: dict) -> dict:
