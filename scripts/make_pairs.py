@@ -1,11 +1,11 @@
 """Make a folder of 20 pairs, to try `train.py --data FOLDER` with.
 
     python scripts/make_pairs.py examples/pairs --icons        # those that ship
-    python scripts/make_pairs.py pairs [--task tint]
+    python scripts/make_pairs.py pairs [--task invert]
 
 Photographs are cut from those that scikit-image and matplotlib install, and each comes with a
 NAME.txt that says what it shows; icons are Fluent's (MIT), of subjects that mini never saw. A pair
-is in/NAME and the same picture inverted, or tinted, as out/NAME.
+is in/NAME and the same picture in shades of blue, or inverted, as out/NAME.
 """
 
 import argparse
@@ -38,8 +38,10 @@ ICONS = (
     "waffle,cup with straw,ferris wheel,trolleybus,rocket,snowman,backpack,t-shirt,magnet"
 ).split(",")
 TASKS = {
+    "tint": lambda cut: ImageOps.colorize(
+        cut.convert("L"), black=(0, 20, 140), mid=(90, 150, 255), white=(255, 255, 255)
+    ),
     "invert": ImageOps.invert,
-    "tint": lambda cut: ImageOps.colorize(cut.convert("L"), (40, 0, 60), (255, 240, 190)),
 }
 
 
@@ -70,7 +72,7 @@ def main():
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--icons", action="store_true", help="not photographs")
-    parser.add_argument("--task", choices=TASKS, default="invert")
+    parser.add_argument("--task", choices=TASKS, default="tint")
     args = parser.parse_args()
     for side in ("in", "out"):
         (args.folder / side).mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from scipy.stats import chisquare
 
+from scripts.make_pairs import ICONS, TASKS
 from vcloze_jax.config import MINI, UserError
 from vcloze_jax.data.draws import ROWS, draw_blank, draw_order, draw_rows, draw_sentences, renumber
 from vcloze_jax.data.owndata import choose_part, open_own, split_buckets
@@ -336,6 +337,21 @@ def test_what_there_is_is_shown(pairs, tmp_path):
     striped = (query != grid.query.pixels).any(-1)
     assert striped.any() and not striped[~grid.query.mask].any()
     assert (query[striped] == MARK).all() and striped.sum() < grid.query.mask.sum() / 3
+
+
+def test_the_pairs_that_ship():
+    """Twenty, small, of one size; each output is what the script makes of its input."""
+    folder = ROOT / "examples/pairs"
+    assert sum(file.stat().st_size for file in folder.rglob("*.png")) < 150_000
+    source = open_own(str(folder), RECIPE)
+    assert source.shapes() == [Shape(rows, 2, 64, 64) for rows in (1, 2, 3)]
+    assert (
+        len(source.samples) == len(ICONS) == 20 and len(source.members(Shape(1, 2, 64, 64))) == 16
+    )
+    for sample in source.samples:
+        given, made = (Image.open(folder / file) for file in sample.rows[0])
+        with given, made:
+            np.testing.assert_array_equal(TASKS["tint"](given), made)
 
 
 # --- size ---
