@@ -345,9 +345,7 @@ def test_the_pairs_that_ship():
     assert sum(file.stat().st_size for file in folder.rglob("*.png")) < 150_000
     source = open_own(str(folder), RECIPE)
     assert source.shapes() == [Shape(rows, 2, 64, 64) for rows in (1, 2, 3)]
-    assert (
-        len(source.samples) == len(ICONS) == 20 and len(source.members(Shape(1, 2, 64, 64))) == 16
-    )
+    assert len(source.samples) == len(ICONS) == 20 and source.count(Shape(1, 2, 64, 64)) == 16
     for sample in source.samples:
         given, made = (Image.open(folder / file) for file in sample.rows[0])
         with given, made:
