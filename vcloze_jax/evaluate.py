@@ -10,7 +10,7 @@ pictures of all its nodes the nearest is the asked one, or one as good (ONE_KIND
 edges are asked: of pixels that may be one off. The same of pictures that need no model: chance, the
 mean picture of the trained subjects, the best condition, the truth through the autoencoder.
 
---data PAIRS asks what is held out of people's own data instead (evaluate_own.py).
+--data PAIRS asks what is held out of data of your own, and draws a sheet (evaluate_own.py).
 
 --card README.md writes table and summary between the markers of a model card, too: no figure in it
 is typed by hand.
