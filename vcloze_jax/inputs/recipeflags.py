@@ -11,7 +11,7 @@ from vcloze_jax.inputs.cli import DOWNLOAD, expand
 PATHS = "weights", "lora", "data"  # of the recipe
 # What a preset's recipe has otherwise for the user's own data: of twenty pairs mini learns a simple
 # task in about three minutes. All of it is free to change, so that runs which began before go on.
-OWN = {"mini": dict(lr=3e-3, steps=300, save_every=100, preview_every=100)}
+OWN = {"mini": dict(lr=3e-3, steps=200, save_every=100, preview_every=100)}
 
 
 def add_recipe_flags(parser):
