@@ -57,12 +57,12 @@ def evaluate_own(args):
     `args` are evaluate's flags. Raises UserError for data that cannot be read, before any model is.
     """
     check_flags(args)
-    preset = places.named_preset(places.named_model(args.weights, args.lora)[0])
+    preset = places.named_preset(args.weights or places.MINI_FOLDER)
     resolution = args.resolution or preset.resolution
     recipe = dict(data=args.data, held_out=args.held_out, resolution=resolution)
     source = open_own(args.data, replace(preset.recipe, **recipe))
     asked = ask_all(source.held_out(), args.subjects)
-    painter = load_painter(args.weights, args.lora, args.mesh)
+    painter = load_painter(cli.fetch_weights(args), args.lora, args.mesh)
     painted = {
         name: paint_examples(painter, examples, args.num_inference_steps)
         for name, examples in asked.items()
