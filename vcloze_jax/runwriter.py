@@ -185,7 +185,8 @@ class RunWriter:
         """Write a held-out grid as a spec -> the command that paints it with what was learnt."""
         recipe, file = self.trainer.recipe, self.run.question
         asked = max(self.specs, key=lambda spec: len(spec.grid.rows))
-        write_spec(file, asked, recipe.resolution)
+        if self.run.writes:
+            write_spec(file, asked, recipe.resolution)
         base = ["--weights", recipe.weights] if recipe.rank and recipe.weights != "mini" else []
         learnt = ["--lora" if recipe.rank else "--weights", str(written)]
         return shlex.join(["python", "sample.py", "--grid", str(file), *base, *learnt])
