@@ -14,7 +14,7 @@ from vcloze_jax.data.graph200k_tasks import GROUP_OF, Selection
 from vcloze_jax.data.sources import draw_groups, open_source
 from vcloze_jax.devices import make_mesh
 from vcloze_jax.inputs.metrics import summarise_step
-from vcloze_jax.step import encode_batch, loss_fn, make_batch, purpose_key
+from vcloze_jax.step import KIND, encode_batch, loss_fn, make_batch, purpose_key
 from vcloze_jax.storage import places, weights
 from vcloze_jax.storage.models import load_for_training
 from vcloze_jax.storage.textreader import Tokenizers
@@ -60,6 +60,7 @@ def test_the_fixture_is_small(tmp_path):
     counts = len(grids.numbers), len(grids.held_out().numbers)
     assert counts == tuple(count for count, _ in SPLITS.values())
     assert grids.selection.shares.keys() == GROUP_OF.keys()
+    assert max(map(len, GROUP_OF.values())) <= KIND  # or metrics would cut the names of kinds
 
 
 def test_every_list_is_trained(source):

@@ -15,7 +15,7 @@ from vcloze_jax.sharding import spread
 
 ENCODERS = ("vae", "t5", "clip")
 PURPOSES = ("init", "draws", "validation")  # of a run's random numbers
-KIND = 32  # bytes of a kind of task's name
+KIND = 48  # bytes of a kind of task's name
 
 
 class Batch(NamedTuple):
