@@ -49,7 +49,7 @@ def main(argv):
     mesh = make_mesh(parse_mesh(recipe.mesh) if recipe.mesh else None)
     run.writes = hosts.is_first()
     with hosts.agreed():
-        run.compare(recipe)
+        run.compare(recipe)  # again: who of several hosts writes is known now
         folder = Path(cli.fetch_weights(args) or places.MINI_FOLDER)
         recipe = replace(recipe, micro_batch=micro_size(recipe, mesh))
         preset = checked_training_preset(folder, recipe)
@@ -62,7 +62,7 @@ def main(argv):
     if args.plan or args.check:
         return 0
     with hosts.agreed():
-        run.lock()
+        run.lock()  # a run that is there; create() locks a new one
     watchers = dict(tensorboard=args.tensorboard, profile=args.profile)
     with closing(run), hosts.one_end():
         return learn(run, origins, preset, folder, mesh, source, **watchers)
@@ -81,7 +81,7 @@ def learn(run, origins, preset, folder, mesh, source, **watchers):
     recipe, tokenizers = preset.recipe, Tokenizers(folder, preset.t5, preset.clip)
     parts = load_for_training(preset, folder, mesh)
     trainer = Trainer(parts, preset, tokenizers, mesh, source.masks_every_row)
-    trainer.row_encoder = choose_row_encoder(trainer)
+    trainer.row_encoder = choose_row_encoder(trainer)  # before anything is compiled
     with agreed():
         run.create(recipe, origins)  # after all that the user may have to correct
     trainer.step, trainer.state = checkpoint.resume(run.checkpoints, trainer.state)

@@ -1,7 +1,7 @@
 """Pixels and token ids -> what the MMDiT reads.
 
-Text, positions, blanking and the velocity are the same for training and sampling; of a picture's
-latent sampling takes the posterior's mean, training a draw.
+Text, positions, blanking and the velocity are the same for training and sampling; sampling takes
+the mean of a picture's posterior, training a draw from it.
 """
 
 from typing import NamedTuple
@@ -91,8 +91,8 @@ def encode_rows(vae, rows, fill, dtype=jnp.float32):
     posteriors = encode_each(vae, clean + [blank(clean[i], masks[i], fill) for i in masked])
     of_clean = dict(enumerate(posteriors[: len(rows)]))
     of_condition = of_clean | dict(zip(masked, posteriors[len(rows) :], strict=True))
-    moments = (posterior_tokens(vae, of.values()) for of in (of_clean, of_condition))
-    return Posteriors(*moments, jnp.concatenate([pack_mask(m.astype(dtype)) for m in masks], 1))
+    tokens = (posterior_tokens(vae, of.values()) for of in (of_clean, of_condition))
+    return Posteriors(*tokens, jnp.concatenate([pack_mask(m.astype(dtype)) for m in masks], 1))
 
 
 def draw_training(posteriors, keys):

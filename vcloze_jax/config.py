@@ -1,7 +1,7 @@
-"""Every size and constant of the models, as frozen dataclasses, and the presets made of them.
+"""Sizes and presets as frozen dataclasses; Recipe, train.py's flags; and the user's mistake.
 
 Defaults are those of FLUX.1-Fill-dev (black-forest-labs/flux:src/flux/util.py, `flux-dev-fill`).
-Dtypes are strings, so that this room imports nothing.
+Dtypes are strings: no JAX is imported here.
 """
 
 from dataclasses import dataclass, field, replace
@@ -80,7 +80,7 @@ class CLIPConfig:
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Rectified flow: the shift of time in sampling."""
+    """Rectified flow: how far times move towards noise, by a grid's tokens."""
 
     base_shift: float = 0.5
     max_shift: float = 1.15
@@ -89,7 +89,7 @@ class FlowConfig:
 
 
 def flag(name):
-    """ "micro_batch" -> "--micro-batch"."""
+    """`micro_batch` -> `--micro-batch`."""
     return f"--{name.replace('_', '-')}"
 
 

@@ -26,9 +26,8 @@ def shift_time(t, tokens, c):
 def schedule(num_steps, tokens, c, strength=1.0):
     """Times of N Euler steps: float32 [N + 1], from 1 down to 0, shifted towards noise.
 
-    A `strength` below 1 leaves out the first steps, at least one stays: the start then holds a
-    picture (huggingface/diffusers:pipelines/flux/pipeline_flux_fill.py, calculate_shift and
-    get_timesteps).
+    A `strength` below 1 leaves out the first steps, but never all: the start then holds a picture
+    (huggingface/diffusers:pipelines/flux/pipeline_flux_fill.py, get_timesteps).
     """
     sigma = shift_time(np.linspace(1, 1 / num_steps, num_steps), tokens, c)
     first = min(int(num_steps - num_steps * strength), num_steps - 1)

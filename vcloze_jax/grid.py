@@ -95,15 +95,15 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Upsampling:
-    """The second pass that a spec asks for (SDEdit): each target, enlarged, half drowned in noise,
-    is painted again as stock FLUX.1-Fill does it with one picture, all of it masked.
+    """The second pass that a spec asks for (SDEdit): each target, enlarged and made noisy, is
+    painted again as stock FLUX.1-Fill does it with one picture, all of it masked.
 
     Source: huggingface/diffusers:src/diffusers/pipelines/flux/pipeline_flux_fill.py.
     """
 
     width: int
     height: int
-    strength: float  # share of noise in the start: (0, 1], 1 forgets the first pass
+    strength: float  # (0, 1]: share of the steps that are taken; 1 forgets the first pass
     num_inference_steps: int  # N, of which the last strength * N are taken
     latents: np.ndarray | None = None  # float32 [S, 64] at t = 1, the same for every target
 
@@ -141,7 +141,7 @@ class Spec:
 
 def bucket(tokens: int, resolution: int) -> int:
     """Tokens that a grid of S `tokens` is padded to, so that few programs serve all grids: pairs of
-    cells of the preset's resolution, 1, 2, 3, 4, and from there on by a third."""
+    cells of the preset's resolution: 1 to 6, and from there on by a third, rounded down."""
     unit = 2 * (resolution // PATCH) ** 2
     size = 1
     while size * unit < tokens:

@@ -2,7 +2,7 @@
 
 All grids go through one stage before the next begins: texts, condition latents, Euler steps,
 pictures; then through all but the first again where a second pass is asked for, which paints each
-target once more, enlarged, from a start that is half noise. For the steps, grids are grouped by
+target once more, enlarged, from a start that is noise in part. For the steps, grids are grouped by
 token bucket and number of steps, padded on the right, and painted as batches; the result of one
 does not depend on the others.
 """
@@ -149,7 +149,7 @@ class Painter:
             for i in steps:
                 mod, t, t_next = self.select_step(mods, times, i)
                 before, x = x, self.euler_step(flux, x, mod, context, t, t_next)
-                before.block_until_ready()  # for whoever counts: the devices have their next step
+                before.block_until_ready()  # the bar counts what is done, while the next runs
                 if watch:
                     watch(members, i, on_host(x))
             x.block_until_ready()
@@ -177,7 +177,7 @@ class Painter:
         norms and attention see all of a picture, so that tiles would not give the same."""
         h, w = grid.query.height // 8, grid.query.width // 8
         last = latents[None, -(h * w // 4) :].astype(self.dtype)
-        with jax.set_mesh(self.mesh):  # as where the steps are watched: one program for both
+        with jax.set_mesh(self.mesh):  # under which `watch` decodes, too: else two programs
             return conditioning.to_pixels(on_host(self.decode_row(self.models.vae, last, h, w))[0])
 
 
@@ -214,7 +214,7 @@ def select_step(mods, times, i):
 
 
 def euler_step(flux, x, mod, context, t, t_next):
-    """One step of x float32 [B, S, 64] from t to t_next, float32 [B]."""
+    """flow.euler along the velocity that the MMDiT has at x, float32 [B, S, 64]."""
     return flow.euler(x, conditioning.velocity(flux, x, mod, context), t, t_next)
 
 

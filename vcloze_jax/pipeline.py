@@ -185,9 +185,9 @@ def count_unread(part, reason):
     return ", ".join(f"{count} {encoder.upper()}" for encoder, count in counts if count)
 
 
-def load_painter(folder, lora, mesh):
+def load_painter(named, lora, mesh):
     """A Painter of what those three name; see Pipeline.load."""
-    folder, loras = places.named_model(folder, lora)
+    folder, loras = places.named_model(named, lora)
     mesh = make_mesh(parse_mesh(mesh) if mesh else None)
     preset = weights.checked_fill_preset(folder)
     for file, _ in loras:

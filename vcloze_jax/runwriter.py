@@ -48,9 +48,9 @@ class RunWriter:
             self.held_out = Log(run.validation, trainer.step)
         self.painter = make_painter(trainer)
         preset, self.bases = trainer.preset, None
-        how = preset.num_inference_steps, preset.guidance_scale
+        asked = preset.num_inference_steps, preset.guidance_scale
         examples = enumerate(source.held_out().previews())
-        self.specs = [Spec(e.grid, e.prompt, *how, seed) for seed, e in examples]
+        self.specs = [Spec(e.grid, e.prompt, *asked, seed) for seed, e in examples]
         total = trainer.recipe.steps
         how = dict(unit="step", dynamic_ncols=True, disable=not run.writes)
         self.bar = tqdm(total=total, initial=trainer.step, **how)
@@ -59,8 +59,7 @@ class RunWriter:
         self.ending.enter_context(closing(self.bar))
         self.ending.enter_context(closing(self.profile))
         if tensorboard and run.writes:
-            folder = run.path / "tensorboard"
-            self.ending.enter_context(tell_tensorboard(folder, trainer.step))
+            self.ending.enter_context(tell_tensorboard(run.path / "tensorboard", trainer.step))
         self.first, self.programs = None, 0  # step of this process, and programs at its end
 
     def __enter__(self):
@@ -82,7 +81,7 @@ class RunWriter:
         examples = [draw_of_shape(self.source, shape) for shape in self.source.shapes()]
         bar = tqdm(examples, "compiling", unit="shape", leave=False, disable=not self.run.writes)
         largest = self.trainer.compile(bar)
-        self.measure([example.grid.tokens for example in examples], 1)  # counts, remembered
+        self.measure([example.grid.tokens for example in examples], 1)  # FLOPs are counted now
         group = self.trainer.recipe.group
         groups = draw_validation(self.source.held_out(), group, VALIDATION)
         self.validate = Validation(self.trainer, groups)

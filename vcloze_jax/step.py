@@ -132,8 +132,8 @@ def learning_rate(recipe):
     """The rate of update number n, counted from 0: a linear warm-up, then constant, or falling by
     a cosine to a hundredth at step --decay-steps."""
     if recipe.decay_steps:
-        span = recipe.warmup, recipe.decay_steps
-        return optax.warmup_cosine_decay_schedule(0.0, recipe.lr, *span, recipe.lr / 100)
+        first, span = recipe.lr / (recipe.warmup + 1), (recipe.warmup, recipe.decay_steps)
+        return optax.warmup_cosine_decay_schedule(first, recipe.lr, *span, recipe.lr / 100)
     return lambda n: recipe.lr * min((n + 1) / (recipe.warmup + 1), 1)
 
 
@@ -157,8 +157,8 @@ def make_step(tx, loss, layout, ema=0.0, skip=0):
     mean, both jitted.
 
     The frozen weights are an argument, never state. `layout` is the State of shardings: all stays
-    where it is; what is told is everywhere. A step whose loss or gradient is not finite changes
-    nothing; after `skip` of them nothing changes any more, until the loop reads it.
+    where it is, and what is told is everywhere, as a count is. A step whose loss or gradient is not
+    finite changes nothing; after `skip` of them nothing changes any more, until the loop reads it.
     """
 
     @partial(jax.jit, donate_argnums=2, out_shardings=(layout.skipped, layout.trainable))

@@ -62,7 +62,7 @@ class Trainer:
             "accumulate": accumulate,
             "update": update,
         }
-        self.row_encoder = tuple  # or Batch.rows -> Posteriors, where they are remembered
+        self.row_encoder = tuple  # as they are; or Batch.rows -> Posteriors, remembered
         self.programs, self.rate, self.micro = {}, learning_rate(recipe), recipe.micro_batch
         self.state = jax.jit(init, out_shardings=layout)(trainable)
         self.grads = jax.tree.map(jnp.zeros_like, self.state.trainable)
@@ -131,8 +131,8 @@ class Trainer:
     def wait(self, sent):
         """Wait for a step -> the seconds that it took. FloatingPointError if it is one more that is
         not finite than may be skipped: the trainer is then as it was before that step."""
-        loss = np.mean([np.asarray(each[self.recipe.loss_region]) for each in sent.told])
-        if sent.failed:
+        if sent.failed:  # to read it is to wait
+            loss = np.mean([np.asarray(each[self.recipe.loss_region]) for each in sent.told])
             self.step, self.state = sent.step - 1, self.state._replace(failed=np.bool_(False))
             raise FloatingPointError(
                 f"step {sent.step}: loss {loss}, gradient norm {sent.norms['all']}; the state "
@@ -149,8 +149,8 @@ def train(trainer, groups, writer):
     work; preview, save and stop where that is due.
 
     `writer` does what has to do with files: write(sent, seconds), preview(), save(); stopped() is
-    asked before every micro-batch, annotate(step) is around its sending. All steps that were
-    sent are written and saved in the end.
+    asked before every micro-batch, annotate(step) is around its sending; any_host(flag) is whether
+    it holds on one of them. All steps that were sent are written and saved in the end.
     """
     recipe, sent, saved, saved_at = trainer.recipe, None, trainer.step, time.monotonic()
     while trainer.step < recipe.steps and not writer.stopped():

@@ -2,7 +2,7 @@
 
 A degradation is one or more filters; a cell draws one of them, and how much of it. Names and levels
 are those of lzyhha/VisualCloze:data/degradation_utils.py. A new one is a filter and its row here,
-its phrases and its place in a group of data/graph200k.toml.
+and its phrases in data/graph200k_tasks.toml.
 """
 
 from collections.abc import Callable

@@ -61,13 +61,14 @@ class Dense(nnx.Module):
         if self.rank and not folds:
             h = contract(x, self.lora_a[...], n, (*inputs, None))  # ... R
             y = y + contract(h, self.lora_b[...], 1, (None, *outputs))
-        if self.rank:  # cast so that the gradient of the bias is a sum in float32
+        if self.rank:  # not the bias but the sum is cast: so its gradient is summed in float32
             y = (y + self.lora_bias).astype(x.dtype)
         y = placed(y, *batch, *[None] * (y.ndim - 1 - len(outputs)), *outputs)
         return checkpoint_name(y, KEPT)
 
     def folding_is_cheaper(self, dtype):
-        """Whether W + A B takes less time than the branch, and rounds nothing."""
+        """Whether folding rounds nothing and costs less: a token costs the branch 3 R (in + out)
+        products, forward and backward, and folding in * out, those of W's gradient."""
         inputs, outputs = self.lora_a.size // self.rank, self.lora_b.size // self.rank
         return dtype == jnp.float32 and 3 * self.rank * (inputs + outputs) > inputs * outputs
 
@@ -167,7 +168,7 @@ class DoubleBlock(nnx.Module):
         q, k, v = (
             jnp.concatenate(pair, 1) for pair in zip(txt_qkv, img_qkv, strict=True)
         )  # B L H K
-        attn = attention(rope(q, pe), rope(k, pe), v, lengths).reshape(v.shape)  # B L H K
+        attn = attention(rope(q, pe), rope(k, pe), v, lengths)  # B L H K
         T = txt.shape[1]
         img = self.img.after(img, attn[:, T:], *img_mod[2:])
         txt = self.txt.after(txt, attn[:, :T], *txt_mod[2:])
@@ -192,7 +193,7 @@ class SingleBlock(nnx.Module):
         qkv, mlp = jnp.split(h, [3], 2)
         q, k, v = jnp.moveaxis(qkv, 2, 0)
         q, k = rope(self.q_norm(q), pe), rope(self.k_norm(k), pe)
-        attn = attention(q, k, v, lengths).reshape(v.shape)  # B L H K
+        attn = attention(q, k, v, lengths)  # B L H K
         h = jnp.concatenate([attn[:, :, None], jax.nn.gelu(mlp, approximate=True)], 2)
         return x + gate * self.linear2(h)
 

@@ -23,7 +23,7 @@ def fold(tree, adapter, scale=1.0):
     trees are never held.
 
     W + scale * A B and b + scale * b_B wherever `adapter` has a branch; a norm that it gives whole
-    takes the place of the base's, by `scale` of the way. Computed in float32, kept in the dtype of
+    takes the place of the base's, `scale` of the way. Computed in float32, kept in the dtype of
     the base. ValueError if the base lacks a layer of the adapter.
     """
     if unknown := set(adapter) - set(tree):
@@ -47,7 +47,7 @@ def fold_dense(dense, branch, scale):
 
     a, b = branch["lora_a"].astype(jnp.float32), branch["lora_b"].astype(jnp.float32)
     product = partial(jnp.tensordot, axes=1, precision="highest")
-    if a.ndim + b.ndim - 2 > dense["kernel"].ndim:  # they have layers
+    if a.ndim + b.ndim - 2 > dense["kernel"].ndim:  # of a stack, A and B have its axis each, W once
         product = jax.vmap(product)
     kernel = add(dense["kernel"], product(a, b))
     return dense | dict(kernel=kernel, bias=add(dense["bias"], branch["lora_bias"]))

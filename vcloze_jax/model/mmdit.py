@@ -1,7 +1,7 @@
 """The FLUX transformer on one screen: embed, scan the double blocks, scan the single, project.
 
 Source: black-forest-labs/flux:src/flux/model.py. Blocks of a kind are one module whose weights
-carry a leading layer axis, so that depth costs no compile time.
+carry a leading layer axis: where it is large, depth costs no compile time.
 """
 
 from functools import partial
@@ -26,7 +26,7 @@ class Modulation(NamedTuple):
 
 
 class Flux(nnx.Module):
-    """Velocity (noise - image) of packed latents, given condition, mask and text."""
+    """The velocity (flow.py) of packed latents, given condition, mask and text."""
 
     def __init__(self, c, *, rngs):
         dense = dict(rank=c.rank, rngs=rngs)
@@ -80,8 +80,8 @@ class Flux(nnx.Module):
         if remat != "none":
             policy = keep_products if remat == "light" else None
             double, single = (jax.checkpoint(block, policy=policy) for block in (double, single))
-        # A loop stacks all that the backward pass needs, layer by layer: a third of its time on a
-        # CPU. What is small enough to keep it all is small enough to be compiled without a loop.
+        # A loop stacks what the backward pass needs: a third of mini's step on a CPU. So it is
+        # unrolled where all is kept: what is small enough for that compiles soon.
         scan = partial(jax.lax.scan, unroll=remat == "none")
         (img, txt), _ = scan(double, (img, txt), (self.double, mod.img, mod.txt))
         x = jnp.concatenate([txt, img], 1)  # B L D

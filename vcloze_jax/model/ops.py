@@ -59,34 +59,35 @@ def rope(x, pe):
 
 
 def attention(q, k, v, lengths=None):
-    """Softmax attention over q, k, v [B, L, H, K] -> [B, L, H*K]; the one seam for kernels.
+    """Softmax attention over q, k, v [B, L, H, K] -> [B, L, H, K]; the one seam for kernels.
 
     `lengths` int32 [B] counts each sample's real tokens: padding is on the right only, and nobody
     sees it. The platform is that of the mesh in use: programs are compiled for others than ours.
     The formula has its heads first: XLA's CPU backend differentiates it more than twice as fast as
     `jax.nn.dot_product_attention`.
     """
-    B, L, H, K = q.shape
+    L, K = q.shape[1], q.shape[3]
     mesh = jax.sharding.get_abstract_mesh()
     platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
     kernel = choose_kernel(platform, q.dtype, K)
     if kernel != "xla":
         compute = resolve_name(f"vcloze_jax.kernels:{kernel}")  # slow to import
-        return compute(q, k, v, lengths).reshape(B, L, H * K)
+        return compute(q, k, v, lengths)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # B H L K
     scores = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32) * K**-0.5
     if lengths is not None:
         real = jnp.arange(L) < lengths[:, None, None, None]  # B 1 1 L
         scores = jnp.where(real, scores, -jnp.inf)
     out = jnp.matmul(jax.nn.softmax(scores).astype(v.dtype), v)  # B H L K
-    return checkpoint_name(out.swapaxes(1, 2).reshape(B, L, H * K), KEPT)
+    return checkpoint_name(out.swapaxes(1, 2), KEPT)
 
 
 def choose_kernel(platform, dtype, head_dim):
     """What computes attention there: "cudnn", "splash", or XLA, the formula."""
     if dtype == "bfloat16" and platform == "gpu":
         return "cudnn"
-    return "splash" if dtype == "bfloat16" and platform == "tpu" and head_dim % 128 == 0 else "xla"
+    splash = dtype == "bfloat16" and platform == "tpu" and head_dim % 128 == 0
+    return "splash" if splash else "xla"
 
 
 def keep_products(primitive, *_, **params):
@@ -106,7 +107,7 @@ def timestep_embedding(t, dim=256):
     half = dim // 2
     exponents = -np.log(np.float32(10_000)) * np.arange(half, dtype=np.float32) / half
     freqs = np.exp(exponents, dtype=np.float64).astype(np.float32)
-    angles = (1000.0 * t.astype(jnp.float32))[:, None] * freqs[None]
+    angles = (1000.0 * t.astype(jnp.float32))[..., None] * freqs
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 

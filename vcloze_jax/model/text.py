@@ -130,10 +130,10 @@ class LayerNorm(nnx.Module):
         return y.astype(x.dtype)
 
 
-def attend(block, x, **kind):
+def attend(block, x, **options):
     """Self-attention of a block on normed x [B, T, D] -> [B, T, D]; softmax in float32."""
     q, k, v = (f(x).reshape(*x.shape[:2], block.heads, -1) for f in (block.q, block.k, block.v))
-    out = jax.nn.dot_product_attention(q, k, v, implementation="xla", **kind)  # B T H K
+    out = jax.nn.dot_product_attention(q, k, v, implementation="xla", **options)  # B T H K
     return block.o(out.reshape(*x.shape[:2], -1))
 
 

@@ -67,8 +67,8 @@ class ResBlock(nnx.Module):
         self.conv1 = Conv(in_channels, out_channels, rngs=rngs)
         self.norm2 = GroupNorm(out_channels, groups)
         self.conv2 = Conv(out_channels, out_channels, rngs=rngs)
-        widens = in_channels != out_channels
-        self.shortcut = Conv(in_channels, out_channels, 1, rngs=rngs) if widens else None
+        changes = in_channels != out_channels
+        self.shortcut = Conv(in_channels, out_channels, 1, rngs=rngs) if changes else None
 
     def __call__(self, x):
         h = self.conv1(jax.nn.silu(self.norm1(x)))
