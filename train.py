@@ -44,7 +44,7 @@ def main(argv):
 
     from vcloze_jax import hosts, plan  # JAX from here on
     from vcloze_jax.devices import make_mesh, micro_size, parse_mesh
-    from vcloze_jax.storage.models import checked_training_preset, describe_origins
+    from vcloze_jax.storage import checkpoint, models
 
     mesh = make_mesh(parse_mesh(recipe.mesh) if recipe.mesh else None)
     run.writes = hosts.is_first()
@@ -52,12 +52,13 @@ def main(argv):
         run.compare(recipe)  # again: who of several hosts writes is known now
         folder = Path(cli.fetch_weights(args) or places.MINI_FOLDER)
         recipe = replace(recipe, micro_batch=micro_size(recipe, mesh))
-        preset = checked_training_preset(folder, recipe)
-        origins = describe_origins(folder, preset, source.digest(), mesh)
+        preset = models.checked_training_preset(folder, recipe)
+        origins = models.describe_origins(folder, preset, source.digest(), mesh)
         run.compare_origins(recipe, origins, args.accept)
     if args.plan:
         print(plan.training(preset, source, mesh, args.device))
     if args.check and run.writes:
+        checkpoint.check_newest(run.checkpoints)
         print(show_source(source, recipe, run.path.with_name(f"{run.path.name}-check.png")))
     if args.plan or args.check:
         return 0
@@ -73,18 +74,18 @@ def learn(run, origins, preset, folder, mesh, source, **watchers):
     from vcloze_jax.hosts import agreed, drawn_here
     from vcloze_jax.rowmemory import choose_row_encoder
     from vcloze_jax.runwriter import RunWriter
-    from vcloze_jax.storage import checkpoint
-    from vcloze_jax.storage.models import load_for_training
+    from vcloze_jax.storage import checkpoint, models
     from vcloze_jax.storage.textreader import Tokenizers
     from vcloze_jax.trainer import Trainer, train
 
     recipe, tokenizers = preset.recipe, Tokenizers(folder, preset.t5, preset.clip)
-    parts = load_for_training(preset, folder, mesh)
+    parts = models.load_for_training(preset, folder, mesh)
     trainer = Trainer(parts, preset, tokenizers, mesh, source.masks_every_row)
     trainer.row_encoder = choose_row_encoder(trainer)  # before anything is compiled
     with agreed():
-        run.create(recipe, origins)  # after all that the user may have to correct
+        run.create()  # after all that the user may have to correct
     trainer.step, trainer.state = checkpoint.resume(run.checkpoints, trainer.state)
+    run.settle(recipe, origins)
     if trainer.step == recipe.steps:
         print(f"{run.path}: finished at step {trainer.step}; a larger --steps goes on")
         return 0

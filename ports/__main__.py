@@ -2,7 +2,8 @@
 
 SRC is a folder in diffusers' layout, or one with Black Forest Labs' single files beside the text
 encoders' folders. Ours is diffusers' layout, every key checked, at most 5 GB a file: it loads onto
-a mesh as it is, in diffusers too. Every tensor keeps its type, unless --dtype names another.
+a mesh as it is, in diffusers too. Every tensor keeps its type, unless --dtype names another; one of
+8 bits is written as bfloat16, which holds its numbers, or times its scale as float32.
 `python -m ports lora --help` is for adapters.
 """
 
@@ -90,18 +91,22 @@ def run_folder(argv) -> str:
     dtypes = tuple(dict.fromkeys(engine.DTYPES.values()))
     parser.add_argument("--dtype", choices=dtypes, help="of all tensors (default: the source's)")
     args = parser.parse_args(argv)
-    rounded = write_folder(args.source, args.out, args.dtype)
+    rounded, scaled = write_folder(args.source, args.out, args.dtype)
     loss = f", {rounded or 'no'} tensors were rounded to {args.dtype}" if args.dtype else ""
+    if scaled:
+        loss += f", {scaled} tensors of 8 bits are times their scales, products in float32"
+        loss += "" if args.dtype else " (half the size: --dtype bfloat16, which rounds them)"
     return f"{args.out}: a complete weights folder{loss}"
 
 
 COPIED = "", ".json", ".md", ".model", ".txt"  # what lies beside the tensors: tokenizers, licences
 
 
-def write_folder(source: Path, out: Path, dtype: str | None = None) -> int:
+def write_folder(source: Path, out: Path, dtype: str | None = None) -> tuple[int, int]:
     """Write `out` from the weights folder `source`, in `dtype` or in the source's own types;
-    returns how many tensors were rounded. UserError if either folder is not as it must be. The JSON
-    files that the source has are kept, those that it lacks are written."""
+    returns how many tensors were rounded, and how many of 8 bits had a scale. UserError if either
+    folder is not as it must be. The JSON files that the source has are kept, those that it lacks
+    are written."""
     from vcloze_jax.storage import weights  # JAX from here on
 
     if out.exists():
@@ -110,7 +115,7 @@ def write_folder(source: Path, out: Path, dtype: str | None = None) -> int:
         raise UserError(f"{out}: is inside of {source}; name a folder beside it")
     preset = weights.checked_preset(source)
     print(f"weights: {weights.summary(source, preset)}")
-    part_of, rounded = out.with_name(out.name + ".part"), 0
+    part_of, rounded, scaled = out.with_name(out.name + ".part"), 0, 0
     shutil.rmtree(part_of, ignore_errors=True)
     try:
         shutil.copytree(source, part_of, ignore=list_left_out)
@@ -120,10 +125,10 @@ def write_folder(source: Path, out: Path, dtype: str | None = None) -> int:
         for field, (module, part) in weights.MODELS.items():
             file, _, _, leaves = weights.match_files(module, getattr(preset, field), source)
             tensors = engine.convert_leaves(part.table, leaves, file)
-            target = part_of / part.folder
+            target, scaled = part_of / part.folder, scaled + len(file.scales)
             rounded += engine.write_shards(target, part.stem, tensors, dtype, 5 * 10**9)
         part_of.rename(out)
-        return rounded
+        return rounded, scaled
     except PortError as error:
         raise UserError(f"{file.path}: {error}") from error
     except (OSError, SafetensorError) as error:

@@ -22,8 +22,8 @@ from vcloze_jax.ports.diagnose import (
     PortError,
     describe_header,
     describe_key,
-    in_brackets,
     list_faults,
+    with_shape,
 )
 from vcloze_jax.ports.loraconfig import (
     LoraConfig,
@@ -130,7 +130,7 @@ def check_adapter(source, shapes=None) -> Adapter:
         used |= set(expected)
     for key, (shape, _) in source.header.items():
         if key not in used:
-            faults.append(f"{key} {in_brackets(shape)} is unknown{describe_key(key)}")
+            faults.append(f"{with_shape(key, shape)} is unknown{describe_key(key)}")
     if not faults:
         ranks = {factors.stem: source.header[factors.keys[0]][0][0] for factors in every}
         biased = any(factors.keys[2] in source.header for factors in every)

@@ -27,7 +27,6 @@ KINDS = (
     (r".*\.(absmax|quant_map|quant_state\.\S*) ", "quantised by bitsandbytes (nf4, int8)"),
     (r".*\.(qweight|qzeros|wscales|wtscale) ", "quantised to 4 bits"),
     (r"(.*\.)?(scaled_fp8|scale_weight|weight_scale|SCB) |.* (F8_|I8|U8)", "quantised to 8 bits"),
-    (r"model\.diffusion_model\.", "a whole checkpoint of ComfyUI"),
     (r"(.*\.)?joint_blocks\.|pos_embed\.proj\.", "of Stable Diffusion 3"),
     (r"(down|up|input|output)_blocks\.\d+\.", "a U-Net, of Stable Diffusion 1, 2 or XL"),
     (r"double_stream_modulation_img\.", "of FLUX.2"),
@@ -46,7 +45,11 @@ KINDS = (
 
 # What the key of an adapter that is in no row says, by the first pattern that is found in it.
 STRANGE = (
-    (r"lora_te|text_encoder|text_model", "for a text encoder; only the MMDiT can be adapted"),
+    (
+        r"lora_te|text_encoder|text_model",
+        "for a text encoder; only the MMDiT can be adapted: remove these keys, or train without "
+        "them, kohya's with --network_train_unet_only",
+    ),
     (r"bundle_emb", "a word that was learnt beside it, for a text encoder"),
     (
         r"dora_scale|magnitude|use_dora",
@@ -81,7 +84,8 @@ def describe_start(path: Path) -> str:
 def describe_header(header, expected: str = "") -> str:
     """What a file is by its keys and types, {key: (shape, type)}; nothing where that is not known,
     or its sign is the one expected."""
-    names = [f"{key} {dtype}" for key, (_, dtype) in header.items()]
+    bare = [key.removeprefix(mmdit.PART.prefixes[0]) for key in header]
+    names = [f"{key} {dtype}" for key, (_, dtype) in zip(bare, header.values(), strict=True)]
     kinds = (row for row in KINDS if any(re.match(row[0], name) for name in names))
     sign, kind = next(kinds, ("", ""))
     return "" if sign == expected else kind
@@ -91,6 +95,14 @@ def describe_remedy(kind: str) -> str:
     """What to do with a file of this kind, as the tail of a message, or nothing."""
     wanted = "; take the file in bfloat16, or in float8 with at most one scale per tensor"
     return wanted if kind.startswith("quantised") else ""
+
+
+def say_fetch(path: Path) -> str:
+    """How to complete what lies in Hugging Face's cache, as the tail of a message; "" elsewhere."""
+    found = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", f"{path}/")
+    name = found and "/".join(found.groups())
+    complete = f"hf download {name}, or --weights {name} --download, completes it"
+    return f"; if its download was broken off, {complete}" if found else ""
 
 
 def describe_key(key: str) -> str:
@@ -141,4 +153,9 @@ def refuse_entries(entries: dict, read, fixed: dict, harmless: str):
 
 
 def in_brackets(shape) -> str:
-    return f"[{', '.join(map(str, shape))}]"
+    return f"[{', '.join(map(str, shape))}]" if shape else "a number"
+
+
+def with_shape(key: str, shape) -> str:
+    """A key and the shape of its tensor, if that is more than a number."""
+    return f"{key} {in_brackets(shape)}" if shape else key

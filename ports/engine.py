@@ -14,15 +14,16 @@ from vcloze_jax.ports.diagnose import (
     PortError,
     describe_header,
     describe_remedy,
-    in_brackets,
     list_faults,
     misshapen,
+    with_shape,
 )
 from vcloze_jax.ports.shards import find_shards, read_header
 from vcloze_jax.ports.tables import Leaf, Table, lay_out
 
 EIGHT_BITS = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
-# types of a file -> as what they are read; bfloat16 holds all numbers of 8 bits
+# types of a file -> as what they are read; bfloat16 holds all numbers of 8 bits, float32 the
+# products with a scale
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 DTYPES |= dict.fromkeys(EIGHT_BITS, "bfloat16")
 NUMBERS = DTYPES | {  # what a scalar beside the matrices, an alpha, may be besides
@@ -50,7 +51,7 @@ class SafetensorsFile:
 
     `header` maps key, without WRAPPERS -> (shape, dtype as safetensors writes it). Raises PortError
     if the file is not whole, a key appears twice, or shards and their index disagree. Tensors of 8
-    bits are read as bfloat16, times their scale, which is not in the header.
+    bits are read times their scale, which is not in the header.
     """
 
     def __init__(self, path: Path):
@@ -91,12 +92,17 @@ class SafetensorsFile:
         long as it is referred to (safetensors would map the whole file, as long as it is open)."""
         (shape, dtype), (file, offset) = self.header[key], self.home[key]
         if 0 in shape:
-            return np.empty(shape, NUMBERS[dtype])
+            return np.empty(shape, self.type(key))
         if dtype in EIGHT_BITS:  # only 256 numbers: each is looked up
             numbers = np.arange(256, dtype=np.uint8).view(EIGHT_BITS[dtype]).astype(np.float32)
-            numbers = (numbers * self.scales.get(key, np.float32(1))).astype(DTYPES[dtype])
+            numbers = (numbers * self.scales.get(key, np.float32(1))).astype(self.type(key))
             return numbers[np.memmap(file, np.uint8, "r", offset, shape)]
         return np.asarray(np.memmap(file, NUMBERS[dtype], "r", offset, shape))
+
+    def type(self, key: str) -> str:
+        """The name of the type that a tensor is read in, which holds its numbers: of scaled ones
+        float32, where they are rounded for the first time."""
+        return "float32" if key in self.scales else NUMBERS[self.header[key][1]]
 
     def read(self, key: str) -> np.ndarray:
         """One tensor; PortError if it holds NaN or infinity."""
@@ -141,7 +147,7 @@ def plan_leaves(
     faults = [fault for key, shape in pieces.items() if (fault := find_fault(source, key, shape))]
     for key, (shape, _) in source.header.items():
         if key not in pieces and not any(re.fullmatch(sign, key) for sign in table.ignored):
-            faults.append(f"{key} {in_brackets(shape)} is unknown")
+            faults.append(f"{with_shape(key, shape)} is unknown")
     if faults:
         other = describe_header(source.header, table.sign)
         kind = f"seems to be {other}: " if other else ""
@@ -162,7 +168,7 @@ def find_fault(source: SafetensorsFile, key: str, expected: tuple[int, ...], dty
     """What is wrong with a tensor of a source of which another shape may be expected, or ""."""
     shape, dtype = source.header.get(key, (None, None))
     if shape is None:
-        return f"{key} {in_brackets(expected)} is missing"
+        return f"{with_shape(key, expected)} is missing"
     if shape != expected:
         return misshapen(key, shape, expected)
     return "" if dtype in dtypes else f"{key} is of type {dtype}, not {' or '.join(dtypes)}"
@@ -184,7 +190,7 @@ def fetch(
         if all(both):
             touched.append((piece.key, place, both))
     keys = [key for key, *_ in touched] or [piece.key for piece in leaf.pieces]
-    dtype = dtype or np.result_type(*(DTYPES[source.header[key][1]] for key in keys))
+    dtype = dtype or np.result_type(*(source.type(key) for key in keys))
     array = np.empty([len(span) for span in wanted], dtype)
     for key, place, both in touched:
         sizes = [len(span) for span in place]

@@ -2,7 +2,8 @@
 
 A model is in its own folder, as diffusers and transformers write it, or it is a single file beside
 those folders, as Black Forest Labs publish theirs and ComfyUI's users download the text encoders.
-The name of a single file means nothing.
+The name of a single file means nothing. It
+may hold several models, each under a prefix of its own, as ComfyUI's checkpoints do.
 """
 
 import re
@@ -15,10 +16,12 @@ from vcloze_jax.ports.diagnose import (
     describe_start,
     in_brackets,
     list_faults,
+    say_fetch,
 )
 from vcloze_jax.ports.engine import SafetensorsFile, spell_table
 from vcloze_jax.ports.shards import list_variants
 from vcloze_jax.ports.tables import LEAVES, Part, Table, find_row, order_axes
+from vcloze_jax.ports.tables.folder import PARTS, UNREAD
 
 OPENED = ".safetensors", ".sft"
 REFUSED = ".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".pt", ".pth"
@@ -31,14 +34,14 @@ def locate(folder: Path, part: Part) -> tuple[SafetensorsFile, Table]:
     inside = folder / part.folder
     if list_variants(inside):
         try:
-            source = SafetensorsFile(inside)
+            source = open_part(inside, part)
         except PortError as error:
             raise PortError(f"{part.folder}/: {error}") from error
         return source, recognise_table(part, source) or part.table
     found, others = [], []
     for file in list_files(folder, inside, OPENED):
         try:
-            source = SafetensorsFile(file)
+            source = open_part(file, part)
         except (PortError, OSError) as error:
             others.insert(0, str(error))
             continue
@@ -55,7 +58,24 @@ def locate(folder: Path, part: Part) -> tuple[SafetensorsFile, Table]:
         others.append(f"{file.name} is {describe_start(file) or UNKNOWN}")
     more = f"; {list_faults(others)}" if others else ""
     place = f"{part.folder}/{part.stem}.safetensors"
+    more += say_fetch(folder)
     raise PortError(f"holds no {part.name}: no {place}, and no single file of one{more}")
+
+
+def open_part(path: Path, part: Part) -> SafetensorsFile:
+    """A file, or a folder of shards, as if it held one model alone: what begins with the prefix of
+    another is left out, and its own taken off. What is of no model stays, and is unknown then."""
+    source, others = SafetensorsFile(path), [*UNREAD]
+    for other in PARTS.values():
+        others += other.prefixes if other != part else ()
+    for prefix in part.prefixes:
+        if any(key.startswith(prefix) for key in source.header):
+            for name in ("header", "home", "scales"):
+                pairs = vars(source)[name].items()
+                kept = {k.removeprefix(prefix): x for k, x in pairs if not k.startswith((*others,))}
+                setattr(source, name, kept)
+            break
+    return source
 
 
 def list_files(folder: Path, inside: Path, suffixes: tuple[str, ...]) -> list[Path]:

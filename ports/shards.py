@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from vcloze_jax.ports.diagnose import PortError, describe_start
+from vcloze_jax.ports.diagnose import PortError, describe_start, say_fetch
 
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' and of transformers' folders
 NAME = re.compile(
@@ -59,7 +59,8 @@ def find_shards(folder: Path) -> tuple[list[Path], set[str] | None]:
         return read_index(folder / indices[0])
     count = shards[0]["count"]
     if len(shards) != int(count) or {match["count"] for match in shards} != {count}:
-        raise PortError(f"holds {len(shards)} of {int(count)} shards and no index; fetch them all")
+        found = f"holds {len(shards)} of {int(count)} shards and no index"
+        raise PortError(f"{found}; fetch them all{say_fetch(folder)}")
     return [folder / match[0] for match in shards], None
 
 
@@ -71,7 +72,7 @@ def read_index(index: Path) -> tuple[list[Path], set[str]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PortError(f"{index.name} is no index of shards; fetch it again") from error
     if gone := [file.name for file in files if not file.is_file()]:
-        raise PortError(f"{index.name} names {gone[0]}, which is not there")
+        raise PortError(f"{index.name} names {gone[0]}, which is not there{say_fetch(index)}")
     return files, set(listed)
 
 

@@ -228,7 +228,7 @@ SPOILED = {
         lambda d: {k: x for k, x in d.items() if not k.startswith(f"{Q}.lora_") or "bias" in k},
         [f"{Q}.lora_A.weight is missing", f"{Q}.lora_B.weight is missing"],
     ),
-    "wrong alpha": (other(**{f"{Q}.alpha": (2,)}), [f"{Q}.alpha is [2], expected []"]),
+    "wrong alpha": (other(**{f"{Q}.alpha": (2,)}), [f"{Q}.alpha is [2], expected a number"]),
     "integers": (
         lambda d: d | {f"{Q}.lora_A.weight": np.zeros((11, 16), np.int32)},
         [f"{Q}.lora_A.weight is of type I32"],
@@ -273,7 +273,11 @@ KOHYA = {
     "LoKr": (other(**{f"{K}.lokr_w1": (4, 4)}), ["lokr_w1 [4, 4] is unknown (a LyCORIS"]),
     "CLIP": (
         other(lora_te1_text_model_encoder_layers_0_mlp_fc1=(2, 2)),
-        ["is unknown (for a text encoder"],
+        ["is unknown (for a text encoder", "kohya's with --network_train_unet_only"],
+    ),
+    "a number": (
+        other(**{"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": ()}),
+        ["fc1.alpha is unknown (for a text encoder"],
     ),
     "Stable Diffusion": (
         lambda d: {"lora_unet_down_blocks_0_attn1_to_q.lora_down.weight": np.ones((3, 3))},

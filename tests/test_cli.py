@@ -268,7 +268,8 @@ OTHER = {f.name: OTHERS[type(f.default)] for f in fields(Recipe)} | {"preset": "
 def begun(tmp_path):
     """The folder of mini's run, as its first second leaves it, and its recipe."""
     run, recipe = RunFolder(tmp_path / "run"), recipeflags.read_recipe(train.parse([]))
-    run.create(recipe, {})
+    run.create()
+    run.settle(recipe, {})
     yield run, recipe
     run.close()
 
@@ -323,7 +324,7 @@ def test_a_run_that_cannot_be_written(begun, monkeypatch):
     (run.path / ".lock").unlink()
     (run.path / ".lock").mkdir()
     with pytest.raises(UserError, match="--out .*run: cannot be locked: Is a directory"):
-        run.create(recipe, {})
+        run.create()
     log = Log(run.metrics, 0)
     run.metrics.unlink()
     run.metrics.mkdir()
@@ -393,7 +394,8 @@ def test_origins(begun, key):
     run, recipe = begun
     origins = dict.fromkeys(ORIGINS, "1")
     run.compare_origins(recipe, origins, [])
-    run.create(recipe, origins)
+    run.create()
+    run.settle(recipe, origins)
     moved = recipe if key == "dtype" else replace(recipe, **{key: "elsewhere"})
     run.compare_origins(moved, origins, [])
     other = origins | {key: "2"}

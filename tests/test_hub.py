@@ -1,11 +1,14 @@
 """Weights named by an id of Hugging Face: found in its cache, fetched only when asked."""
 
+import json
+import shutil
 from pathlib import Path
 
 import folders
 import huggingface_hub.constants
 import pytest
 from folders import PRESET
+from transformers import CLIPTokenizer
 
 import sample
 import train
@@ -13,6 +16,7 @@ from vcloze_jax import evaluate
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs import cli
 from vcloze_jax.storage import places, weights
+from vcloze_jax.storage.textreader import load_tokenizer
 
 ID = "black-forest-labs/FLUX.1-Fill-dev"
 
@@ -95,6 +99,25 @@ def test_what_is_not_there_says_how_to_fetch_it(cache, monkeypatch):
     monkeypatch.chdir(cache)
     (cache / ID).mkdir(parents=True)
     assert str(places.find_weights(ID)) == ID
+
+
+@pytest.mark.parametrize("part", ["vae", "transformer"])
+def test_a_download_that_was_broken_off(repository, part):
+    """What a snapshot lacks is named with the command that completes it; elsewhere it is not."""
+    (link,) = (repository / "snapshots/new" / part).glob("*.safetensors")
+    link.unlink()
+    with pytest.raises(UserError, match=f"holds no .* hf download {ID}, or --weights"):
+        weights.checked_preset(places.find_weights(ID))
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    link.with_name("diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=f"is not there; .* hf download {ID}, or --weights"):
+        weights.checked_preset(places.find_weights(ID))
+    shutil.rmtree(repository / "snapshots/new/tokenizer", ignore_errors=True)
+    with pytest.raises(UserError, match=f"tokenizer: no .* hf download {ID}, or --weights"):
+        load_tokenizer(CLIPTokenizer, places.find_weights(ID) / "tokenizer", 24)
+    folder = Path(shutil.move(repository / "snapshots/new", repository.parent / "moved"))
+    with pytest.raises(UserError, match="is not there$"):
+        weights.checked_preset(folder)
 
 
 ASKED = ["--weights", ID, "--download"]

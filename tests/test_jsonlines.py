@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vcloze_jax.config import MINI, UserError
-from vcloze_jax.data.jsonlines import SPELLINGS, FolderSamples, read_line
+from vcloze_jax.data.jsonlines import SIDES, SPELLINGS, FolderSamples, read_line
 from vcloze_jax.data.owndata import ASKED, open_own
 from vcloze_jax.data.sources import draw_of_shape
 
@@ -112,6 +112,28 @@ def test_spellings():
             ["a", "b"],
             "The editing instruction in the last row is: t",
         ),
+        (
+            {
+                "task_type": "edit",
+                "instruction": "Put <img><|image_2|></img> on it.",
+                "input_images": ["a", "b"],
+                "output_image": "c",
+            },
+            ["a", "b", "c"],
+            "The editing instruction in the last row is: Put [IMAGE2] on it.",
+        ),
+        (
+            {"source_img": "a", "target_img": "b", "instruction": "t"},
+            ["a", "b"],
+            "The editing instruction in the last row is: t",
+        ),
+        (
+            {"source_image": "a", "edited_image": "b", "edit_prompt": "t"},
+            ["a", "b"],
+            "The editing instruction in the last row is: t",
+        ),
+        ({"control_path": "a", "image_path": "b", "caption": "t"}, ["a", "b"], "t"),
+        ({"image": "b", "edit_image": ["a", "c"], "prompt": "t"}, ["a", "c", "b"], "t"),
     ):
         sample = read_line(line)
         assert sample.rows == [row] and sample.texts["content_prompt"] == text, line
@@ -131,16 +153,19 @@ def test_a_pair_is_a_row(lines):
 
 
 @pytest.mark.parametrize("form", ["{side}/{name}.png", "{name}_{side}.jpg"])
-def test_folders(tmp_path, form):
+@pytest.mark.parametrize("sides", SIDES)
+def test_folders(tmp_path, form, sides):
     """Both forms of a folder, by name, with the texts that there are; other files do not matter."""
-    for side, level in (("in", 0), ("out", 200)):
+    if form.startswith("{name}") and sides[0].endswith(f"_{sides[1]}"):
+        pytest.skip("one is an end of the other")
+    for side, level in zip(sides, (0, 200), strict=True):
         for i, name in enumerate(("b", "a.x")):
             file = tmp_path / form.format(side=side, name=name)
             file.parent.mkdir(exist_ok=True)
             Image.new("RGB", (64, 64), (60 * i, level, 0)).save(file, quality=100)
     (tmp_path / "a.x.txt").write_text(" an\n apple ")
     (tmp_path / "notes.md").write_text("nothing")
-    (tmp_path / ".hidden_in.png").write_text("nothing")
+    (tmp_path / f".hidden_{sides[0]}.png").write_text("nothing")
     samples = FolderSamples(tmp_path)
     assert [samples.name(i) for i in range(len(samples))] == [
         f"{tmp_path}: {n}" for n in ("a.x", "b")
@@ -180,12 +205,20 @@ BAD = [  # beside what test_spec.py says of JSON and of cells: a line is read by
     (b'{"image": [["0.png"]], "image": [["0.png"]]}', "'image': given twice"),
     (b"[]", "must be an object"),
     (b"NaN", "must be an object"),
-    ({"task_prompt": "T"}, "image: missing"),
-    ({"image": None}, "image: missing"),
+    (
+        {"task_prompt": "T"},
+        "keys task_prompt: neither a grid, .*image.*nor a pair.* target \\+ cond1",
+    ),
+    ({"image": None}, r"keys \(none\): neither a grid"),
+    ({"picture": "0.png", "caption": "x"}, "keys picture, caption: neither a grid.* nor a pair"),
+    ({"image": "0.png", "text": "x"}, "keys image, text: neither a grid.* nor a pair"),
+    ({"output_image": "0.png", "instruction": "x"}, ".*neither .*output_image \\+ input_images"),
+    ({"input_images": [], "output_image": "0.png"}, "input_images: 0 pictures, must be 1 to 3"),
+    ({"input_images": ["0.png"], "output_image": "0.png", "x": 1}, "'x': unknown.* input_images"),
     (PAIR | {"prompt": "x"}, "'prompt': unknown key"),
     ({"source": "0.png", "target": "1.png", "txt": "x"}, "'txt': unknown key.*'text'"),
     ({"source": "0.png", "target": "1.png", "text": "", "prompt": ""}, "text and prompt: keep one"),
-    ({"source": ["0.png"], "target": "1.png"}, "source: must be a string, not a list"),
+    ({"source": [["0.png"]], "target": "1.png"}, "source: must be a string, not a list"),
     (
         {"source": "0.png", "target": "1.png"},
         r"grids and pairs are mixed \(.*line 1 is of the other",
@@ -194,7 +227,7 @@ BAD = [  # beside what test_spec.py says of JSON and of cells: a line is read by
     (PAIR | {"task_prompt": 3}, "task_prompt: must be a string"),
     (PAIR | {"task": "colorizatio"}, "task: no task .*did you mean 'colorization'"),
     # the grid
-    ({"image": "0.png"}, "image: must be a list"),
+    ({"image": {}}, "image: must be a list"),
     ({"image": []}, "image: no cell"),
     ({"image": [[], []]}, "image: no cell"),
     ({"image": ["0.png"]}, r"image\[0\]: must be a list"),

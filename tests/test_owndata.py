@@ -318,6 +318,36 @@ def test_what_was_repaired_is_learnt(worn):
 # --- what --check shows ---
 
 
+@pytest.mark.parametrize(
+    "count, told", [(12, "held out of 12 (at least 4, at most half)"), (40, "held out\n")]
+)
+def test_the_share_that_few_samples_give_is_said(tmp_path, count, told):
+    """Of few samples more are held out than were asked for; that is no secret."""
+    recipe = replace(RECIPE, held_out=0.1)
+    assert (
+        f"{count - 4} pairs to learn from, 4 {told}"
+        in open_own(str(write_pairs(tmp_path / "few", count)), recipe).summary()
+    )
+
+
+def test_conditions_in_a_list(tmp_path):
+    """Several conditions of one key are columns, and an instruction that speaks of one means it
+    wherever it was put."""
+    for i in range(3):
+        Image.new("RGB", (64, 64), (0, 100 * i, 0)).save(tmp_path / f"{i}.png")
+    line = {"instruction": "Turn <img><|image_2|></img>.", "input_images": ["0.png", "1.png"]}
+    (tmp_path / "own.jsonl").write_text(json.dumps(line | {"output_image": "2.png"}))
+    source = open_own(str(tmp_path / "own.jsonl"), replace(ALL_TEXT, content_sentence=1.0))
+    places = set()
+    for number in range(12):
+        (example,) = draw_group(source, 0, number, 1)
+        row = example.grid.rows[-1]
+        cells = [int(cell[0, 0, 1]) for cell in example.grid.split(row.pixels)]
+        assert f"Turn [IMAGE{cells.index(100) + 1}]." in example.prompt
+        places.add(cells.index(100))
+    assert places == {0, 1}
+
+
 def test_what_there_is_is_shown(pairs, tmp_path):
     """All counts, sizes and tokens are told, and twelve grids drawn as a run draws them, hatched
     where they are masked, and only there."""
@@ -328,6 +358,7 @@ def test_what_there_is_is_shown(pairs, tmp_path):
     for number in range(12):
         (example,) = draw_group(source, RECIPE.seed, number, 1)
         assert f"\n  {number + 1}: {example.prompt or 'none'}" in told
+    assert f"{pairs}.sizes.npz: sizes of all pictures, read once; it may be deleted" in told
     sheet = np.asarray(Image.open(tmp_path / "new" / "check.png"))
     assert sheet.shape[1] == 4 * (2 * 64 + 3 * 8 + 8)
     (example,) = draw_group(source, RECIPE.seed, 0, 1)

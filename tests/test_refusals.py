@@ -66,7 +66,7 @@ TENSORS = {
     ),
     "renamed": (rename(X, "x_embed.weight"), f"{X} [24, 384] is missing; x_embed.weight [24, 384]"),
     "prefixed": (
-        lambda d: {f"model.{key}": x for key, x in d.items()},
+        lambda d: {f"odd.{key}": x for key, x in d.items()},
         "transformer_blocks.0.attn.norm_k.weight [12] is missing; .* more",
     ),
     "transposed": (alter(X, np.transpose), f"{X} is [384, 24], expected [24, 384]"),
@@ -96,7 +96,10 @@ TENSORS = {
         "seems to be of FLUX.2: ",
     ),
     "Chroma": (put("distilled_guidance_layer.in_proj.weight", QKV), "seems to be of Chroma: "),
-    "ComfyUI": (put(f"model.diffusion_model.{QKV}"), "seems to be a whole checkpoint of ComfyUI: "),
+    "Stable Diffusion 1 of ComfyUI": (
+        put("model.diffusion_model.input_blocks.0.0.weight"),
+        "seems to be a U-Net",
+    ),
     "an adapter": (adapter, "seems to be an adapter, for --lora: .*more"),
     "T5": (
         put("encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"),

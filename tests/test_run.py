@@ -295,6 +295,25 @@ def test_other_data_and_weights(unbroken, home, tmp_path):
     assert len(metrics(out)) == 7
 
 
+def test_a_refused_run_is_as_it_was(unbroken, home, tmp_path):
+    """Of a run without an intact checkpoint no byte changes, whatever the command says; --check
+    says the same, and both name the adapter that is left."""
+    out = tmp_path / "run"
+    shutil.copytree(unbroken, out)
+    for step in (out / "checkpoints").iterdir():
+        (step / "digests").write_text("")
+    before = read_files(tmp_path)
+    for more in ([], ["--check"]):
+        with pytest.raises(UserError, match="no intact checkpoint.*--lora .*run/lora.safetensors"):
+            train.main(flags(home, out, steps=9, save_every=1) + more)
+        assert read_files(tmp_path) == before
+
+
+def read_files(folder):
+    """{path: content} of all files but locks."""
+    return {f: f.read_bytes() for f in folder.rglob("*") if f.is_file() and f.name != ".lock"}
+
+
 def test_mesh_and_micro_batch_are_no_part_of_the_run(unbroken, home, tmp_path):
     """A run goes on from the same state with the same grids and noise on another mesh and with
     other micro-batches: sums are ordered otherwise, hence 1e-5."""
@@ -333,13 +352,17 @@ def test_preset_of_the_weights(home, tmp_path):
         train.main(flags(home, tmp_path / "run", preset="flux-fill"))
 
 
-def test_failed_start_is_no_run(unbroken, plain, home, tmp_path):
+def test_failed_start_is_no_run(unbroken, plain, home, tmp_path, monkeypatch):
     """A mistake that is found late leaves nothing behind that would refuse the right command."""
     adapter = unbroken / "lora.safetensors"
     with pytest.raises(UserError, match="its rank is 4, not 8; set --rank"):
         train.main(flags(home, tmp_path / "run", lora=adapter, rank=8))
     assert not (tmp_path / "run").exists()
     assert metrics(plain)[0]["loss"] < metrics(unbroken)[0]["loss"]
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    for rank in (8, 4):
+        with pytest.raises(UserError, match="free some space"):
+            train.main(flags(home, tmp_path / "run", rank=rank))
 
 
 # --- every weight ---

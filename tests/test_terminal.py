@@ -131,7 +131,8 @@ def test_any_name_is_a_name(tmp_path, name):
         assert "no checkpoint can be kept where the path holds" in str(error)
         assert not list(tmp_path.iterdir())
         return
-    run.create(recipe, {})
+    run.create()
+    run.settle(recipe, {})
     for step in (1, 2, 3):
         checkpoint.save(run.checkpoints, step, state)
     step, restored = checkpoint.resume(run.checkpoints, state)

@@ -1,12 +1,15 @@
 """What a weights folder holds: its models, and the JSON files of its pipeline.
 
 Sources: huggingface/diffusers:src/diffusers/pipelines/flux/pipeline_flux_fill.py and
-schedulers/scheduling_flow_match_euler_discrete.py.
+schedulers/scheduling_flow_match_euler_discrete.py; comfyanonymous/ComfyUI:comfy/
+{supported_models,supported_models_base,model_detection}.py for files of several models.
 """
 
 from vcloze_jax.ports.tables import mmdit, text, vae
 
 PARTS = {"flux": mmdit.PART, "vae": vae.PART, "t5": text.T5, "clip": text.CLIP}
+# What ComfyUI writes for an encoder beside its keys: the scale of a loss of CLIP's.
+UNREAD = "text_encoders.clip_l.logit_scale", "text_encoders.t5xxl.logit_scale"
 
 BASES = {  # input channels of the transformer -> whose they are
     384: "FLUX.1-Fill",

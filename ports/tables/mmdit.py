@@ -79,4 +79,5 @@ PART = Part(
     },
     fixed={"_class_name": "FluxTransformer2DModel", "patch_size": 1},
     harmless="_.*",
+    prefixes=("model.diffusion_model.", "diffusion_model.", "transformer.", "model."),
 )

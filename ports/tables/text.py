@@ -75,6 +75,7 @@ T5 = Part(
         "quantization_config": None,
     },
     harmless=".*",
+    prefixes=("text_encoders.t5xxl.transformer.",),
     written=lambda entries: {"architectures": ["T5EncoderModel"], "tie_word_embeddings": False},
 )
 
@@ -99,6 +100,7 @@ CLIP = Part(
         "quantization_config": None,
     },
     harmless=".*",
+    prefixes=("text_encoders.clip_l.transformer.",),
     written=lambda entries: {
         "architectures": ["CLIPTextModel"],
         "projection_dim": entries["hidden_size"],

@@ -64,6 +64,7 @@ PART = Part(
         "up_block_types": "UpDecoderBlock2D",
     },
     harmless="_.*|sample_size|force_upcast",
+    prefixes=("vae.", "first_stage_model."),
     written=lambda entries: {
         "down_block_types": ["DownEncoderBlock2D"] * len(entries["block_out_channels"]),
         "up_block_types": ["UpDecoderBlock2D"] * len(entries["block_out_channels"]),

@@ -6,6 +6,7 @@ made. Nothing of them is held but where they stand; each is read when it is draw
 
 import hashlib
 import mmap
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,21 +29,46 @@ KEYS = ("image", *PROMPTS, "task")
 
 
 class Spelling(NamedTuple):
-    """How others write a pair: keys of the conditions, of which a line has some, and of the text;
-    whether that says what to do, and not what the target shows."""
+    """How others write a pair: keys of the conditions, of which a line has some, each a path or a
+    list of one to `MOST`, and of the text; whether that says what to do, and not what the target
+    shows; keys that say nothing to us."""
 
     conditions: tuple[str, ...]
     texts: tuple[str, ...]
     instructs: bool = False
+    unread: tuple[str, ...] = ()
 
 
 # By the key of the target; the columns stand in the order of the conditions, the target last.
+# Of ControlNet's fill50k, InstructPix2Pix, MagicBrush, UltraEdit, HQ-Edit, OmniGen, musubi-tuner,
+# DiffSynth-Studio, as their datasets and trainers have it.
 SPELLINGS = {
     "target": Spelling(("cond1", "cond2", "source"), ("text", "prompt", "caption")),
     "output": Spelling(("input",), ("prompt", "instruction"), True),
-    "edited_image": Spelling(("original_image", "input_image"), ("edit_prompt",), True),
-    "image": Spelling(("conditioning_image",), ("text", "caption")),
+    "output_image": Spelling(
+        ("input_images", "input_image"), ("instruction", "edit", "prompt"), True, ("task_type",)
+    ),
+    "edited_image": Spelling(
+        ("original_image", "input_image", "source_image"), ("edit_prompt",), True
+    ),
+    "target_img": Spelling(("source_img",), ("instruction",), True),
+    "image_path": Spelling(("control_path", "control_path_0", "control_path_1"), ("caption",)),
+    "image": Spelling(
+        ("conditioning_image", "control_image", "edit_image"), ("text", "caption", "prompt")
+    ),
 }
+MOST = 3  # conditions in one list
+PLACEHOLDER = re.compile(r"(<img>)?<\|image_(\d+)\|>(</img>)?")  # OmniGen's, of a column
+# Names of the two sides of a folder of pairs: of ai-toolkit, SimpleTuner, diffusers, pix2pix.
+SIDES = (
+    ("in", "out"),
+    ("input", "output"),
+    ("control", "target"),
+    ("source", "target"),
+    ("conditioning", "images"),
+    ("conditioning_images", "images"),
+    ("A", "B"),
+)
 INSTRUCTION = prompts.EDITING_PREFIXES[1]
 SOURCE = "a source image"
 CONDITIONS = {"cond1": "a condition image", "cond2": "another condition image"}  # else SOURCE
@@ -88,20 +114,23 @@ class LineSamples(Sequence):
 
 
 class FolderSamples(Sequence):
-    """The pairs of a folder: in/NAME.png and out/NAME.png, or NAME_in.png and NAME_out.png, each
-    with what NAME.txt says of its target, if there is one. Raises UserError naming a file."""
+    """The pairs of a folder: in/NAME.png and out/NAME.png, or NAME_in.png and NAME_out.png, or with
+    others of `SIDES`, each with what NAME.txt says of its target, if there is one. Raises UserError
+    naming a file."""
 
     def __init__(self, path: Path):
         self.path = self.folder = path
-        inside = (path / "in").is_dir() and (path / "out").is_dir()
         with error_context(path):
-            sides = [list_pictures(path, side, inside) for side in ("in", "out")]
+            names, inside = find_sides(path)
+            sides = [list_pictures(path, side, inside) for side in names]
             for name in sorted(sides[0].keys() ^ sides[1].keys()):
-                (side, missing) = ("in", "out") if name in sides[0] else ("out", "in")
+                side, missing = names if name in sides[0] else names[::-1]
                 raise UserError(f"{name}: there is its {side!r} picture alone; add {missing!r}")
             if not sides[0]:
+                known = ", ".join(f"{a} and {b}" for a, b in SIDES[1:])
                 raise UserError(
-                    "no pair in it: neither in/NAME.png and out/NAME.png nor NAME_in.png"
+                    "no pair in it: neither in/NAME.png and out/NAME.png nor NAME_in.png and "
+                    f"NAME_out.png; other names of the two: {known}"
                 )
         self.pairs = [(name, *(side[name] for side in sides)) for name in sorted(sides[0])]
         self.digest = hashlib.sha256(repr(self.pairs).encode()).hexdigest()
@@ -140,29 +169,60 @@ def read_line(table: dict) -> OwnSample:
     for target, spelling in SPELLINGS.items():
         columns = [key for key in spelling.conditions if key in table]
         if target in table and columns:
-            return read_pair(table, [*columns, target], spelling)
+            return read_pair(table, columns, target, spelling)
+    if "image" not in table or isinstance(table["image"], str):
+        raise UserError(f"keys {', '.join(table) or '(none)'}: {describe_spellings()}")
     check_keys(table, KEYS)
-    if "image" not in table:
-        raise UserError("image: missing; give rows of pictures, the last cell is learnt")
     return OwnSample(
         table["image"], {key: read_key(table, key, None, check_text) for key in KEYS[1:]}
     )
 
 
-def read_pair(table: dict, columns: list[str], spelling: Spelling) -> OwnSample:
-    """A pair or triple whose pictures stand under the keys of `columns`."""
-    check_keys(table, (*spelling.conditions, columns[-1], *spelling.texts, "task_prompt"))
-    row = [read_key(table, key, None, check_text) for key in columns]
+def describe_spellings() -> str:
+    """What a line must be, in words."""
+    pairs = [f"{target} + {'/'.join(s.conditions)}" for target, s in SPELLINGS.items()]
+    return (
+        'neither a grid, {"image": rows of pictures, the last cell is learnt}, nor a pair, whose '
+        f"target and conditions are {'; '.join(pairs)}"
+    )
+
+
+def read_pair(table: dict, columns: list[str], target: str, spelling: Spelling) -> OwnSample:
+    """A pair or more, whose conditions stand under the keys of `columns`."""
+    known = *spelling.conditions, target, *spelling.texts, "task_prompt"
+    check_keys({key: table[key] for key in table if key not in spelling.unread}, known)
+    row, phrases = [], []
+    for key in columns:
+        there = [table[key]] if isinstance(table[key], str) else check_type(table[key], list)
+        with error_context(key):
+            if not 1 <= len(there) <= MOST:
+                raise UserError(f"{len(there)} pictures, must be 1 to {MOST}")
+            row += [check_text(path) for path in there]
+        phrases += [CONDITIONS.get(key, SOURCE)] * len(there)
+    row.append(read_key(table, target, None, check_text))
     given = [read_key(table, key, None, check_text) for key in spelling.texts if key in table]
     if len(given) > 1:
         raise UserError(f"{' and '.join(k for k in spelling.texts if k in table)}: keep one")
     text = given[0] if given else None
     if text and spelling.instructs:
-        text = INSTRUCTION + text
+        text = INSTRUCTION + PLACEHOLDER.sub(r"[IMAGE\2]", text)
     texts = dict.fromkeys(KEYS[1:]) | {"content_prompt": text}
     texts["task_prompt"] = read_key(table, "task_prompt", None, check_text)
-    phrases = [CONDITIONS.get(key, SOURCE) for key in columns[:-1]]
     return OwnSample([row], texts, [*phrases, prompts.PHRASES["image"]])
+
+
+def find_sides(folder: Path) -> tuple[tuple[str, str], bool]:
+    """The names of the two sides of a folder's pairs, the first of `SIDES` that both are there, and
+    whether they are folders in it, and not the ends of names."""
+    for sides in SIDES:
+        if all((folder / side).is_dir() for side in sides):
+            return sides, True
+    stems = [file.stem for file in folder.iterdir()]
+    for sides in SIDES:
+        apart = not sides[0].endswith(f"_{sides[1]}")
+        if apart and all(any(stem.endswith(f"_{side}") for stem in stems) for side in sides):
+            return sides, False
+    return SIDES[0], False
 
 
 def list_pictures(folder: Path, side: str, inside: bool) -> dict[str, str]:

@@ -21,6 +21,7 @@ from vcloze_jax.data.draws import ROWS, draw_blank, draw_order, draw_rows, draw_
 from vcloze_jax.data.jsonlines import FolderSamples, LineSamples, OwnSample, read_samples
 from vcloze_jax.data.sizes import (
     fill_buckets,
+    find_table,
     has_masks,
     measure_samples,
     merge_buckets,
@@ -118,11 +119,15 @@ class OwnGrids:
         held = sum(map(len, self.reserve.values()))
         count = sum(map(len, self.buckets.values()))
         lines = [f"{self.recipe.data}: {count} {kind} to learn from, {held} held out"]
+        if held and held > round(self.recipe.held_out * (count + held)):
+            lines[0] += f" of {count + held} (at least {HELD_OUT}, at most half)"
         lines += [f"{len(self.broken.reasons)} broken"] * bool(self.broken.reasons)
         for shape, members in self.buckets.items():
             size = f"cells of {shape.width}x{shape.height}"
             rows = "" if self.pairs else f"{shape.rows} rows, "
             lines.append(f"  {rows}{shape.columns} columns, {size}: {len(members)} {kind}")
+        if (file := find_table(self.samples)).is_file():
+            lines.append(f"  {file}: sizes of all pictures, read once; it may be deleted")
         return "\n".join(lines)
 
     def held_out(self) -> "OwnGrids":
@@ -167,7 +172,7 @@ class OwnGrids:
             mask[-1, draw_blank(rng, shape.columns, self.recipe)] = True
         layout = sample.texts["layout_prompt"]
         _, task, content = sentences(sample.texts, *shape[:2])
-        task = renumber(task, order)
+        task, content = renumber(task, order), renumber(content, order)
         if sample.phrases and not task:
             task = [sample.phrases[i] for i in order]
         prompt = draw_sentences(rng, self.recipe, shape[:2], task, content, layout)

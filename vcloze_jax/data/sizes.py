@@ -28,12 +28,11 @@ FIELDS = ("pair", "rows", "columns", "width", "height")  # of a sample; height 0
 def measure_samples(samples: Sequence) -> tuple[np.ndarray, dict[int, str]]:
     """`FIELDS` of all samples, int32 [N, 5], and what is wrong with those that are broken.
 
-    They are read from PATH.sizes.npz where that is of these samples; else from the headers of all
+    They are read from `find_table` where that is of these samples; else from the headers of all
     their pictures, with a bar, and kept there. What was broken is looked at again. Raises UserError
     for what is no sample.
     """
-    path = samples.path.resolve()
-    file = path.with_name(f"{path.name}.sizes.npz")
+    file = find_table(samples)
     table, broken = _read_table(file, samples.digest), {}
     if table is None:
         table = np.zeros((len(samples), len(FIELDS)), np.int32)
@@ -52,6 +51,13 @@ def measure_samples(samples: Sequence) -> tuple[np.ndarray, dict[int, str]]:
         with suppress(UserError):  # where nothing can be written they are read at every start
             save_bytes(file, content.getvalue())
     return table, broken
+
+
+def find_table(samples: Sequence) -> Path:
+    """Where the sizes are kept: beside the data, whatever asks for them, so that they come and go
+    with it, and the hosts of a run read them once."""
+    path = samples.path.resolve()
+    return path.with_name(f"{path.name}.sizes.npz")
 
 
 def measure_sample(sample, folder: Path) -> tuple[int, ...]:

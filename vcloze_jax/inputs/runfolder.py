@@ -50,8 +50,10 @@ class RunFolder:
             )
         begun = os.path.exists(self.config)
         if not begun and os.path.exists(self.path):
-            # What is hidden is of the system's, as macOS's .DS_Store.
-            if not self.path.is_dir() or any(self.path.glob("[!.]*")):
+            # What is hidden is of the system's, as macOS's .DS_Store; a run that was refused before
+            # it began leaves empty folders.
+            files = (file for file in self.path.rglob("[!.]*") if not file.is_dir())
+            if not self.path.is_dir() or any(files):
                 raise UserError(
                     f"{self.path}: not a run of train.py, and not empty; choose another --out"
                 )
@@ -89,8 +91,8 @@ class RunFolder:
                     f"another --out, or go on all the same with --accept {key}"
                 )
 
-    def create(self, recipe, origins):
-        """Make the folder, or let the run's free settings follow this command. Raises UserError."""
+    def create(self):
+        """Make the folder, and be who writes it. Raises UserError."""
         if not self.writes:
             return
         try:
@@ -98,7 +100,13 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"--out {self.path}: {error.strerror}; choose another folder") from None
         self.lock()
-        save_text(self.config, json.dumps(asdict(recipe) | {"origins": origins}, indent=1) + "\n")
+
+    def settle(self, recipe, origins):
+        """Write what the run is; of one that goes on the free settings follow this command. Nothing
+        can be refused from here on. Raises UserError."""
+        if self.writes:
+            entries = asdict(recipe) | {"origins": origins}
+            save_text(self.config, json.dumps(entries, indent=1) + "\n")
 
     def lock(self):
         """Be the only process that writes this run, until `close` or the process's end, however

@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -165,18 +165,34 @@ def restore(folder: str | Path, like) -> tuple[int, object]:
     A damaged step costs a line on stderr and the next older one is taken. Raises UserError if none
     is intact, and, naming the array, if the stored arrays are not those of `like`.
     """
+    return _take_newest(folder, lambda path: _read(path, like))
+
+
+def check_newest(folder: str | Path) -> None:
+    """Say what `restore` would of damaged files, without reading an array. Raises UserError if
+    there are steps and none is intact."""
+    if _steps(folder):
+        _take_newest(folder, digests.check_files)
+
+
+def _take_newest(folder: str | Path, read: Callable[[Path], object]) -> tuple[int, object]:
+    """The newest step whose folder `read` takes for intact, and what it returned."""
     damages = []
     for step in reversed(_steps(folder)):
         try:
-            state = _read(Path(folder).absolute() / str(step), like)
+            found = read(Path(folder).absolute() / str(step))
         except (OSError, Damaged) as error:
             damages.append(f"step {step}: {describe_with_file(error)}")
         else:
             for damage in damages:
                 print(f"warning: {folder}: {damage}; going back to step {step}", file=sys.stderr)
-            return step, state
+            return step, found
     why = "; ".join(damages) or "it is empty"
-    raise UserError(f"{folder}: no intact checkpoint ({why}); move the folder away to start anew")
+    adapter = Path(folder).parent / "lora.safetensors"
+    other = f", or go on in another --out with --lora {adapter}" if adapter.is_file() else ""
+    raise UserError(
+        f"{folder}: no intact checkpoint ({why}); move the folder away to start anew{other}"
+    )
 
 
 def load_group(path: str | Path, prefix: str) -> dict[str, np.ndarray]:

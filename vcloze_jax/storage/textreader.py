@@ -23,6 +23,7 @@ from vcloze_jax import conditioning
 from vcloze_jax.config import CLIPConfig, T5Config, UserError
 from vcloze_jax.inputs.checks import describe_error, error_context, parse_json
 from vcloze_jax.ports import engine
+from vcloze_jax.ports.diagnose import say_fetch
 from vcloze_jax.programs import timed
 from vcloze_jax.sharding import on_host
 
@@ -166,7 +167,8 @@ def load_tokenizer(cls, folder, vocab):
     names = [name for name in known if (folder / name).is_file()]
     if not names:  # transformers would make an empty tokenizer and say nothing
         files = " or ".join(known)
-        raise UserError(f"{folder}: no {files}; take the folder from the model that you load")
+        remedy = f"take the folder from the model that you load{say_fetch(folder)}"
+        raise UserError(f"{folder}: no {files}; {remedy}")
     if names == ["spiece.model"] and find_spec("sentencepiece") is None:
         raise UserError(
             f"{folder}: spiece.model is read with sentencepiece: pip install sentencepiece, or put "
