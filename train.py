@@ -4,8 +4,7 @@
     python train.py --mesh 8                                 # on a task it never saw, on a mesh
     python train.py --preset flux-fill --weights FLUX.1-Fill-dev --data mine.jsonl --mesh 8
 
-The run lives in --out; the same command again resumes it, to the bit. RUN/lora.safetensors is
-written at every save; sample.py --lora and diffusers load it.
+The run lives in --out, where the same command resumes it; sample.py --lora loads what it learnt.
 """
 
 from contextlib import closing
