@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vcloze_jax import conditioning, prompts
+from vcloze_jax import conditioning
 from vcloze_jax.config import MINI, UserError
 from vcloze_jax.data import graph
 from vcloze_jax.data.graphemoji import open_tasks
@@ -33,6 +33,7 @@ from vcloze_jax.inputs.card import format_table, split_card, write_card
 from vcloze_jax.inputs.measures import edge_f1, hits, rmse, ssim
 from vcloze_jax.inputs.pictures import check_writable, save_png, save_text
 from vcloze_jax.pipeline import load_painter, steps_bar
+from vcloze_jax.questions import choose_examples, paint_cells, pose_question, truth
 
 TASKS = {
     "trained": (
@@ -52,7 +53,6 @@ TASKS = {
 }
 COPYING_IS_BAD = TASKS["trained"][:5]
 SHOWN = 6  # subjects on a contact sheet
-STRIDES = (37, 74)  # from a subject to its examples: never a relative of it
 WRONG = ("unlike", "alike")
 # Nodes that show the subject as it is drawn in 3D, more or less well, count as one.
 ONE_KIND = "fluent_3d", "fluent_color", "blur", "low_resolution", "noise", "hole", "palette"
@@ -96,23 +96,10 @@ def other_tasks(source, task, subjects):
     return {"unlike": others[-1], "alike": others[0]}
 
 
-def pose_question(source, task, shown, setting, subject):
-    """The grid and prompt that ask `task` of one subject, whose examples are those of `shown`."""
-    examples = [(subject + step) % len(source.names) for step in STRIDES[: setting.examples]]
-    nodes = [[*shown.conditions, shown.target]] * setting.examples
-    nodes.append([*task.conditions, task.target])
-    mask = np.zeros((len(nodes), task.columns, 1, 1), bool)
-    mask[-1, -1] = True
-    sample = graph.Sample(nodes, np.array([*examples, subject]), mask, "")
-    layout = prompts.layout_prompt(len(nodes), task.columns)
-    sentence = prompts.task_prompt([graph.NODE_PHRASES[node][0] for node in nodes[-1]])
-    prompt = prompts.join(layout, sentence if setting.sentence else "")
-    return source.picture(sample).grid, prompt
-
-
-def truth(source, node, subjects):
-    """One node of the subjects, float32 [N, 64, 64, 3] in [0, 1]."""
-    return source.pictures[subjects, graph.NODES.index(node)].astype(np.float32) / 255
+def ask(source, task, shown, setting, subject):
+    """The grid and prompt of one subject in a Setting, whose examples are those of `shown`."""
+    examples = choose_examples(source, subject, setting.examples)
+    return pose_question(source, task, shown, examples, subject, setting.sentence)
 
 
 def measure(painter, source, task, subjects, steps, progress):
@@ -121,7 +108,7 @@ def measure(painter, source, task, subjects, steps, progress):
     others = other_tasks(source, task, subjects)
     for setting in SETTINGS:
         shown = others.get(setting.wrong, task)
-        questions = [pose_question(source, task, shown, setting, subject) for subject in subjects]
+        questions = [ask(source, task, shown, setting, subject) for subject in subjects]
         out = cells[setting.name] = paint(painter, questions, steps, progress)
         row["settings"][setting.name] = scores(source, task, subjects, out)
         if setting.wrong:
@@ -138,9 +125,8 @@ def paint(painter, questions, steps, progress):
     """Questions (grid, prompt), each with the noise of its number -> their last cells as painted,
     float32 [N, 64, 64, 3] in [0, 1]."""
     guidance = painter.preset.guidance_scale
-    jobs = [Spec(grid, prompt, steps, guidance, i) for i, (grid, prompt) in enumerate(questions)]
-    painted = zip(jobs, painter(jobs, progress), strict=True)
-    return np.stack([job.grid.cut(p.pixels)[-1] for job, p in painted]).astype(np.float32) / 255
+    specs = [Spec(grid, prompt, steps, guidance, i) for i, (grid, prompt) in enumerate(questions)]
+    return paint_cells(painter, specs, progress)
 
 
 def reconstruct(painter, rows):
@@ -179,8 +165,7 @@ def compare(painter, source, task, subjects):
     asked = truth(source, task.target, subjects)
     copies = [truth(source, node, subjects) for node in task.conditions]
     mean = truth(open_tasks("", MINI.recipe), task.target, slice(None)).mean(0)
-    alone = SETTINGS[0]  # no examples: the grid is the query
-    grids = [pose_question(source, task, task, alone, subject)[0] for subject in subjects]
+    grids = [pose_question(source, task, task, (), subject)[0] for subject in subjects]
     rows = reconstruct(painter, [grid.query.pixels for grid in grids])
     cells = [grid.split(row)[-1] for grid, row in zip(grids, rows, strict=True)]
     pictures = {

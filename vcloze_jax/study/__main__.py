@@ -1,0 +1,64 @@
+"""What the model does, measured and shown: a page of its own making.
+
+    python -m vcloze_jax.study --out REPORT              # all parts, mini
+    python -m vcloze_jax.study --quick walk              # one part, in seconds
+
+REPORT/index.html holds all pictures in itself; study.md has its tables, study.json its numbers.
+The parts: walk, one grid followed from cells to tokens, noise, velocity and the painted cell;
+ambiguity, error and its spread with 0 to 4 examples (paper, finding 1), and how far a picture moves
+when its examples do. Subjects are held out, seeds fixed: the same command gives the same bytes.
+"""
+
+import json
+import shlex
+from pathlib import Path
+
+from vcloze_jax.config import MINI
+from vcloze_jax.data.graphemoji import open_tasks
+from vcloze_jax.inputs import cli
+from vcloze_jax.inputs.pictures import check_writable, save_text
+from vcloze_jax.study.page import write_html, write_markdown
+from vcloze_jax.study.parts import Lab, choose_parts, run_part
+
+TITLE = "A study of a model that reads examples"
+
+
+def main(argv):
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="PART", help="one or more of the parts (default: all)")
+    cli.add_model_flags(parser)
+    add("--out", type=cli.path, default=Path("study"), metavar="REPORT")
+    add("--quick", action="store_true", help="few tasks, subjects and noises")
+    add("--num-inference-steps", type=cli.positive_int, default=12)
+    args = parser.parse_args(argv)
+    parts = choose_parts(args.parts)
+    check_writable(args.out, "index.html")
+
+    from vcloze_jax.pipeline import load_painter, steps_bar  # JAX from here on
+
+    source = open_tasks("", MINI.recipe).held_out()
+    painter = load_painter(cli.fetch_weights(args), args.lora, args.mesh)
+    lab = Lab(painter, source, args.num_inference_steps, args.quick, steps_bar)
+    chapters = [run_part(name, lab) for name in parts]
+    lead = f"Made by `{describe_command(args, parts)}`, which gives the same page again."
+    numbers = {name: part.numbers for name, (_, part) in zip(parts, chapters, strict=True)}
+    pages = TITLE, lead, dict(chapters)
+    args.out.mkdir(parents=True, exist_ok=True)
+    save_text(args.out / "study.json", json.dumps(numbers, indent=1) + "\n")
+    save_text(args.out / "study.md", write_markdown(*pages))
+    save_text(args.out / "index.html", write_html(*pages))
+    print(f"{', '.join(parts)}: {args.out}/index.html")
+
+
+def describe_command(args, parts):
+    """The command that makes this report, wherever it is written."""
+    words = ["python", "-m", "vcloze_jax.study", "--num-inference-steps", args.num_inference_steps]
+    words += ["--weights", args.asked] if args.weights else []
+    for file, scale in args.lora or ():
+        words += ["--lora", f"{file}:{scale:g}"]
+    return shlex.join(map(str, [*words, *["--quick"] * args.quick, *parts]))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,101 @@
+"""Arrays as pictures: colour maps, patches over a grid, sheets with labels, curves. Knows no JAX.
+
+All give uint8 [height, width, 3].
+"""
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from vcloze_jax.grid import PATCH
+from vcloze_jax.inputs.sheet import GUTTER, LABEL, stack_sheets
+
+LINE = (226, 88, 34)  # colour of what is drawn over a picture
+GAP = 2  # pixels between pictures of a sheet
+CHARACTER = 6  # pixels, at most, of one of a label's
+
+
+def magnify(pixels, times):
+    """Every pixel as a square of so many."""
+    return pixels.repeat(times, 0).repeat(times, 1)
+
+
+def colour(values, low=None, high=None, name="viridis"):
+    """A map [h, w] in colours, the darkest `low`, the brightest `high`; by default its extremes."""
+    from matplotlib import colormaps  # slow to import
+
+    low, high = (values.min() if low is None else low), (values.max() if high is None else high)
+    shares = (values - low) / max(high - low, 1e-9)
+    return (colormaps[name](np.clip(shares, 0, 1))[..., :3] * 255).round().astype(np.uint8)
+
+
+def tile(pictures, across):
+    """Pictures of one size, so many beside each other, on white."""
+    around = ((0, GAP), (0, GAP), (0, 0))
+    padded = [np.pad(picture, around, constant_values=255) for picture in pictures]
+    rows = [np.hstack(padded[i : i + across]) for i in range(0, len(padded), across)]
+    return stack_sheets(rows)
+
+
+def number_tokens(grid, times=3):
+    """A grid's rows with the border of every token and, at its corner, its number."""
+    pictures, first, side = [], 0, PATCH * times
+    for row in grid.rows:
+        picture = Image.fromarray(magnify(row.pixels, times))
+        draw, across = ImageDraw.Draw(picture), row.width // PATCH
+        for number in range(across * (row.height // PATCH)):
+            y, x = (side * k for k in divmod(number, across))
+            draw.rectangle((x, y, x + side, y + side), outline=LINE)
+            box = draw.textbbox((x + 3, y + 1), str(first + number))
+            draw.rectangle(box, fill="white")
+            draw.text((x + 3, y + 1), str(first + number), fill="black")
+        first += across * (row.height // PATCH)
+        pictures.append(np.asarray(picture))
+    return stack_sheets(pictures)
+
+
+def spread_tokens(grid, values):
+    """A number for every token, [S], as a map of the grid's rows: float [h/16, W/16] each."""
+    maps, first = [], 0
+    for h, w in grid.shape:
+        rows, columns = h // PATCH, w // PATCH
+        maps.append(values[first : first + rows * columns].reshape(rows, columns))
+        first += rows * columns
+    return maps
+
+
+def map_tokens(grid, values, low=None, high=None, side=PATCH):
+    """`spread_tokens` in colours, one scale for all rows, a token a square."""
+    low, high = (values.min() if low is None else low), (values.max() if high is None else high)
+    maps = spread_tokens(grid, values)
+    return stack_sheets([magnify(colour(m, low, high), side) for m in maps])
+
+
+def label_columns(columns):
+    """{label: pictures uint8 [N, h, w, 3]} as a sheet: a column each, pictures in rows."""
+    wide = {name: max(p.shape[2], CHARACTER * len(name)) + GUTTER for name, p in columns.items()}
+    count, height, *_ = next(iter(columns.values())).shape
+    sheet = Image.new("RGB", (sum(wide.values()), LABEL + count * (height + GAP)), "white")
+    draw, x = ImageDraw.Draw(sheet), 0
+    for name, pictures in columns.items():
+        draw.text((x, 1), name, fill="black")
+        for i, picture in enumerate(pictures):
+            sheet.paste(Image.fromarray(picture), (x, LABEL + i * (height + GAP)))
+        x += wide[name]
+    return np.asarray(sheet)
+
+
+def new_figure(panels=1, width=8.0, height=3.6):
+    """A figure of matplotlib that belongs to no window, and its panels, in a list."""
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=100)
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
+def render_figure(figure):
+    """A figure of matplotlib as pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

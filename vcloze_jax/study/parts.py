@@ -1,0 +1,37 @@
+"""The parts of the study. A new one is a file, and its row in PARTS.
+
+A part is a function of a Lab that gives a Chapter: what it paints is a function of the Lab alone.
+"""
+
+from pkgutil import resolve_name
+from typing import NamedTuple
+
+from vcloze_jax.config import UserError
+
+PARTS = {  # name: its title, and where it is
+    "walk": ("One grid, followed through the house", "walk:follow_grid"),
+    "ambiguity": ("Examples against ambiguity", "ambiguity:measure_ambiguity"),
+}
+
+
+class Lab(NamedTuple):
+    """What every part works with."""
+
+    painter: object  # a Painter
+    source: object  # GraphEmojiGrids of subjects that were never trained on
+    steps: int  # of Euler
+    quick: bool  # few tasks, subjects and noises
+    bar: object  # (iterable, label) -> the same, with a progress bar
+
+
+def choose_parts(names):
+    """The named parts in the study's order, all if none is named. Raises UserError."""
+    if unknown := [name for name in names if name not in PARTS]:
+        raise UserError(f"{unknown[0]!r} is no part of the study; parts are {', '.join(PARTS)}")
+    return [name for name in PARTS if name in names or not names]
+
+
+def run_part(name, lab):
+    """(title, Chapter) of one part."""
+    title, place = PARTS[name]
+    return title, resolve_name(f"vcloze_jax.study.{place}")(lab)
