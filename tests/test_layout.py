@@ -4,7 +4,7 @@ the story   train.py, sample.py and the files of STORY: what must be read
 kernels     compute what model/ops has as a formula, and know nothing else
 model/      knows no file and no flag           inputs/     knows no JAX
 data/       knows no model                      storage/    alone knows ports and orbax
-ports/      knows neither JAX nor us
+ports/      knows neither JAX nor us       study/      nobody knows it
 """
 
 import ast
@@ -108,6 +108,11 @@ def test_data_knows_no_model():
     models = "vcloze_jax.model", "vcloze_jax.conditioning", "vcloze_jax.painter"
     others = "vcloze_jax.trainer", "vcloze_jax.storage", "jax", "flax"
     assert set(within("vcloze_jax.data")).isdisjoint(importers(*models, *others))
+
+
+def test_nobody_knows_the_study():
+    """It looks at all of the house, and nothing in the house needs it."""
+    assert importers("vcloze_jax.study") <= set(within("vcloze_jax.study"))
 
 
 def test_storage_alone_knows_ports_and_orbax():

@@ -1,5 +1,5 @@
-"""One question on its way to a picture, with all that it was at every step; and what a stop of the
-walk tells of it."""
+"""One question on its way to a picture, with all that it was at every step; and what a station of
+the walk tells of it."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import numpy as np
 
 from vcloze_jax.conditioning import Context
 from vcloze_jax.data import graph
-from vcloze_jax.grid import Spec, bucket
+from vcloze_jax.grid import Grid, Row, Spec, bucket
 from vcloze_jax.painter import Canvas, initial_noise
 from vcloze_jax.questions import choose_examples, pose_question, truth
 
@@ -40,7 +40,7 @@ class Journey(NamedTuple):
         return self.painter.decode(self.spec.grid, latents)
 
 
-class Stop(NamedTuple):
+class Station(NamedTuple):
     """One stage of the way."""
 
     title: str
@@ -54,6 +54,9 @@ def travel(lab):
     """Paint the question of the walk, and keep what it was at every step."""
     examples = choose_examples(lab.source, SUBJECT, EXAMPLES)
     grid, prompt = pose_question(lab.source, TASK, TASK, examples, SUBJECT, sentence=True)
+    row = grid.query  # the truth goes no further than here
+    blank = Row(np.where(row.mask[..., None], np.uint8(0), row.pixels), row.mask)
+    grid = Grid((*grid.rows[:-1], blank), grid.columns)
     spec = Spec(grid, prompt, lab.steps, lab.painter.preset.guidance_scale, SEED)
     states = [initial_noise(spec)]
 

@@ -22,6 +22,7 @@ table { border-collapse: collapse; font-size: .9rem }
 th, td { border-bottom: 1px solid #ddd; padding: .2rem .8rem .2rem 0; text-align: left }
 td, th { vertical-align: top }
 code { background: #f3f3f3 }
+td code { white-space: nowrap }
 """
 
 
@@ -39,7 +40,7 @@ class Figure(NamedTuple):
     scale: int = 1  # pixels of the page to one of it, where there is room
 
 
-class Table(NamedTuple):
+class TextTable(NamedTuple):
     """Rows of text, the first its header."""
 
     rows: list[list[str]]
@@ -48,7 +49,7 @@ class Table(NamedTuple):
 
 class Chapter(NamedTuple):
     """What a part of the study gives: blocks, each a Heading, a paragraph (text, in which `x` is
-    code), a Table or a Figure; and its numbers, as JSON."""
+    code), a TextTable or a Figure; and its numbers, as JSON."""
 
     blocks: list
     numbers: dict
@@ -75,7 +76,7 @@ def write_markdown(title, lead, chapters):
         for block in chapter.blocks:
             if isinstance(block, Heading):
                 lines.append(f"### {block.text}")
-            elif isinstance(block, Table):
+            elif isinstance(block, TextTable):
                 lines += [*filter(None, [block.caption]), format_table(block.rows)]
             elif isinstance(block, str):
                 lines.append(block)
@@ -86,7 +87,7 @@ def show_block(block):
     """One block of a chapter as HTML."""
     if isinstance(block, Heading):
         return f"<h3>{mark_up(block.text)}</h3>"
-    if isinstance(block, Table):
+    if isinstance(block, TextTable):
         header, *rows = block.rows
         lines = ["".join(f"<th>{mark_up(cell)}</th>" for cell in header)]
         lines += ["".join(f"<td>{mark_up(cell)}</td>" for cell in row) for row in rows]

@@ -1,4 +1,4 @@
-"""Stops of the walk: what is asked, from cells to words."""
+"""Stations of the walk: what is asked, from cells to words."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from vcloze_jax.model import ops
 from vcloze_jax.model.text import CLIPTextEncoder, T5Encoder
 from vcloze_jax.questions import pose_question
 from vcloze_jax.study import draw
-from vcloze_jax.study.journey import TASK, Stop
+from vcloze_jax.study.journey import TASK, Station
 from vcloze_jax.study.page import Figure
 
 
@@ -18,7 +18,7 @@ def visit_cells(j):
     rows = j.spec.grid.rows
     cell = j.spec.grid.split(rows[0].pixels)[0]
     what = f"{len(rows) - 1} examples of `{TASK.name}`, and the query, whose last cell is asked."
-    return Stop(
+    return Station(
         "Cells",
         f"{what} Here they come from GraphEmoji's task graph; `sample.py` reads them from a spec.",
         (pose_question, GraphEmojiGrids.picture, compose),
@@ -32,7 +32,7 @@ def visit_rows(j):
     masks = [np.where(row.mask[..., None], np.uint8(draw.LINE), np.uint8(238)) for row in grid.rows]
     pairs = zip([row.pixels for row in grid.rows], masks, strict=True)
     picture = draw.tile([picture for pair in pairs for picture in pair], 2)
-    return Stop(
+    return Station(
         "Rows and masks",
         "The cells of a row are joined: to the model a row is one picture, and is encoded as one. "
         "A mask says which pixels are generated; in sampling only the last row has any.",
@@ -44,7 +44,7 @@ def visit_rows(j):
 
 def visit_tokens(j):
     grid, resolution = j.spec.grid, j.painter.preset.resolution
-    return Stop(
+    return Station(
         "Tokens",
         f"A patch of {PATCH} x {PATCH} pixels is a token: 8 by the autoencoder, 2 by packing. "
         "Tokens run row by row, from left to right over the whole row, across the border of cells. "
@@ -64,7 +64,7 @@ def visit_positions(j):
     first = len(j.canvas.txt)
     waves = draw.colour(cos[first : first + len(ids)].T, -1, 1, "RdBu")
     bands = ", ".join(str(dim // 2) for dim in config.axes_dim)
-    return Stop(
+    return Station(
         "Positions",
         "A token knows which row it is in, and where in that row. Attention compares positions by "
         "rotating pairs of channels: each of the three axes turns some pairs, each at a speed of "
@@ -83,7 +83,7 @@ def visit_positions(j):
 
 
 def visit_words(j):
-    return Stop(
+    return Station(
         "Words",
         f"The prompt says how many pictures there are, and what a row does: “{j.spec.prompt}” "
         "T5 gives a vector for each of its tokens, which stand before those of the image; CLIP one "
@@ -94,4 +94,4 @@ def visit_words(j):
     )
 
 
-STOPS = (visit_cells, visit_rows, visit_tokens, visit_positions, visit_words)
+STATIONS = (visit_cells, visit_rows, visit_tokens, visit_positions, visit_words)

@@ -1,4 +1,4 @@
-"""Stops of the walk: what is painted, from condition channels to the cell.
+"""Stations of the walk: what is painted, from condition channels to the cell.
 
 The velocities are those of the steps that were taken.
 """
@@ -14,7 +14,7 @@ from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.vae import VAE
 from vcloze_jax.painter import Painter, euler_step, initial_noise
 from vcloze_jax.study import draw
-from vcloze_jax.study.journey import SEED, Stop
+from vcloze_jax.study.journey import SEED, Station
 from vcloze_jax.study.page import Figure
 
 MOMENTS = 6  # of the steps, at which the picture is looked at
@@ -29,8 +29,8 @@ def visit_condition(j):
     blanked = conditioning.blank(conditioning.to_model(row.pixels[None]), row.mask[None], -1.0)
     maps = [draw.magnify(draw.colour(c, channels.min(), channels.max()), 6) for c in channels]
     shown = np.moveaxis(np.asarray(ops.unpack(mask, *size))[0], -1, 0)  # 64 h/8 W/8
-    masks = [draw.magnify(draw.colour(m, 0, 1, "gray"), 3) for m in shown]
-    return Stop(
+    masks = [draw.magnify(draw.colour(m, 0, 1), 3) for m in shown]
+    return Station(
         "Condition channels",
         "What is asked is made black, the row is encoded, and the mask is folded beside its "
         "latent: every token is told what stands in its patch, and which of its pixels to make.",
@@ -54,7 +54,7 @@ def visit_condition(j):
             Figure(draw.tile(maps, 4), f"Its {len(maps)} latent channels, on one scale."),
             Figure(
                 draw.tile(masks, 8),
-                f"Its mask, {len(masks)} channels: the pixels of 8 x 8, white where one is made.",
+                f"Its mask, {len(masks)} channels: the pixels of 8 x 8, bright where one is made.",
             ),
         ],
     )
@@ -68,7 +68,7 @@ def visit_noise(j):
     panel.plot(np.linspace(1, 0, len(times)), color="#999999", label="even")
     panel.set(xlabel="step", ylabel="t")
     panel.legend()
-    return Stop(
+    return Station(
         "Noise and times",
         f"All rows start as noise, by the seed {SEED}: also those that are given, which the model "
         "paints along. Time goes from 1 to 0 in steps that dwell where there is much noise.",
@@ -98,7 +98,7 @@ def visit_velocity(j):
     (guidance, pooled), times = (j.context.guidance, j.context.pooled), j.canvas.times[:1]
     mod = j.painter.models.flux.modulation(times, guidance, pooled)
     shapes = {f"modulation.{name}": x for name, x in mod._asdict().items()}
-    return Stop(
+    return Station(
         "Velocity",
         "Noisy latent and condition, side by side, go through the transformer with the text; time, "
         "guidance and pooled text scale and shift every layer. It says dx/dt, noise minus picture. "
@@ -130,7 +130,7 @@ def visit_steps(j):
     panel.plot(j.canvas.times[:-1], far(j.expected), "o-", color="#e25822", label="x - t v")
     panel.set(xlabel="t", ylabel="RMSE to the last x", xlim=(1.02, -0.02))
     panel.legend()
-    return Stop(
+    return Station(
         "Euler steps",
         "x moves along the velocity from one time to the next. One program, compiled once, makes "
         "every step.",
@@ -139,7 +139,7 @@ def visit_steps(j):
         [
             Figure(
                 draw.tile([j.decode(x) for x in j.states], 3),
-                "The query row after every step, decoded; the given cell is painted along.",
+                "The last row after every step; its given cell is painted along, and dropped.",
             ),
             Figure(
                 draw.render_figure(figure), "How far the latent of the last row is from its end."
@@ -153,7 +153,7 @@ def visit_picture(j):
     (target,) = grid.cut(pixels)
     error = rmse(target / 255, j.truth / 255)
     sheet = draw.label_columns({"painted": target[None], "truth": j.truth[None]})
-    return Stop(
+    return Station(
         "The painted cell",
         "Only the query row is decoded. Pixels that were given are put back as they were, and the "
         f"asked cell is cut out. Its RMSE to the truth is {error:.3f}.",
@@ -166,4 +166,4 @@ def visit_picture(j):
     )
 
 
-STOPS = (visit_condition, visit_noise, visit_velocity, visit_steps, visit_picture)
+STATIONS = (visit_condition, visit_noise, visit_velocity, visit_steps, visit_picture)
