@@ -12,7 +12,7 @@ import numpy as np
 
 from vcloze_jax.data import graph
 from vcloze_jax.data.draws import ROWS
-from vcloze_jax.grid import Spec
+from vcloze_jax.grid import Grid, Spec
 from vcloze_jax.inputs.measures import rmse
 from vcloze_jax.painter import initial_noise
 from vcloze_jax.questions import STRIDES, choose_examples, paint_cells, pose_question, truth
@@ -99,7 +99,7 @@ class Asker:
         """The Spec of a grid whose noise is the end of that of the largest grid."""
         how = self.lab.steps, self.lab.painter.preset.guidance_scale, seed
         rows = grid.rows[:1] * (len(STRIDES) + 1)
-        largest = initial_noise(Spec(type(grid)(rows, grid.columns), prompt, *how))
+        largest = initial_noise(Spec(Grid(rows, grid.columns), prompt, *how))
         return Spec(grid, prompt, *how, latents=largest[-grid.tokens :])
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from vcloze_jax import conditioning, prompts
 from vcloze_jax.data.graphemoji import GraphEmojiGrids
 from vcloze_jax.grid import PATCH, Grid, Row, bucket
-from vcloze_jax.inputs.sheet import compose
+from vcloze_jax.inputs.sheet import MARK, compose
 from vcloze_jax.model import ops
 from vcloze_jax.model.text import CLIPTextEncoder, T5Encoder
 from vcloze_jax.questions import pose_question
@@ -29,7 +29,7 @@ def visit_cells(j):
 
 def visit_rows(j):
     grid = j.spec.grid
-    masks = [np.where(row.mask[..., None], np.uint8(draw.LINE), np.uint8(238)) for row in grid.rows]
+    masks = [np.where(row.mask[..., None], np.uint8(MARK), np.uint8(238)) for row in grid.rows]
     pairs = zip([row.pixels for row in grid.rows], masks, strict=True)
     picture = draw.tile([picture for pair in pairs for picture in pair], 2)
     return Station(

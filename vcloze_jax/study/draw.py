@@ -7,9 +7,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from vcloze_jax.grid import PATCH
-from vcloze_jax.inputs.sheet import GUTTER, LABEL, stack_sheets
+from vcloze_jax.inputs.sheet import GUTTER, LABEL, MARK, stack_sheets
 
-LINE = (226, 88, 34)  # colour of what is drawn over a picture
 GAP = 2  # pixels between pictures of a sheet
 CHARACTER = 6  # pixels, at most, of one of a label's
 
@@ -44,7 +43,7 @@ def number_tokens(grid, times=3):
         draw, across = ImageDraw.Draw(picture), row.width // PATCH
         for number in range(across * (row.height // PATCH)):
             y, x = (side * k for k in divmod(number, across))
-            draw.rectangle((x, y, x + side, y + side), outline=LINE)
+            draw.rectangle((x, y, x + side, y + side), outline=MARK)
             box = draw.textbbox((x + 3, y + 1), str(first + number))
             draw.rectangle(box, fill="white")
             draw.text((x + 3, y + 1), str(first + number), fill="black")

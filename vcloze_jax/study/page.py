@@ -23,6 +23,7 @@ th, td { border-bottom: 1px solid #ddd; padding: .2rem .8rem .2rem 0; text-align
 td, th { vertical-align: top }
 code { background: #f3f3f3 }
 td code { white-space: nowrap }
+td:last-child { min-width: 12rem }
 """
 
 
