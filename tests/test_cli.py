@@ -25,6 +25,7 @@ from vcloze_jax.inputs.runfolder import FREE, ORIGINS, Log, RunFolder
 from vcloze_jax.inputs.tasks import find_task
 from vcloze_jax.ports import __main__ as ports
 from vcloze_jax.storage import places
+from vcloze_jax.study import __main__ as study
 
 ROOT = Path(__file__).parents[1]
 
@@ -419,7 +420,10 @@ def test_one_writer(begun):
 # --- what the commands share ---
 
 
-@pytest.mark.parametrize("main", [sample.main, train.main, evaluate.main, ports.main, data.main])
+MAINS = sample.main, train.main, evaluate.main, ports.main, data.main, study.main
+
+
+@pytest.mark.parametrize("main", MAINS)
 def test_a_flag_of_one_value_is_given_once(call, main):
     """In every command: the last of two would silently take the other's place."""
     assert_refused(call(main, "--out a --out b", jax=True), "--out: given twice; keep one")

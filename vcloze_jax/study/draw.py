@@ -7,10 +7,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from vcloze_jax.grid import PATCH
-from vcloze_jax.inputs.sheet import GUTTER, LABEL, MARK, stack_sheets
+from vcloze_jax.inputs.sheet import MARK, label_cells, stack_sheets
 
 GAP = 2  # pixels between pictures of a sheet
-CHARACTER = 6  # pixels, at most, of one of a label's
 
 
 def magnify(pixels, times):
@@ -70,17 +69,10 @@ def map_tokens(grid, values, low=None, high=None, side=PATCH):
 
 
 def label_columns(columns):
-    """{label: pictures uint8 [N, h, w, 3]} as a sheet: a column each, pictures in rows."""
-    wide = {name: max(p.shape[2], CHARACTER * len(name)) + GUTTER for name, p in columns.items()}
-    count, height, *_ = next(iter(columns.values())).shape
-    sheet = Image.new("RGB", (sum(wide.values()), LABEL + count * (height + GAP)), "white")
-    draw, x = ImageDraw.Draw(sheet), 0
-    for name, pictures in columns.items():
-        draw.text((x, 1), name, fill="black")
-        for i, picture in enumerate(pictures):
-            sheet.paste(Image.fromarray(picture), (x, LABEL + i * (height + GAP)))
-        x += wide[name]
-    return np.asarray(sheet)
+    """{label: pictures uint8 [N, h, w, 3]} of one size as a sheet: a column each, in rows."""
+    below = ((0, 0), (0, GAP), (0, 0), (0, 0))
+    padded = {name: np.pad(x, below, constant_values=255) for name, x in columns.items()}
+    return label_cells([(name, np.concatenate(x)) for name, x in padded.items()])
 
 
 def new_figure(panels=1, width=8.0, height=3.6):
