@@ -3,6 +3,7 @@
 The velocities are those of the steps that were taken.
 """
 
+import jax
 import numpy as np
 
 from vcloze_jax import conditioning, flow
@@ -96,7 +97,7 @@ def visit_velocity(j):
     }
     img = np.concatenate([j.states[0], j.canvas.condition], -1)
     (guidance, pooled), times = (j.context.guidance, j.context.pooled), j.canvas.times[:1]
-    mod = j.painter.models.flux.modulation(times, guidance, pooled)
+    mod = jax.eval_shape(j.painter.models.flux.modulation, times, guidance, pooled)
     shapes = {f"modulation.{name}": x for name, x in mod._asdict().items()}
     return Station(
         "Velocity",
