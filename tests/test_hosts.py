@@ -33,10 +33,11 @@ def start(code, argv, number):
     job = dict(JOB_ID=1, STEP_NODELIST="localhost", NTASKS=2, PROCID=number, LOCALID=number)
     env = {f"SLURM_{key}": str(value) for key, value in job.items()}
     env |= {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_PORT": os.environ["TEST_PORT"]}
+    ours = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"}
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, argv)],
         cwd=ROOT,
-        env=os.environ | env,
+        env=ours | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
