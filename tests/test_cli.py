@@ -371,7 +371,9 @@ def test_golden_run(tmp_path):
         run.compare(replace(recipe, clip=3.0))
     origins = json.loads(run.config.read_text())["origins"]
     run.compare_origins(recipe, origins, [])
-    with pytest.raises(UserError, match="data is 'grids.jsonl of digest .*--accept data"):
+    with pytest.raises(
+        UserError, match="data was grids.jsonl of digest .*, and is .*--accept data"
+    ):
         run.compare_origins(recipe, origins | {"data": "2"}, [])
     Log(run.metrics, 2)
     assert run.metrics.read_bytes() == (GOLDEN / "metrics.jsonl").read_bytes()

@@ -103,6 +103,17 @@ def test_deep_grey_keeps_its_range(tmp_path, suffix):
     assert pixels(tmp_path / f"a.{suffix}")[0, :, 0].tolist() == [0, 0, 1, 128, 255]
 
 
+@pytest.mark.parametrize("dtype, most", [(np.uint8, 255), (np.uint16, 65535)])
+def test_a_negative_is_turned_over(tmp_path, dtype, most):
+    """Law: a TIFF whose 0 is white, as of an X-ray, is shown as its maker sees it, at any depth."""
+    stored = np.array([[0, most]], dtype)
+    Image.fromarray(stored).save(tmp_path / "a.tiff", tiffinfo={262: 0})
+    with Image.open(tmp_path / "a.tiff") as picture:
+        assert picture.tag_v2[262] == 0
+    expected = stored if dtype == np.uint8 else most - stored  # Pillow turns 8 bits as it writes
+    assert pixels(tmp_path / "a.tiff")[0, :, 0].tolist() == (expected[0] // (most // 255)).tolist()
+
+
 def test_one_bit_palette_and_first_frame(tmp_path):
     """Law: 1-bit is black and white; of an animation the first frame counts."""
     Image.fromarray(np.array([[True, False]])).save(tmp_path / "bit.png")

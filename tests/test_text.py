@@ -249,6 +249,22 @@ def test_tokenizers_that_pad_or_cut_on_the_left_are_refused(tmp_path, part, side
         Tokenizers(tmp_path, MINI.t5, MINI.clip)
 
 
+@pytest.mark.parametrize("key", ["padding", "truncation"])
+def test_the_file_that_says_left_is_named(tmp_path, key):
+    """tokenizer.json holds where the config is silent, and is then the one to mend."""
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(MINI_FOLDER / name, tmp_path / name)
+    file = tmp_path / "tokenizer_2/tokenizer.json"
+    how = {
+        "padding": dict(strategy="BatchLongest", pad_to_multiple_of=None, pad_id=0, pad_type_id=0),
+        "truncation": dict(max_length=12, strategy="LongestFirst", stride=0),
+    }[key] | {"direction": "Left"}
+    how |= {"pad_token": "<pad>"} if key == "padding" else {}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: how}))
+    with pytest.raises(UserError, match=rf"tokenizer.json: {key}.direction is 'left'"):
+        Tokenizers(tmp_path, MINI.t5, MINI.clip)
+
+
 def test_tokenizers_without_their_config(tokenizers, tmp_path):
     """What tokenizer_config.json repeats of the vocabulary's files may be absent."""
     for name in ("tokenizer", "tokenizer_2"):

@@ -22,6 +22,7 @@ from vcloze_jax.config import UserError
 from vcloze_jax.inputs.checks import describe_error, describe_foreign, explain_missing, shorten
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a tag of TIFF, and what it says of an X-ray
 MAX_PIXELS = 2**26  # 8192 x 8192, 256 MiB as Pillow holds it
 TURNS = b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"  # keywords of text that may turn a PNG
 LARGE = 2**20  # bytes of such text
@@ -304,6 +305,8 @@ def _from_deep_grey(picture: Image.Image, ground: str) -> Image.Image:
     wide = picture.mode == "F" or (picture.mode, picture.format) == ("I", "TIFF")
     if wide or grey.min() < 0 or grey.max() > 65535:
         raise ValueError("more than 16 bits per pixel")  # where is its white?
+    if getattr(picture, "tag_v2", {}).get(PHOTOMETRIC) == MIN_IS_WHITE:
+        grey = 65535 - grey  # which Pillow does in 8 bits only
     clear = grey == picture.info.get("transparency", -1)  # the grey that a PNG calls clear
     if 0 < (most := grey.max(where=~clear, initial=0)) < 256:  # 8 bits, saved as 16: black
         raise UserError(f"has 16 bits, and its brightest level is {most}; save it in 8 bits")

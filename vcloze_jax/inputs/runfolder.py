@@ -81,13 +81,12 @@ class RunFolder:
         for key in ORIGINS:
             before = old["origins"].get(key, origins.get(key))
             if before != origins.get(key) and key not in accepted:
-                was, now = (x.get(key, "its content") for x in (old, asdict(recipe)))
-                if was == now:
-                    was, now = f"{was} of digest {before}", f"of digest {origins.get(key)}"
-                if key == "dtype":
-                    was, now = before, origins[key]
+                was, now = repr(before), repr(origins.get(key))
+                if key != "dtype":  # what it holds counts, not where it lies
+                    was = f"{old.get(key, 'its content')} of digest {before}"
+                    now = f"{asdict(recipe).get(key, 'its content')} of digest {origins.get(key)}"
                 raise UserError(
-                    f"{self.config}: {key} is {was!r}, this command says {now!r}; use the same, "
+                    f"{self.config}: {key} was {was}, and is {now}; bring back what it was, choose "
                     f"another --out, or go on all the same with --accept {key}"
                 )
 

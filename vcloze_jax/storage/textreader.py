@@ -185,17 +185,25 @@ def load_tokenizer(cls, folder, vocab):
                 parse_json(file.read_bytes())
         reason = f"{' and '.join(names)}: {describe_error(error)}"
         raise UserError(f"{folder}: not a tokenizer ({reason}); fetch it again") from error
-    for side in ("padding_side", "truncation_side"):
-        if (said := getattr(tokenizer, side)) != "right":
-            file = folder / "tokenizer_config.json"
-            remedy = "say 'right', as FLUX's own tokenizers do"
-            raise UserError(f"{file}: {side} is {said!r}, only 'right' can be read; {remedy}")
+    check_sides(tokenizer, folder)
     if len(tokenizer) > vocab:
         raise UserError(
             f"{folder}: {len(tokenizer)} tokens, but the text encoder knows {vocab}; "
             "take both from one model"
         )
     return tokenizer
+
+
+def check_sides(tokenizer, folder):
+    """Raise UserError where a prompt would be padded or cut on the left, naming the file that says
+    so: transformers asks tokenizer.json where the config is silent."""
+    for what in ("padding", "truncation"):
+        if (side := getattr(tokenizer, f"{what}_side")) != "right":
+            file, key = folder / "tokenizer_config.json", f"{what}_side"
+            if not file.is_file() or key not in parse_json(file.read_bytes()):
+                file, key = folder / "tokenizer.json", f"{what}.direction"
+            remedy = "say 'right', as FLUX's own tokenizers do"
+            raise UserError(f"{file}: {key} is {side!r}, only 'right' can be read; {remedy}")
 
 
 def tokenize(tokenizer, prompts, length):
