@@ -103,6 +103,21 @@ def test_deep_grey_keeps_its_range(tmp_path, suffix):
     assert pixels(tmp_path / f"a.{suffix}")[0, :, 0].tolist() == [0, 0, 1, 128, 255]
 
 
+def test_a_photo_with_a_hole_is_no_mask(tmp_path):
+    """Law: what others' editors take for a mask, the picture with a clear part where it is to be
+    painted, would paint all but that: it is refused, as a mask alone; a coloured stroke is not."""
+    photo = Image.new("RGBA", (32, 32), (250, 200, 40, 255))
+    photo.paste((0, 0, 0, 0), (8, 8, 24, 24))
+    photo.save(tmp_path / "a.png")
+    assert open_picture(tmp_path / "a.png").size == (32, 32)
+    with pytest.raises(UserError, match="is a picture with a clear part.*: fill what is clear"):
+        open_picture(tmp_path / "a.png", "black")
+    stroke = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    stroke.paste((250, 220, 40, 255), (8, 8, 24, 24))
+    stroke.save(tmp_path / "b.png")
+    assert to_mask(open_picture(tmp_path / "b.png", "black")).sum() == 256
+
+
 @pytest.mark.parametrize("dtype, most", [(np.uint8, 255), (np.uint16, 65535)])
 def test_a_negative_is_turned_over(tmp_path, dtype, most):
     """Law: a TIFF whose 0 is white, as of an X-ray, is shown as its maker sees it, at any depth."""

@@ -191,6 +191,9 @@ def test_wrong_folders_are_named(tmp_path):
     (tmp_path / "in" / "a.webp").touch()
     with pytest.raises(UserError, match="in/a.webp: in/a.png has the same name; remove one"):
         FolderSamples(tmp_path)
+    (tmp_path / "metadata.jsonl").touch()
+    with pytest.raises(UserError, match="metadata.jsonl: its texts are not read beside pairs"):
+        FolderSamples(tmp_path)
 
 
 # --- mistakes ---

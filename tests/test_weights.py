@@ -152,6 +152,21 @@ def test_single_text_encoders(saved, loaded, tmp_path):
     same(tensors(folder, PRESET), loaded)
 
 
+def test_halves_of_whole_models(saved, loaded, tmp_path):
+    """CLIP with the half that reads pictures and T5 with the half that writes, as their makers save
+    them, are the text encoders that they hold: sizes nested in a config, weights beside others."""
+    folder = folders.copy(saved, tmp_path)
+    file = folder / "text_encoder/config.json"
+    both = {"model_type": "clip", "text_config": json.loads(file.read_text()), "vision_config": {}}
+    file.write_text(json.dumps(both))
+    file = folder / "text_encoder_2/model.safetensors"
+    t5 = load_file(file)
+    t5 |= {key.replace("encoder.", "decoder."): x for key, x in t5.items() if "block" in key}
+    save_file(t5 | {"lm_head.weight": t5["shared.weight"]}, file)
+    assert weights.checked_preset(folder) == PRESET
+    same(tensors(folder, PRESET), loaded)
+
+
 def test_what_lies_beside(bfl, loaded, tmp_path):
     """What macOS leaves beside each file, a download that broke off and a dangling link are no
     second model, and are not named while the models are there."""

@@ -59,9 +59,9 @@ class Part(NamedTuple):
 
     `config` pairs entries of config.json with our fields; `fixed` are entries that must have these
     values where they appear, `harmless` is the pattern of those that change nothing
-    (diagnose.refuse_entries); `written` makes, of the entries, those that only others read. One of
-    `prefixes` stands before all its keys in a file that holds several models, as ComfyUI saves
-    them.
+    (diagnose.refuse_entries); of a model that is one half of another they may stand under `nested`.
+    `written` makes, of the entries, those that only others read. One of `prefixes` stands before
+    all its keys in a file that holds several models, as ComfyUI saves them.
     """
 
     name: str  # in messages
@@ -71,6 +71,7 @@ class Part(NamedTuple):
     config: dict[str, str]
     fixed: dict
     harmless: str
+    nested: str = ""
     prefixes: tuple[str, ...] = ()
     written: Callable[[dict], dict] = lambda entries: {}
 

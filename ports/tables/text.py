@@ -35,7 +35,10 @@ CLIP_ROWS = (
 T5_TABLE = Table(
     T5_ROWS,
     sign=r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.q\.weight",
-    ignored=(r"encoder\.embed_tokens\.weight",),  # a second name of shared.weight
+    ignored=(
+        r"encoder\.embed_tokens\.weight",  # a second name of shared.weight
+        r"decoder\..*|lm_head\.weight",  # the half that writes
+    ),
     tied=(("shared.weight", "encoder.embed_tokens.weight"),),
 )
 CLIP_TABLE = Table(
@@ -100,6 +103,7 @@ CLIP = Part(
         "quantization_config": None,
     },
     harmless=".*",
+    nested="text_config",
     prefixes=("text_encoders.clip_l.transformer.",),
     written=lambda entries: {
         "architectures": ["CLIPTextModel"],

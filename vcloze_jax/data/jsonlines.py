@@ -59,6 +59,8 @@ SPELLINGS = {
 }
 MOST = 3  # conditions in one list
 PLACEHOLDER = re.compile(r"(<img>)?<\|image_(\d+)\|>(</img>)?")  # OmniGen's, of a column
+# What holds the texts of a folder of `datasets`, which are lost where its pictures pair by name.
+TEXTS_OF_OTHERS = "metadata.jsonl", "metadata.csv", "metadata.parquet"
 # Names of the two sides of a folder of pairs: of ai-toolkit, SimpleTuner, diffusers, pix2pix.
 SIDES = (
     ("in", "out"),
@@ -121,6 +123,9 @@ class FolderSamples(Sequence):
     def __init__(self, path: Path):
         self.path = self.folder = path
         with error_context(path):
+            if others := [name for name in TEXTS_OF_OTHERS if (path / name).exists()]:
+                remedy = "put what it says of NAME into NAME.txt, and move it away"
+                raise UserError(f"{others[0]}: its texts are not read beside pairs; {remedy}")
             names, inside = find_sides(path)
             sides = [list_pictures(path, side, inside) for side in names]
             for name in sorted(sides[0].keys() ^ sides[1].keys()):

@@ -294,10 +294,22 @@ def _to_rgb(picture: Image.Image, ground: str) -> Image.Image:
         picture = picture.convert("RGBA")
         if ground == "white" and not picture.getchannel("A").getbbox():
             raise UserError("is clear everywhere: nothing of it is seen; save it without alpha")
+        if ground == "black" and _is_a_photo_with_a_hole(picture):
+            reason = "is a picture with a clear part, and a mask is white where it is painted"
+            raise UserError(f"{reason}: fill what is clear with white and the rest with black")
         sheet = Image.new("RGB", picture.size, ground)
         sheet.paste(picture, mask=picture.getchannel("A"))
         return sheet
     return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _is_a_photo_with_a_hole(mask: Image.Image) -> bool:
+    """Whether most of an RGBA mask is seen, and most of that is coloured: others' editors cut what
+    is to be painted out of the picture itself."""
+    pixels = np.asarray(mask)
+    seen = pixels[..., :3][pixels[..., 3] >= 128]
+    coloured = np.ptp(seen, axis=-1) >= 32  # from the least of RGB to the most
+    return len(seen) > pixels[..., 3].size / 2 and coloured.mean() > 0.5
 
 
 def _from_deep_grey(picture: Image.Image, ground: str) -> Image.Image:

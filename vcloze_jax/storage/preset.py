@@ -56,7 +56,8 @@ def load_preset(folder: Path) -> Preset:
 def read_text_length(folder, t5):
     """The T5Config that reads as many tokens as its tokenizer says, and no more than it did."""
     file, limit = folder / "tokenizer_2" / "tokenizer_config.json", t5.max_length
-    told = read_fields(file, {"model_max_length": "max_length"}, t5) if file.is_file() else {}
+    entries = read_json(file) if file.is_file() else {}
+    told = read_fields(file, entries, {"model_max_length": "max_length"}, t5)
     return replace(t5, max_length=min(told.get("max_length", limit), limit))
 
 
@@ -67,7 +68,7 @@ def read_flow(file, default):
     with translate_errors(file):
         refuse_entries(entries, {*SHIFT, *STATIC}, SCHEDULER_FIXED, "_.*")
     if typed(file, STATIC[0], entries.get(STATIC[0], True), True):
-        flow = replace(default, **read_fields(file, SHIFT, default))
+        flow = replace(default, **read_fields(file, entries, SHIFT, default))
         if flow.base_tokens == flow.max_tokens:
             both = "base_image_seq_len and max_image_seq_len"
             raise UserError(f"{file}: {both} are {flow.max_tokens}; they must differ")
@@ -84,9 +85,11 @@ def read_config(folder: Path, field: str, default):
     part = PARTS[field]
     file = folder / part.folder / "config.json"
     if file.is_file():
+        entries = read_json(file)
+        entries = check_type(entries.get(part.nested, entries), dict)
         with translate_errors(file):
-            refuse_entries(read_json(file), part.config, part.fixed, part.harmless)
-        ours = read_fields(file, part.config, default)
+            refuse_entries(entries, part.config, part.fixed, part.harmless)
+        ours = read_fields(file, entries, part.config, default)
     else:
         file = folder
         with translate_errors(folder):
@@ -129,10 +132,9 @@ def axes(head_dim, default):
     )
 
 
-def read_fields(file, names, default):
-    """The entries of a JSON file that `names` pairs with our fields, as {field: value}. UserError
+def read_fields(file, entries, names, default):
+    """The entries, of a JSON file, that `names` pairs with our fields, as {field: value}. UserError
     for one that is null where its library would take that for no default of its own."""
-    entries = read_json(file)
     return {
         field: typed(file, name, entries[name], getattr(default, field))
         for name, field in names.items()
