@@ -402,7 +402,7 @@ def test_origins(begun, key):
     moved = recipe if key == "dtype" else replace(recipe, **{key: "elsewhere"})
     run.compare_origins(moved, origins, [])
     other = origins | {key: "2"}
-    with pytest.raises(UserError, match=rf"config.json: {key} is .*--accept {key}"):
+    with pytest.raises(UserError, match=rf"config.json: {key} was .*--accept {key}"):
         run.compare_origins(recipe, other, [k for k in ORIGINS if k != key])
     run.compare_origins(recipe, other, [key])
 

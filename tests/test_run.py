@@ -284,7 +284,7 @@ def test_other_data_and_weights(unbroken, home, tmp_path):
     again = dict(weights=tmp_path / "moved", steps=7)
     lines = (home / "grids.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "other.jsonl").write_text("".join(lines[:2]))
-    with pytest.raises(UserError, match="data is .*other.jsonl.*--accept data"):
+    with pytest.raises(UserError, match="data was .*other.jsonl.*--accept data"):
         train.main(flags(home, out, **again, data=tmp_path / "other.jsonl"))
     tiny.weights_folder(tmp_path / "retrained", seed=1)
     with pytest.raises(UserError, match="weights is .*--accept weights"):

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image
 
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.checks import describe_error, describe_foreign, explain_missing, shorten
+from vcloze_jax.inputs.modes import MAX_PIXELS, to_upright_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a tag of TIFF, and what it says of an X-ray
-MAX_PIXELS = 2**26  # 8192 x 8192, 256 MiB as Pillow holds it
 TURNS = b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"  # keywords of text that may turn a PNG
 LARGE = 2**20  # bytes of such text
 EXIF = {"exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow keeps what may turn a picture
@@ -111,7 +110,7 @@ def decode_picture(content: bytes, name: str, ground: str = "white") -> Image.Im
 def copy_picture(picture: Image.Image, ground: str = "white") -> Image.Image:
     """A picture in memory as `open_picture` would read it from a file."""
     with _decoding(f"a picture of mode {picture.mode}"):
-        return _to_upright_rgb(picture.copy(), ground)
+        return to_upright_rgb(picture.copy(), ground)
 
 
 def picture_of_array(x: np.ndarray) -> Image.Image:
@@ -254,7 +253,7 @@ def _describe_unread(file: Path | io.BytesIO) -> str:
 
 def _decode(file: Path | io.BytesIO, ground: str) -> Image.Image:
     with Image.open(file, formats=FORMATS) as picture:
-        return _to_upright_rgb(picture, ground)
+        return to_upright_rgb(picture, ground)
 
 
 def _strip_png(path: Path, turned: bool) -> io.BytesIO:
@@ -276,52 +275,3 @@ def _strip_png(path: Path, turned: bool) -> io.BytesIO:
                 file.seek(size, os.SEEK_CUR)
     kept.seek(0)
     return kept
-
-
-def _to_upright_rgb(picture: Image.Image, ground: str) -> Image.Image:
-    if picture.width * picture.height > MAX_PIXELS:
-        raise Image.DecompressionBombError
-    picture.load()
-    with suppress(Exception):  # EXIF that cannot be read says nothing
-        ImageOps.exif_transpose(picture, in_place=True)
-    return _to_rgb(picture, ground)
-
-
-def _to_rgb(picture: Image.Image, ground: str) -> Image.Image:
-    if picture.mode[0] in "IF":
-        return _from_deep_grey(picture, ground).convert("RGB")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        if ground == "white" and not picture.getchannel("A").getbbox():
-            raise UserError("is clear everywhere: nothing of it is seen; save it without alpha")
-        if ground == "black" and _is_a_photo_with_a_hole(picture):
-            reason = "is a picture with a clear part, and a mask is white where it is painted"
-            raise UserError(f"{reason}: fill what is clear with white and the rest with black")
-        sheet = Image.new("RGB", picture.size, ground)
-        sheet.paste(picture, mask=picture.getchannel("A"))
-        return sheet
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
-
-
-def _is_a_photo_with_a_hole(mask: Image.Image) -> bool:
-    """Whether most of an RGBA mask is seen, and most of that is coloured: others' editors cut what
-    is to be painted out of the picture itself."""
-    pixels = np.asarray(mask)
-    seen = pixels[..., :3][pixels[..., 3] >= 128]
-    coloured = np.ptp(seen, axis=-1) >= 32  # from the least of RGB to the most
-    return len(seen) > pixels[..., 3].size / 2 and coloured.mean() > 0.5
-
-
-def _from_deep_grey(picture: Image.Image, ground: str) -> Image.Image:
-    grey = np.asarray(picture)
-    wide = picture.mode == "F" or (picture.mode, picture.format) == ("I", "TIFF")
-    if wide or grey.min() < 0 or grey.max() > 65535:
-        raise ValueError("more than 16 bits per pixel")  # where is its white?
-    if getattr(picture, "tag_v2", {}).get(PHOTOMETRIC) == MIN_IS_WHITE:
-        grey = 65535 - grey  # which Pillow does in 8 bits only
-    clear = grey == picture.info.get("transparency", -1)  # the grey that a PNG calls clear
-    if 0 < (most := grey.max(where=~clear, initial=0)) < 256:  # 8 bits, saved as 16: black
-        raise UserError(f"has 16 bits, and its brightest level is {most}; save it in 8 bits")
-    levels = np.rint(grey / np.float32(257)).astype(np.uint8)
-    levels[clear] = ImageColor.getcolor(ground, "L")
-    return Image.fromarray(levels)
