@@ -287,7 +287,7 @@ def test_other_data_and_weights(unbroken, home, tmp_path):
     with pytest.raises(UserError, match="data was .*other.jsonl.*--accept data"):
         train.main(flags(home, out, **again, data=tmp_path / "other.jsonl"))
     tiny.weights_folder(tmp_path / "retrained", seed=1)
-    with pytest.raises(UserError, match="weights is .*--accept weights"):
+    with pytest.raises(UserError, match="weights was .*--accept weights"):
         train.main(flags(home, out, weights=tmp_path / "retrained"))
     accepted = ["--accept", "data", "weights"]
     changed = flags(home, out, **again, data=tmp_path / "other.jsonl")
