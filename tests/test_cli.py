@@ -375,6 +375,8 @@ def test_golden_run(tmp_path):
         UserError, match="data was grids.jsonl of digest .*, and is .*--accept data"
     ):
         run.compare_origins(recipe, origins | {"data": "2"}, [])
+    with pytest.raises(UserError, match="lora was none, and is a.safetensors of digest 3; .*"):
+        run.compare_origins(replace(recipe, lora="a.safetensors"), origins | {"lora": "3"}, [])
     Log(run.metrics, 2)
     assert run.metrics.read_bytes() == (GOLDEN / "metrics.jsonl").read_bytes()
     draw_curves(run.metrics, run.validation, run.curves)

@@ -112,6 +112,9 @@ def test_a_photo_with_a_hole_is_no_mask(tmp_path):
     assert open_picture(tmp_path / "a.png").size == (32, 32)
     with pytest.raises(UserError, match="is a picture with a clear part.*: fill what is clear"):
         open_picture(tmp_path / "a.png", "black")
+    photo.putalpha(255)  # nothing of it is clear: any picture may be a mask
+    photo.save(tmp_path / "a.png")
+    assert open_picture(tmp_path / "a.png", "black").size == (32, 32)
     stroke = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
     stroke.paste((250, 220, 40, 255), (8, 8, 24, 24))
     stroke.save(tmp_path / "b.png")

@@ -57,7 +57,7 @@ def join_hosts():
             return
         raise UserError(
             f"the processes of this job do not find each other ({describe_error(error)}); start "
-            "one alone, or all of them as README says"
+            "one alone, or all of them as vcloze_jax/hosts.py says"
         ) from error
     cli.AT_END.append(jax.distributed.shutdown)
 

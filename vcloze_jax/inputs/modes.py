@@ -42,12 +42,13 @@ def _to_rgb(picture: Image.Image, ground: str) -> Image.Image:
 
 
 def _is_a_photo_with_a_hole(mask: Image.Image) -> bool:
-    """Whether most of an RGBA mask is seen, and most of that is coloured: others' editors cut what
-    is to be painted out of the picture itself."""
+    """Whether most of an RGBA mask is seen, but not all, and most of that is coloured: others'
+    editors cut what is to be painted out of the picture itself."""
     pixels = np.asarray(mask)
     seen = pixels[..., :3][pixels[..., 3] >= 128]
     coloured = np.ptp(seen, axis=-1) >= 32  # from the least of RGB to the most
-    return len(seen) > pixels[..., 3].size / 2 and coloured.mean() > 0.5
+    size = pixels[..., 3].size
+    return size / 2 < len(seen) < size and coloured.mean() > 0.5
 
 
 def _from_deep_grey(picture: Image.Image, ground: str) -> Image.Image:

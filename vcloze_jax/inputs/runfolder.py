@@ -81,10 +81,8 @@ class RunFolder:
         for key in ORIGINS:
             before = old["origins"].get(key, origins.get(key))
             if before != origins.get(key) and key not in accepted:
-                was, now = repr(before), repr(origins.get(key))
-                if key != "dtype":  # what it holds counts, not where it lies
-                    was = f"{old.get(key, 'its content')} of digest {before}"
-                    now = f"{asdict(recipe).get(key, 'its content')} of digest {origins.get(key)}"
+                was = describe_origin(old.get(key), before)
+                now = describe_origin(asdict(recipe).get(key), origins.get(key))
                 raise UserError(
                     f"{self.config}: {key} was {was}, and is {now}; bring back what it was, choose "
                     f"another --out, or go on all the same with --accept {key}"
@@ -130,6 +128,13 @@ class RunFolder:
         if self.held is not None:
             os.close(self.held)
             self.held = None
+
+
+def describe_origin(name, content):
+    """What a run learns from, in words: what it holds counts, not where it lies."""
+    if not content:
+        return "none"
+    return f"{name} of digest {content}" if name else content
 
 
 def read_identity(file):
