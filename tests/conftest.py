@@ -4,6 +4,7 @@ XLA makes each program unoptimised, in a fifth of the time: most of them run onc
 """
 
 import os
+import sys
 import tempfile
 from contextlib import suppress
 
@@ -19,6 +20,7 @@ import pytest  # noqa: E402
 
 from vcloze_jax.config import UserError  # noqa: E402
 from vcloze_jax.devices import check_xla_flags, ready_xla  # noqa: E402
+from vcloze_jax.inputs import cli  # noqa: E402
 
 
 def known_flags():
@@ -61,3 +63,18 @@ def bfl(saved, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bfl")
     folders.save_bfl(saved, folder)
     return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Answer a command as cli.run does: exit code, stdout and stderr. JAX cannot be imported."""
+
+    def call(main, argv, jax=False):
+        with monkeypatch.context() as patch:
+            if not jax:
+                patch.setitem(sys.modules, "jax", None)
+            patch.setattr(sys, "argv", ["command", *argv.split()])
+            code = cli.exit_code(main)
+        return code, *capsys.readouterr()
+
+    return call
