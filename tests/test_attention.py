@@ -112,6 +112,21 @@ def test_the_platform_chooses(platform, dtype, head_dim, kernel):
     assert choose_kernel(platform, jnp.dtype(dtype), head_dim) == kernel
 
 
+@pytest.mark.parametrize("lengths", [None, [7, 4]])
+def test_cudnn_is_asked_for_an_even_number_of_tokens(monkeypatch, lengths):
+    """Its gradient refuses an odd one: what is computed of one more token is the same."""
+
+    def even_alone(q, k, v, implementation, key_value_seq_lengths):
+        assert implementation == "cudnn" and q.shape[1] % 2 == 0
+        return attention(q, k, v, key_value_seq_lengths)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", even_alone)
+    q, k, v = (jnp.asarray(normal(2, 7, 1, 8, seed=seed)) for seed in range(3))
+    lengths = lengths and jnp.array(lengths)
+    out, expected = kernels.cudnn(q, k, v, lengths), attention(q, k, v, lengths)
+    np.testing.assert_allclose(out, expected, atol=1e-6)  # float32, in another order
+
+
 def test_the_mesh_says_which_platform(monkeypatch):
     """A program is made for the devices of the mesh in use, not for those of this machine."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

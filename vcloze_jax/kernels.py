@@ -19,9 +19,17 @@ TILE = 2**19  # scores at once, at most
 
 def cudnn(q, k, v, lengths):
     """NVIDIA's flash attention: q, k, v [B, L, H, K], lengths int32 [B] or None -> [B, L, H, K]. A
-    mesh may split samples and heads."""
+    mesh may split samples and heads.
+
+    Its gradient takes an even number of tokens alone (seen on an H200, jax 0.11.2), so that an odd
+    one gets a token that nobody sees.
+    """
+    B, L = q.shape[:2]
+    if L % 2:
+        lengths = jnp.full(B, L) if lengths is None else lengths
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
     lengths = dict(key_value_seq_lengths=lengths)
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)[:, :L]
 
 
 def splash(q, k, v, lengths, interpret=False):

@@ -63,7 +63,7 @@ class Trainer:
             "update": update,
         }
         self.row_encoder = tuple  # as they are; or Batch.rows -> Posteriors, remembered
-        self.programs, self.rate, self.micro = {}, learning_rate(recipe), recipe.micro_batch
+        self.programs, self.micro = {}, recipe.micro_batch
         self.state = jax.jit(init, out_shardings=layout)(trainable)
         self.grads = jax.tree.map(jnp.zeros_like, self.state.trainable)
         self.step, self.ended = 0, 0.0
@@ -121,7 +121,7 @@ class Trainer:
                 args = self.state.trainable, self.frozen, self.grads, noisy
                 of_grids, self.grads = self.program("accumulate", noisy.x_t.shape, *args)(*args)
                 told.append(of_grids)
-        rate = np.float32(self.rate(self.step))
+        rate = np.float32(learning_rate(recipe, self.step))
         args = self.state, self.grads, [each[recipe.loss_region] for each in told], rate
         self.state, self.grads, norms = self.program("update", (), *args)(*args)
         self.step += 1
