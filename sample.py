@@ -24,6 +24,7 @@ def parse(argv):
     p.add_argument("--film", action="store_true", help="NAME_film.webp, too: all steps of a grid")
     p.add_argument("--list-tasks", action="store_true", help='names for "task" in a spec')
     p.add_argument("--check", action="store_true", help="validate everything, paint nothing")
+    p.add_argument("--offload", action="store_true", help="slower; FLUX paints on 24 GB")
     cli.add_plan_flags(p, cli.PRESETS)
     args = p.parse_args(argv)
     if not args.grid and not args.list_tasks:
@@ -48,7 +49,7 @@ def main(argv):
     if args.plan:
         print(plan.describe_sampling(args, preset, specs))
         return
-    pipeline = Pipeline.load(cli.fetch_weights(args), args.lora, args.mesh)
+    pipeline = Pipeline.load(cli.fetch_weights(args), args.lora, args.mesh, args.offload)
     print(pipeline.summary())
     if args.check:
         return

@@ -10,6 +10,7 @@ then ratios. Ceilings first: a product of 8192² in both, attention alone in our
 
     ours     a forward pass, the adapter folded in; 30 steps as painter.py makes them; a step of an
              adapter of rank 256 on every layer, as step.py makes it, with remat light and full
+    offload  a forward pass, the blocks in host memory as sample.py --offload has them
     again    the same programs out of the compile cache: what a second start waits for
     eager/B, compile/B
              diffusers' forward pass and 30 steps, B its attention backend: the peer is the fastest
@@ -35,7 +36,7 @@ from case import GUIDANCE, LATENT, STEPS, TIME, Case, measure, tell  # noqa: E40
 CASE = Case()
 SMALL = Case(256, 2, 1, 2, 128, 64, text=16, rows=2, columns=2, side=64, rank=8)
 BACKENDS = "native", "_native_cudnn", "_native_flash"
-PARTS = ["parity", "ours", "again"]
+PARTS = ["parity", "ours", "offload", "again"]
 PARTS += [f"{how}/{backend}" for how in ("eager", "compile") for backend in BACKENDS]
 PARTS += ["train/native", "train/_native_cudnn"]
 # Milliseconds at 3 x 3 cells of 384²: the goal, and what counts at least.
@@ -76,6 +77,12 @@ def ours(case, args, compile_only=False):
     model.train(compile_only)
     if not compile_only:
         Ours(case, args, "full").train(compile_only)
+
+
+def offloaded(case, args):
+    from ours import Ours
+
+    Ours(case, args).forward(offload=True)
 
 
 # --- diffusers ---
@@ -236,6 +243,8 @@ def main():
         if part == "parity":
             case = replace(case, double=1, single=2)
             return parity(case, args, backend, args.folder)
+        if part == "offload":
+            return offloaded(case, args)
         if part in ("ours", "again"):
             return ours(case, args, compile_only=part == "again")
         return theirs(case, args, part, backend)

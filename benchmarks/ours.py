@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from case import GUIDANCE, LATENT, STEPS, measure, tell
+from flax import nnx
 from programs import Programs
 
 from vcloze_jax import flow
@@ -16,6 +17,7 @@ from vcloze_jax.devices import make_mesh
 from vcloze_jax.grid import Grid
 from vcloze_jax.model.ops import attention
 from vcloze_jax.painter import Canvas, Painter
+from vcloze_jax.storage.models import move_offloaded
 
 
 class Ours:
@@ -69,16 +71,20 @@ class Ours:
         gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
         self.time("attention and gradient", lambda: gradient(q, q, q), 3.5 * flops)
 
-    def forward(self, compile_only):
-        """One Euler step, modulation given, adapter folded in."""
-        program, shapes = self.programs.euler()
-        compiled, temporary = self.compile("forward", program, shapes)
+    def forward(self, compile_only=False, offload=False):
+        """One Euler step, modulation given, adapter folded in; its blocks in host memory, if they
+        are to be offloaded."""
+        program, (flux, *inputs) = self.programs.euler()
+        what = "forward, offloaded" if offload else "forward"
+        if offload:
+            graphdef, tree = nnx.split(self.draw(flux, 0.02))
+            flux = nnx.merge(graphdef, move_offloaded(nnx.to_pure_dict(tree), self.mesh))
+        compiled, temporary = self.compile(what, program, (flux, *inputs))
         if compile_only:
             return None
-        flux, *inputs = shapes
-        flux, inputs = self.draw(flux, 0.02), self.draw(inputs, 1.0)
+        flux, inputs = flux if offload else self.draw(flux, 0.02), self.draw(inputs, 1.0)
         call = lambda: compiled(flux, *inputs)  # noqa: E731
-        self.time("forward", call, self.case.flops, temporary_gib=temporary)
+        self.time(what, call, self.case.flops, temporary_gib=temporary)
         return flux
 
     def loop(self, flux):

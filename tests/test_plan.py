@@ -66,6 +66,11 @@ def test_bytes_of_weights():
         )
         held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(arrays))
         assert plan.weights_on_device(tiny.TINY, ["flux"], mesh, "bfloat16") == {"flux": held}
+        blocks = [arrays[name] for name in ("double", "single")]
+        mods = [blocks[0]["img"]["mod"], blocks[0]["txt"]["mod"], blocks[1]["mod"]]
+        of = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
+        left = held - of(blocks) + of(mods)
+        assert plan.offloaded_on_device(tiny.TINY, mesh, "bfloat16") == left
     count = sum(x.size for x in jax.tree.leaves(weights.abstract(Flux, FLUX_FILL.flux)[2]))
     assert count == 11_902_391_360
 
@@ -129,6 +134,11 @@ def test_sample(tmp_path, capsys, nothing_loads):
     assert lines[1].startswith("fox_target0: 32 image + 96 text tokens, bucket 32, 4 steps of ")
     assert [line.split()[0] for line in lines[3:6]] == ["reading:", "painting:", "decoding:"]
     assert not (tmp_path / "out").exists()
+    argv = ["--grid", f"{tmp_path}/fox.json", "--out", f"{tmp_path}/out", "--plan"]
+    sample.main([*argv, "--device", "5MB"])
+    assert capsys.readouterr().out.endswith("try --offload, or " + plan.MESH + "\n")
+    sample.main([*argv, "--device", "5MB", "--offload"])
+    assert "--offload" not in capsys.readouterr().out
 
 
 def test_train(tmp_path, capsys, nothing_loads):

@@ -5,6 +5,7 @@ Tiny random models paint; the last test is of the shipped ones.
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -18,9 +19,12 @@ import sample
 from vcloze_jax.config import UserError
 from vcloze_jax.data.graph import NODES
 from vcloze_jax.data.graphemoji import read_nodes
+from vcloze_jax.devices import cpu_mesh
 from vcloze_jax.inputs.specfiles import read_specs
+from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.pipeline import load_painter
 from vcloze_jax.programs import spent
+from vcloze_jax.storage import adapters, weights
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "examples/pictures"
@@ -280,6 +284,28 @@ def test_mesh(painters, tmp_path):
     batch = jobs(tmp_path, BLANK, PARTLY, BLANK | {"seed": 5})
     for one, eight in zip(painters[1](batch), painters[8](batch), strict=True):
         assert tiny.relative(eight.latents, one.latents) < 1e-5
+
+
+@pytest.mark.parametrize("mesh", ["1", "2"])
+def test_offload(folder, tmp_path, mesh):
+    """Where the MMDiT's blocks wait in host memory, adapter and all, the picture is the same."""
+    lora = tmp_path / "lora.safetensors"
+    ranked = replace(tiny.TINY.flux, rank=4)
+    adapters.save(lora, tiny.filled(weights.abstract(Flux, ranked)[1]))
+    one, other = (load_painter(folder, [str(lora)], mesh, offload) for offload in (False, True))
+    specs = jobs(tmp_path, BLANK)
+    assert np.array_equal(*(painter(specs)[0].pixels for painter in (one, other)))
+    blocks = other.models.flux.double, other.models.flux.single
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(blocks)} == {"pinned_host"}
+    assert jax.tree.leaves(other.models.flux.final)[0].sharding.memory_kind == "device"
+
+
+def test_offload_needs_the_cpu(monkeypatch):
+    """It is there unless the environment keeps it out: said in a line."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "devices", lambda *_: (_ for _ in ()).throw(RuntimeError))
+    with pytest.raises(UserError, match="JAX_PLATFORMS=cuda: --offload needs the CPU, too"):
+        cpu_mesh()
 
 
 def test_compiles(painters, tmp_path):

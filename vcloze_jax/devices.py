@@ -95,6 +95,18 @@ def make_mesh(sizes=None):
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count])
 
 
+def cpu_mesh():
+    """A mesh of one CPU device, beside whatever else there is. Raises UserError."""
+    try:
+        devices = jax.devices("cpu")
+    except RuntimeError as error:
+        named = os.environ["JAX_PLATFORMS"]
+        raise UserError(
+            f"JAX_PLATFORMS={named}: --offload needs the CPU, too; {named},cpu will do"
+        ) from error
+    return jax.make_mesh((1,) * len(AXES), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:1])
+
+
 def kernel_on(mesh, preset):
     """What computes the MMDiT's attention on a mesh, by name."""
     platform = mesh.devices.flat[0].platform

@@ -92,14 +92,15 @@ class Pipeline:
         self.painter = painter
 
     @classmethod
-    def load(cls, weights=None, lora=None, mesh=None):
+    def load(cls, weights=None, lora=None, mesh=None, offload=False):
         """Make ready what paints; files are checked now, and read when they are first needed.
 
         `weights` is a folder (default: mini, with its adapter), `lora` a list of adapters, each
         "FILE", "FILE:SCALE" or (file, scale), `mesh` as the flag: "8" or "data=2,fsdp=4" (default:
-        all accelerators, or one CPU). Raises UserError.
+        all accelerators, or one CPU). `offload` keeps the MMDiT's blocks in host memory. Raises
+        UserError.
         """
-        return cls(load_painter(weights, lora, mesh))
+        return cls(load_painter(weights, lora, mesh, offload))
 
     def __call__(
         self,
@@ -185,14 +186,14 @@ def count_unread(part, reason):
     return ", ".join(f"{count} {encoder.upper()}" for encoder, count in counts if count)
 
 
-def load_painter(named, lora, mesh):
+def load_painter(named, lora, mesh, offload=False):
     """A Painter of what those three name; see Pipeline.load."""
     folder, loras = places.named_model(named, lora)
     mesh = make_mesh(parse_mesh(mesh) if mesh else None)
     preset = weights.checked_fill_preset(folder)
     for file, _ in loras:
         adapters.check(file, preset.flux)
-    models = LazyModels(folder, preset, loras, mesh)
+    models = LazyModels(folder, preset, loras, mesh, offload)
     return Painter(preset, models, models.text_reader(), mesh)
 
 

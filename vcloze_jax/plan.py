@@ -55,15 +55,16 @@ def describe_sampling(args, preset, specs):
     """What sample.py --plan prints: of its weights and adapters, or of a --preset alone."""
     if args.preset:
         mesh = make_mesh(parse_mesh(args.mesh) if args.mesh else None)
-        return sampling(preset, specs, mesh, args.device)
+        return sampling(preset, specs, mesh, args.device, args.offload)
     pipeline = Pipeline.load(fetch_weights(args), args.lora, args.mesh)
     painter = pipeline.painter
-    return f"{pipeline.summary()}\n{sampling(painter.preset, specs, painter.mesh, args.device)}"
+    told = sampling(painter.preset, specs, painter.mesh, args.device, args.offload)
+    return f"{pipeline.summary()}\n{told}"
 
 
-def sampling(preset, specs, mesh, device=None):
+def sampling(preset, specs, mesh, device=None, offload=False):
     """What painting specs costs, as text; on accelerators of so many bytes, if `device` says so,
-    which need not be here."""
+    which need not be here; with the MMDiT's blocks in host memory, if `offload` says so."""
     dtype, compiled, share = precision(mesh, device)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     lines, counts, pictures, total = [], Counter(), set(), 0
@@ -88,13 +89,16 @@ def sampling(preset, specs, mesh, device=None):
     step = max(flux_temporaries(preset, *batch, mesh, compiled) for batch in batches)
     picture = max(temporaries(lower_vae(preset, *call, compiled)) for call in pictures)
     weights = weights_on_device(preset, MODULES, mesh, dtype)
+    if offload:
+        weights["flux"] = offloaded_on_device(preset, mesh, dtype)
     texts = {name: weights.pop(name) for name in ("t5", "clip")}
     stages = {
         "reading": texts,
         "painting": weights | {"activations": step // share},
         "decoding": weights | {"activations": picture // share},
     }
-    return "\n".join(lines + verdict(stages, mesh, device))
+    remedies = REMEDIES | ({} if offload else {"flux": f"--offload, or {MESH}"})
+    return "\n".join(lines + verdict(stages, mesh, device, remedies))
 
 
 def precision(mesh, device):
@@ -158,6 +162,16 @@ def weights_on_device(preset, names, mesh, dtype):
     """Bytes of some models, without adapters, on one device of the mesh, by name."""
     bases = {name: abstract(MODULES[name], getattr(preset, name))[2] for name in names}
     return {name: on_device(tree, mesh, name, dtype) for name, tree in bases.items()}
+
+
+def offloaded_on_device(preset, mesh, dtype):
+    """Bytes of the MMDiT on one device where its blocks wait in host memory: of the rest, and of
+    what all of them make modulations with, at once; a block that computes, and the next, are less.
+    """
+    base = dict(abstract(Flux, preset.flux)[2])
+    blocks = base.pop("double") | {"single": base.pop("single")}
+    base |= {name: {"mod": block["mod"]} for name, block in blocks.items()}
+    return on_device(base, mesh, "flux", dtype)
 
 
 def on_device(tree, mesh, root, dtype):
@@ -264,7 +278,7 @@ def lower_vae(preset, method, size, dtype="float32"):
     return jax.jit(method).lower(vae, jax.ShapeDtypeStruct((1, *shape), dtype))
 
 
-def verdict(stages, mesh, device):
+def verdict(stages, mesh, device, remedies=REMEDIES):
     """Lines: each stage's bytes by part, and whether the largest fits, or what to change."""
     lines = []
     for name, parts in stages.items():
@@ -279,7 +293,7 @@ def verdict(stages, mesh, device):
     if sum(peak.values()) <= limit:
         return [*lines, f"it fits into {si(limit, 'B')}"]
     part = max(peak, key=peak.get)
-    return [*lines, f"it does not fit into {si(limit, 'B')}: try {REMEDIES.get(part, MESH)}"]
+    return [*lines, f"it does not fit into {si(limit, 'B')}: try {remedies.get(part, MESH)}"]
 
 
 def si(count, unit):

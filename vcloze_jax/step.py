@@ -1,5 +1,6 @@
 """One training step: a micro-batch on the devices, its masked loss, the optimizer's update."""
 
+from collections import Counter
 from functools import partial
 from typing import NamedTuple
 
@@ -77,8 +78,8 @@ def encode_batch(frozen, batch, key, *, graphdefs, preset, dtype):
     """
     recipe, models = preset.recipe, merge_models(graphdefs, frozen, names=ENCODERS)
     keys = jax.vmap(partial(jax.random.fold_in, key))(batch.numbers)
-    keys = jax.vmap(partial(jax.random.split, num=4))(keys)  # B 4
-    for_vae, for_noise, for_time, for_guidance = (keys[:, i] for i in range(4))
+    keys = jax.vmap(partial(jax.random.split, num=4), out_axes=1)(keys)  # 4 B
+    for_vae, for_noise, for_time, for_guidance = keys
     rows = batch.rows
     if not isinstance(rows, Posteriors):
         rows = conditioning.encode_rows(models.vae, rows, recipe.mask_fill, dtype)
@@ -173,9 +174,7 @@ def make_step(tx, loss, layout, ema=0.0, skip=0):
         finite = jnp.isfinite(norms["all"]) & jnp.isfinite(jnp.concatenate(losses)).all()
         updates, moments = tx.update(mean, state.moments, state.trainable)
         trainable = jax.tree.map(lambda w, u: w - rate * u, state.trainable, updates)
-        average = jax.tree.map(
-            lambda a, w: ema * a + (1 - ema) * w, state.average, trainable if ema else {}
-        )
+        average = optax.incremental_update(trainable, state.average, 1 - ema) if ema else {}
         may_skip = state.skipped < skip
         skipped = state.skipped + (~finite & may_skip & ~state.failed)
         failed = state.failed | (~finite & ~may_skip)
@@ -189,11 +188,9 @@ def make_step(tx, loss, layout, ema=0.0, skip=0):
 
 def group_norms(grads):
     """Norm of a gradient, of all and by kind of block."""
-    squares = {"all": 0.0}
+    squares = Counter()
     for path, leaf in jax.tree.leaves_with_path(grads):
         path = jax.tree_util.keystr(path, simple=True, separator="/")
         group = next((g for g in ("double/img", "double/txt", "single") if g in path), "rest")
-        square = jnp.square(leaf).sum()
-        squares["all"] += square
-        squares[group] = squares.get(group, 0.0) + square
+        squares.update(dict.fromkeys(("all", group), jnp.square(leaf).sum()))
     return {group: jnp.sqrt(square) for group, square in squares.items()}

@@ -15,6 +15,9 @@ from vcloze_jax.model.layers import Dense, DoubleBlock, LastLayer, MLPEmbedder, 
 from vcloze_jax.model.ops import keep_products
 from vcloze_jax.sharding import by_batch, gathered
 
+# A layer that waits in host memory (sample.py --offload) comes when it is used; others stay.
+near = partial(jax.device_put, device=jax.memory.Space.Device)
+
 
 class Modulation(NamedTuple):
     """What time, guidance and pooled text say to every layer; a function of one vector alone."""
@@ -53,7 +56,7 @@ class Flux(nnx.Module):
             vec = vec + self.guidance_in.sinusoid(guidance)
         # What is small is gathered, so that no kernel is: those of all layers are used at once.
         vec = gathered(jax.nn.silu(vec).astype(pooled.dtype))
-        one = lambda layer: by_batch(gathered(layer(vec)))  # noqa: E731
+        one = lambda layer: by_batch(gathered(near(layer)(vec)))  # noqa: E731
         each, double = jax.vmap(one), self.double
         img, txt, single = each(double.img.mod), each(double.txt.mod), each(self.single.mod)
         return Modulation(img, txt, single, one(self.final.mod))
@@ -69,11 +72,11 @@ class Flux(nnx.Module):
         T = txt.shape[1]
 
         def double(x, layer):
-            block, img_mod, txt_mod = layer
+            block, img_mod, txt_mod = near(layer)
             return block(*x, img_mod, txt_mod, pe, lengths), None
 
         def single(x, layer):
-            block, mod = layer
+            block, mod = near(layer)
             return block(x, mod, pe, lengths), None
 
         remat = self.config.remat

@@ -12,7 +12,7 @@ from flax import nnx
 
 from vcloze_jax import __version__
 from vcloze_jax.config import PRESETS, UserError
-from vcloze_jax.devices import kernel_on, put
+from vcloze_jax.devices import cpu_mesh, kernel_on, put
 from vcloze_jax.inputs.cachefolder import cache_folder
 from vcloze_jax.model.lora import fold, split
 from vcloze_jax.sharding import compute_dtype, shardings
@@ -29,18 +29,24 @@ class LazyModels:
     a moment, are loaded whenever they are asked for, and live no longer than they are held.
     """
 
-    def __init__(self, folder, preset, loras, mesh):
+    def __init__(self, folder, preset, loras, mesh, offload=False):
         self.folder, self.preset, self.loras, self.mesh = folder, preset, loras, mesh
+        self.offload = (
+            offload  # the MMDiT's blocks wait in host memory, where mmdit.near finds them
+        )
 
     @cached_property
     def flux(self):
-        """The MMDiT, with the adapters [(file, scale)] folded in."""
-        graphdef, state = nnx.split(self.load("flux"))
+        """The MMDiT, with the adapters [(file, scale)] folded in: where it lies or, where that is
+        not to hold all of it, on the CPU."""
+        mesh = cpu_mesh() if self.offload else self.mesh
+        how = self.preset, self.folder, compute_dtype(self.mesh), mesh
+        graphdef, state = nnx.split(load_model("flux", *how))
         tree = nnx.to_pure_dict(state)
         del state  # or the weights before the folding would be held till its end
         for file, scale in self.loras:
-            fold(tree, put(adapters.load(file, self.preset.flux), self.mesh, "flux/"), scale)
-        return nnx.merge(graphdef, tree)
+            fold(tree, put(adapters.load(file, self.preset.flux), mesh, "flux/"), scale)
+        return nnx.merge(graphdef, move_offloaded(tree, self.mesh) if self.offload else tree)
 
     @cached_property
     def vae(self):
@@ -79,6 +85,21 @@ def load_model(name, preset, folder, dtype, mesh):
     """One model of a folder in its place on the mesh."""
     place = partial(shardings, mesh=mesh, root=f"{name}/")
     return weights.load(weights.MODULES[name], getattr(preset, name), folder, dtype, place)
+
+
+def move_offloaded(tree, mesh):
+    """A tree of the MMDiT, leaf by leaf from the CPU to its place on the mesh: its blocks into the
+    devices' hosts' memory, from which copies are fast."""
+
+    def place(path, sharding):
+        waits = path[0].key in ("double", "single")
+        return sharding.with_memory_kind("pinned_host") if waits else sharding
+
+    layout = jax.tree_util.tree_map_with_path(place, shardings(tree, mesh, "flux/"))
+    leaves, treedef = jax.tree.flatten(tree)
+    tree.clear()
+    moved = [jax.device_put(leaves.pop(0), where) for where in jax.tree.leaves(layout)]
+    return jax.tree.unflatten(treedef, moved)
 
 
 def checked_training_preset(folder, recipe):
