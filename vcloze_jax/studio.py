@@ -1,12 +1,15 @@
 """What the page asks for, without the page: grids of cells in, sheets as they come, files kept."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import numpy as np
 from PIL import Image
 
+from vcloze_jax.config import UserError
 from vcloze_jax.film import Film
 from vcloze_jax.inputs.pictures import open_picture, save_png, to_mask
 from vcloze_jax.inputs.sheet import MARK
@@ -58,7 +61,11 @@ class Studio:
             [save_cell(cell, folder / f"{r}_{c}") for c, cell in enumerate(row)]
             for r, row in enumerate(rows)
         ]
-        specs = read_specs([{"image": cells, **table}], self.preset)
+        try:
+            specs = read_specs([{"image": cells, **table}], self.preset)
+        except UserError:
+            shutil.rmtree(folder)
+            raise
         specs = [replace(spec, name=spec.name.replace("grid-0", name)) for spec in specs]
         film = Film(self.out)
         watch = lambda step: tell({step.spec.name: film(step)})  # noqa: E731
@@ -71,20 +78,20 @@ class Studio:
         """The first spec of a file, or a record's: rows of cells for the page, and its keys."""
         spec = read_specs([file], self.preset)[0].resolved
         *examples, query = spec["image"]
-        examples = [[open_picture(cell) for cell in row] for row in examples]
         return examples, [show_cell(cell) for cell in query], spec
 
 
 def save_cell(cell, stem):
     """A cell of the page -> a cell of a spec, its pictures saved as files that begin with `stem`.
 
-    It is a PIL picture, None, or what a brush leaves: {"background": picture or None, "layers":
-    [RGBA of the strokes]}.
+    It is the path of a picture, None, or what a brush leaves: {"background": RGBA picture or None,
+    "layers": [RGBA of the strokes]}.
     """
-    if cell is None or isinstance(cell, Image.Image):
-        picture, strokes = cell, []
-    else:
-        picture, strokes = cell["background"], [np.asarray(x)[..., 3] > 0 for x in cell["layers"]]
+    if cell is None:
+        return None
+    if not isinstance(cell, dict):
+        return shutil.copyfile(cell, f"{stem}{Path(cell).suffix}")
+    picture, strokes = cell["background"], [np.asarray(x)[..., 3] > 0 for x in cell["layers"]]
     if picture is None or picture.mode == "RGBA" and not picture.getchannel("A").getbbox():
         return None
     file = f"{stem}.png"
