@@ -20,7 +20,7 @@ from vcloze_jax import demo
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.sheet import MARK
 from vcloze_jax.pipeline import Painting
-from vcloze_jax.studio import Studio, save_cell, show_cell
+from vcloze_jax.studio import Studio
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "examples/pictures"
@@ -45,21 +45,36 @@ def brushed(name):
     return {"background": background, "layers": [Image.fromarray(strokes)], "composite": None}
 
 
-def test_cells(tmp_path):
-    """What is dropped is kept byte for byte, what is brushed over is shown again as it was, and
-    nothing dropped is to be painted."""
+def test_cells(folder, tmp_path):
+    """What is dropped is kept byte for byte, and nothing dropped is to be painted."""
+    studio = Studio(folder, None, "2", tmp_path)
     nothing = {"background": None, "layers": [], "composite": None}
     clear = nothing | {"background": Image.new("RGBA", (8, 8))}
-    assert [save_cell(x, tmp_path / "x") for x in (None, nothing, clear)] == [None] * 3
-    assert show_cell(None) is None
+    saved = [studio.save_cell(x, tmp_path / "x") for x in (None, nothing, clear)]
+    assert saved == [None] * 3 and studio.show_cell(None) is None
     icon = tmp_path / "icon.webp"
     Image.new("RGBA", (8, 8), (255, 0, 0, 128)).save(icon)
-    saved = Path(save_cell(str(icon), tmp_path / "given"))
+    saved = Path(studio.save_cell(str(icon), tmp_path / "given"))
     assert saved.name == "given.webp" and saved.read_bytes() == icon.read_bytes()
+
+
+def test_strokes(folder, tmp_path):
+    """What was brushed over is shown again as it was, and stays brushed over under new strokes,
+    also where the editor gives back, instead of the picture and its layer, what it showed."""
+    studio = Studio(folder, None, "2", tmp_path)
     cell = brushed("rocket_gray")
-    shown = show_cell(save_cell(cell, tmp_path / "brushed"))
+    shown = studio.show_cell(studio.save_cell(cell, tmp_path / "brushed"))
     assert np.array_equal(shown["layers"][0], cell["layers"][0])
     assert np.array_equal(shown["background"], cell["background"].convert("RGB"))
+    seen = np.asarray(shown["composite"])
+    assert (seen[:, 32:] == MARK).all()
+    new = np.zeros((64, 64, 4), np.uint8)
+    new[:8] = *MARK, 255
+    edited = {"background": shown["composite"].convert("RGBA"), "layers": [Image.fromarray(new)]}
+    saved = studio.save_cell(edited, tmp_path / "edited")
+    assert np.array_equal(Image.open(saved["image"]), shown["background"])
+    mask = np.asarray(Image.open(saved["mask"])) == 255
+    assert mask[:, 32:].all() and mask[:8].all() and not mask[8:, :32].any()
 
 
 def test_what_is_kept(folder, tmp_path):
@@ -185,7 +200,8 @@ def shown(page):
 @pytest.mark.slow
 def test_in_a_browser(page, tmp_path):
     """Pictures are dropped into cells, one is brushed over, and the painted cell is seen; the
-    record, opened, lays out the same grid, which is painted to the same bytes."""
+    record, opened, lays out the same grid, which is painted to the same bytes, and the brush goes
+    on where it was."""
     out = tmp_path / "out"
 
     def drop(cell, file):
@@ -201,6 +217,14 @@ def test_in_a_browser(page, tmp_path):
         page.get_by_role("button", name="paint", exact=True).click()
         return wait(lambda: told() != before and told())
 
+    def brush(by):  # over the middle of a cell, or so many pixels below
+        box = page.locator("#cell_4_1 canvas").first.bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2 + by
+        page.mouse.move(x - 30, y)
+        page.mouse.down()
+        page.mouse.move(x + 30, y, steps=8)
+        page.mouse.up()
+
     page.get_by_role("button", name="+ row").click()
     page.wait_for_selector("#cell_1_0")
     icon = Image.open(file_of("peacock_gray")).convert("RGBA")
@@ -213,12 +237,7 @@ def test_in_a_browser(page, tmp_path):
         drop(cell, file_of(name))
     for cell in ("cell_4_0", "cell_4_1"):
         wait(lambda: is_drawn(page, cell))  # noqa: B023
-    box = page.locator("#cell_4_1 canvas").first.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x - 30, y)
-    page.mouse.down()
-    page.mouse.move(x + 30, y, steps=8)
-    page.mouse.up()
+    brush(0)
     wait(lambda: is_marked(page, "cell_4_1"))
     for label, value in {"num_inference_steps": 2, "seed": -1}.items():
         page.get_by_label(label).fill(str(value))
@@ -232,7 +251,7 @@ def test_in_a_browser(page, tmp_path):
     kept = Path(record["image"][0][0])
     assert kept.read_bytes() == (tmp_path / "icon.png").read_bytes()
     mask = np.asarray(Image.open(record["image"][2][1]["mask"])) == 255
-    assert 0.01 < mask.mean() < 0.9
+    assert 0.01 < mask.mean() < 0.9 and not mask[-8:].any()
 
     page.reload()
     page.wait_for_selector("#cell_0_0")
@@ -243,3 +262,10 @@ def test_in_a_browser(page, tmp_path):
     assert paint().startswith("done")
     first, again = (out / f"page{n}_target0.png" for n in (0, 1))
     assert first.read_bytes() == again.read_bytes()
+    brush(120)
+    page.get_by_role("button", name="paint", exact=True).click()
+    wait((out / "page2.json").exists)
+    first, again = (out / f"page{n}_inputs/2_1.png" for n in (0, 2))
+    assert np.array_equal(Image.open(first).convert("RGB"), Image.open(again))
+    more = np.asarray(Image.open(out / "page2_inputs/2_1_mask.png")) == 255
+    assert more[mask].all() and more[-8:].any()
