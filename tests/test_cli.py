@@ -137,6 +137,7 @@ def test_list_tasks(call, folder):
     assert "depth-to-image" not in out and not set("<>&|;$*") & set(out)
     code, authors, _ = call(sample.main, f"--list-tasks --weights {folder}")  # no mini by its file
     assert code == 0 and "depth-to-image (2 columns): In each row" in authors
+    assert call(sample.main, "--list-tasks --preset flux-fill")[:2] == (0, authors)
     for line in (out + authors).splitlines():
         name, columns, sentence = re.fullmatch(r"(\S+) \((\d) columns\): (.+)", line).groups()
         assert find_task(name) == (sentence, int(columns))

@@ -130,7 +130,8 @@ class RunWriter:
         sheets = []
         for i, spec in enumerate(self.specs):
             painted = {label: rows[i] for label, rows in columns.items()} | {"truth": None}
-            title = f"{len(spec.grid.rows) - 1} examples"
+            count = len(spec.grid.rows) - 1
+            title = f"{count} example" if count == 1 else f"{count} examples"
             sheets.append(compose_columns(title, spec.grid, painted))
         save_png(self.run.previews / f"{step:06d}.png", stack_sheets(sheets))
         record = {"step": step, "loss": loss, "adapter_effect": effect}
