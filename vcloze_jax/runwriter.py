@@ -12,6 +12,7 @@ from vcloze_jax import plan
 from vcloze_jax.data.sources import draw_of_shape, draw_validation
 from vcloze_jax.grid import Spec
 from vcloze_jax.hosts import Poll, agreed
+from vcloze_jax.inputs.cli import name_command
 from vcloze_jax.inputs.metrics import draw_curves, flatten_record, summarise_step
 from vcloze_jax.inputs.pictures import save_png
 from vcloze_jax.inputs.runfolder import Log
@@ -189,7 +190,7 @@ class RunWriter:
             write_spec(file, asked, recipe.resolution)
         base = ["--weights", recipe.weights] if recipe.rank and recipe.weights != "mini" else []
         learnt = ["--lora" if recipe.rank else "--weights", str(written)]
-        return shlex.join(["python", "sample.py", "--grid", str(file), *base, *learnt])
+        return shlex.join([*name_command("sample"), "--grid", str(file), *base, *learnt])
 
 
 def tell_listeners(what, record):

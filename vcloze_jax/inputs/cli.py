@@ -180,6 +180,15 @@ def run_command():
     run(import_module(f"vcloze_jax.{name}").main)
 
 
+def name_command(name):
+    """The words that call another command as this one was called: python sample.py, or
+    vcloze-sample."""
+    called = Path(sys.argv[0])
+    if called.stem.startswith("vcloze-"):
+        return [f"vcloze-{name}"]
+    return ["python", str(called.with_name(f"{name}.py"))]
+
+
 def exit_code(main):
     """Call main(argv) -> exit code: 0 done, 2 the user's mistake, 1 not finite. A mistake is one
     line on stderr, as is what the file system refuses."""
