@@ -16,6 +16,7 @@ import train
 from vcloze_jax import evaluate
 from vcloze_jax.config import MINI, PRESETS, UserError
 from vcloze_jax.data import __main__ as data
+from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.pictures import save_png
 from vcloze_jax.inputs.runfolder import RunFolder
 from vcloze_jax.inputs.tasks import find_task
@@ -137,10 +138,25 @@ def test_list_tasks(call, folder):
     assert "depth-to-image" not in out and not set("<>&|;$*") & set(out)
     code, authors, _ = call(sample.main, f"--list-tasks --weights {folder}")  # no mini by its file
     assert code == 0 and "depth-to-image (2 columns): In each row" in authors
+    assert call(sample.main, "--list-tasks --preset flux-fill")[:2] == (0, authors)
     for line in (out + authors).splitlines():
         name, columns, sentence = re.fullmatch(r"(\S+) \((\d) columns\): (.+)", line).groups()
         assert find_task(name) == (sentence, int(columns))
     assert find_task("gray->fluent_3d") == find_task("gray-to-fluent_3d") and not find_task("grey")
+
+
+@pytest.mark.parametrize(
+    "called, command",
+    [
+        ("train.py", "python sample.py"),
+        ("/a/train.py", "python /a/sample.py"),
+        ("/bin/vcloze-train", "vcloze-sample"),
+    ],
+)
+def test_commands_name_each_other(monkeypatch, called, command):
+    """A command names another as it was called itself, from the checkout or installed."""
+    monkeypatch.setattr(sys, "argv", [called])
+    assert " ".join(cli.name_command("sample")) == command
 
 
 @pytest.mark.parametrize("main", [sample.main, train.main])

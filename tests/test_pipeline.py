@@ -140,10 +140,14 @@ def test_names_of_diffusers(pipeline, tmp_path, name, answer):
 
 
 def test_one_mesh_a_process():
-    """A mesh that needs more devices than JAX has started with says what to do, in one line."""
+    """A mesh that needs more devices than JAX has started with says what to do, in one line, as
+    does one that is none; a number is as good as its digits."""
     count = jax.device_count()
     with pytest.raises(UserError, match=f"{2 * count} devices asked for, {count} cpu here; JAX"):
-        Pipeline.load(mesh=str(2 * count))
+        Pipeline.load(mesh=2 * count)
+    for mesh in (0, {"fsdp": 2}):
+        with pytest.raises(UserError, match=re.escape(f"--mesh {mesh}: ")):
+            Pipeline.load(mesh=mesh)
 
 
 def test_which_adapters():

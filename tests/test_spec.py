@@ -215,9 +215,9 @@ BAD = [
     ('{"image": [[null]], "image": [[null]]}', "'image': given twice"),
     ('{"image": [[null]], "seed": 1, "seed": 1}', "'seed': given twice"),
     ('{"image": [[{"image": "a.png", "mask": "half.png", "mask": "x"}]]}', "'mask': given twice"),
-    ({"images": GRID}, "'images': unknown key .did you mean 'image'"),
+    ({"images": GRID}, "'images': say image, "),
     ({"image": GRID, "Seed": 1}, "'Seed': unknown key .did you mean 'seed'"),
-    ({"image": GRID, "steps": 1}, "'steps': unknown key"),
+    ({"image": GRID, "steps": 1}, "'steps': say num_inference_steps"),
     ({"image": GRID, "content": "x"}, "'content': unknown key .did you mean 'content_prompt'"),
     ({"image": GRID, "": 1}, "'': unknown key"),
     ({"image": GRID, "\ud800": 1}, "unknown key"),
@@ -285,6 +285,7 @@ BAD = [
     ('{"image": [[null]], "guidance_scale": -Infinity}', "guidance_scale: must be a number"),
     ({"image": GRID, "task": "depth-to-image", "task_prompt": "x"}, "task: given beside"),
     ({"image": GRID, "task": "dept-to-image"}, "did you mean 'depth-to-image'"),
+    ({"image": GRID, "task": "gray-to-fluent_4d"}, "did you mean 'gray-to-fluent_3d'"),
     ({"image": GRID, "task": "try-on"}, "task: try-on has 3 columns, the grid 2"),
     *(
         ({"image": GRID, "latents": name}, r"latents: .*S = 64 tokens")

@@ -13,7 +13,7 @@ from pathlib import Path
 from vcloze_jax import prompts
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs import cli
-from vcloze_jax.inputs.pictures import check_writable
+from vcloze_jax.inputs.pictures import check_writable, open_picture
 from vcloze_jax.inputs.sheet import MARK
 from vcloze_jax.inputs.specfiles import IMAGES, output_names
 from vcloze_jax.inputs.tasks import list_tasks
@@ -45,7 +45,8 @@ class Page:
     def lay_out_grid(self):
         """All cells that a grid may have, those of one example and a query to be seen."""
         gr, self.cells = self.gr, {}
-        how = dict(type="pil", sources=["upload", "clipboard"])
+        # What is dropped is read by ours, not by Gradio, which paints black what is clear.
+        how = dict(type="filepath", image_mode=None, sources=["upload", "clipboard"], format="png")
         for r in range(MOST):
             with gr.Row():
                 for c in range(MOST):
@@ -54,14 +55,14 @@ class Page:
                         label=name, height=170, visible=here, elem_id=f"cell_{r}_{c}", **how
                     )
                     self.cells[r, c] = cell
-        how |= dict(
-            brush=gr.Brush(colors=[f"rgb{MARK}"], color_mode="fixed", default_size=12), height=330
-        )
+        brush = gr.Brush(colors=[f"rgb{MARK}"], color_mode="fixed", default_size=12)
+        how |= dict(type="pil", image_mode="RGBA", brush=brush, transforms=(), layers=False)
         with gr.Row():
             for c in range(MOST):
                 name, id = f"query, column {c + 1}", f"cell_{MOST}_{c}"
-                how |= dict(transforms=(), layers=False)
-                self.cells[MOST, c] = gr.ImageEditor(label=name, visible=c < 2, elem_id=id, **how)
+                self.cells[MOST, c] = gr.ImageEditor(
+                    label=name, height=330, visible=c < 2, elem_id=id, **how
+                )
         with gr.Row():
             self.steps = {
                 gr.Button("+ row", size="sm"): (1, 0),
@@ -97,9 +98,8 @@ class Page:
         gr = self.gr
         self.go = gr.Button("paint", variant="primary")
         self.told = gr.Textbox(label="how it went", elem_id="told", interactive=False)
-        self.shown = gr.Gallery(
-            label="painted", columns=1, height=620, object_fit="contain", elem_id="shown"
-        )
+        how = dict(columns=1, height=620, object_fit="contain", format="png")
+        self.shown = gr.Gallery(label="painted", elem_id="shown", **how)
         self.kept = gr.File(label="sheets, pictures, films, records", file_count="multiple")
         self.record = gr.File(
             label="open a record", file_types=[".json"], height=120, elem_id="record"
@@ -176,6 +176,8 @@ class Page:
             most = f"{MOST} rows of examples and {MOST} columns"
             return {self.told: f"error: {Path(file).name}: more than {most}; use sample.py"}
         update, laid = self.gr.update, self.show_shape(len(examples) + 1, len(query))
+        # As pictures: of files Gradio shows only those in folders that it was told of.
+        examples = [[open_picture(file) for file in row] for row in examples]
         for r, row in [*enumerate(examples), (MOST, query)]:
             laid |= {self.cells[r, c]: update(value=x, visible=True) for c, x in enumerate(row)}
         laid |= {field: spec[key] for key, field in self.fields.items() if key in spec}
@@ -204,7 +206,8 @@ def main(argv):
     print(studio.pipeline.summary())
     page = Page(studio).blocks
     print(f"http://{LOCAL}:{args.port}")
-    page.launch(server_name=LOCAL, server_port=args.port, allowed_paths=[str(out)], quiet=True)
+    where = dict(server_name=LOCAL, server_port=args.port, allowed_paths=[str(out)])
+    page.launch(**where, show_error=True, quiet=True)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ class Pipeline:
         """Make ready what paints; files are checked now, and read when they are first needed.
 
         `weights` is a folder (default: mini, with its adapter), `lora` a list of adapters, each
-        "FILE", "FILE:SCALE" or (file, scale), `mesh` as the flag: "8" or "data=2,fsdp=4" (default:
+        "FILE", "FILE:SCALE" or (file, scale), `mesh` as the flag: 8 or "data=2,fsdp=4" (default:
         all accelerators, or one CPU). `offload` keeps the MMDiT's blocks in host memory. Raises
         UserError.
         """
@@ -189,7 +189,7 @@ def count_unread(part, reason):
 def load_painter(named, lora, mesh, offload=False):
     """A Painter of what those three name; see Pipeline.load."""
     folder, loras = places.named_model(named, lora)
-    mesh = make_mesh(parse_mesh(mesh) if mesh else None)
+    mesh = make_mesh(None if mesh is None else parse_mesh(str(mesh)))
     preset = weights.checked_fill_preset(folder)
     for file, _ in loras:
         adapters.check(file, preset.flux)

@@ -12,6 +12,7 @@ from vcloze_jax import plan
 from vcloze_jax.data.sources import draw_of_shape, draw_validation
 from vcloze_jax.grid import Spec
 from vcloze_jax.hosts import Poll, agreed
+from vcloze_jax.inputs.cli import name_command
 from vcloze_jax.inputs.metrics import draw_curves, flatten_record, summarise_step
 from vcloze_jax.inputs.pictures import save_png
 from vcloze_jax.inputs.runfolder import Log
@@ -130,7 +131,8 @@ class RunWriter:
         sheets = []
         for i, spec in enumerate(self.specs):
             painted = {label: rows[i] for label, rows in columns.items()} | {"truth": None}
-            title = f"{len(spec.grid.rows) - 1} examples"
+            count = len(spec.grid.rows) - 1
+            title = f"{count} example" if count == 1 else f"{count} examples"
             sheets.append(compose_columns(title, spec.grid, painted))
         save_png(self.run.previews / f"{step:06d}.png", stack_sheets(sheets))
         record = {"step": step, "loss": loss, "adapter_effect": effect}
@@ -188,7 +190,7 @@ class RunWriter:
             write_spec(file, asked, recipe.resolution)
         base = ["--weights", recipe.weights] if recipe.rank and recipe.weights != "mini" else []
         learnt = ["--lora" if recipe.rank else "--weights", str(written)]
-        return shlex.join(["python", "sample.py", "--grid", str(file), *base, *learnt])
+        return shlex.join([*name_command("sample"), "--grid", str(file), *base, *learnt])
 
 
 def tell_listeners(what, record):

@@ -1,12 +1,15 @@
 """What the page asks for, without the page: grids of cells in, sheets as they come, files kept."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import numpy as np
 from PIL import Image
 
+from vcloze_jax.config import UserError
 from vcloze_jax.film import Film
 from vcloze_jax.inputs.pictures import open_picture, save_png, to_mask
 from vcloze_jax.inputs.sheet import MARK
@@ -21,6 +24,7 @@ class Studio:
     def __init__(self, weights, lora, mesh, out):
         self.weights, self.mesh, self.out, self.pipeline = weights, mesh, out, None
         self.worker = ThreadPoolExecutor(1)  # one grid at a time
+        self.marked = {}  # bytes of a picture with its mask drawn in: the cell that it shows
         self.load([f"{file}:{scale:g}" for file, scale in lora or []])
 
     def load(self, adapters):
@@ -55,10 +59,14 @@ class Studio:
         folder = self.out / f"{name}_inputs"
         folder.mkdir(parents=True)
         cells = [
-            [save_cell(cell, folder / f"{r}_{c}") for c, cell in enumerate(row)]
+            [self.save_cell(cell, folder / f"{r}_{c}") for c, cell in enumerate(row)]
             for r, row in enumerate(rows)
         ]
-        specs = read_specs([{"image": cells, **table}], self.preset)
+        try:
+            specs = read_specs([{"image": cells, **table}], self.preset)
+        except UserError:
+            shutil.rmtree(folder)
+            raise
         specs = [replace(spec, name=spec.name.replace("grid-0", name)) for spec in specs]
         film = Film(self.out)
         watch = lambda step: tell({step.spec.name: film(step)})  # noqa: E731
@@ -71,37 +79,51 @@ class Studio:
         """The first spec of a file, or a record's: rows of cells for the page, and its keys."""
         spec = read_specs([file], self.preset)[0].resolved
         *examples, query = spec["image"]
-        examples = [[open_picture(cell) for cell in row] for row in examples]
-        return examples, [show_cell(cell) for cell in query], spec
+        return examples, [self.show_cell(cell) for cell in query], spec
 
+    def save_cell(self, cell, stem):
+        """A cell of the page -> a cell of a spec, its pictures saved as files that begin with
+        `stem`.
 
-def save_cell(cell, stem):
-    """A cell of the page -> a cell of a spec, its pictures saved as files that begin with `stem`.
-
-    It is a PIL picture, None, or what a brush leaves: {"background": picture or None, "layers":
-    [RGBA of the strokes]}.
-    """
-    if cell is None or isinstance(cell, Image.Image):
-        picture, strokes = cell, []
-    else:
+        It is the path of a picture, None, or what a brush leaves: {"background": RGBA picture or
+        None, "layers": [RGBA of the strokes]}.
+        """
+        if cell is None:
+            return None
+        if not isinstance(cell, dict):
+            return shutil.copyfile(cell, f"{stem}{Path(cell).suffix}")
         picture, strokes = cell["background"], [np.asarray(x)[..., 3] > 0 for x in cell["layers"]]
-    if picture is None or picture.mode == "RGBA" and not picture.getchannel("A").getbbox():
-        return None
-    file = f"{stem}.png"
-    save_png(file, np.asarray(picture))
-    if not (mask := np.any(strokes, axis=0)).any():
-        return file
-    save_png(f"{stem}_mask.png", np.uint8(255) * mask)
-    return {"image": file, "mask": f"{stem}_mask.png"}
+        if picture is None or picture.mode == "RGBA" and not picture.getchannel("A").getbbox():
+            return None
+        if known := self.marked.get(picture.convert("RGB").tobytes()):
+            picture, mask = open_cell(known)
+            strokes.append(mask)
+        file = f"{stem}.png"
+        save_png(file, np.asarray(picture))
+        if not (mask := np.any(strokes, axis=0)).any():
+            return file
+        save_png(f"{stem}_mask.png", np.uint8(255) * mask)
+        return {"image": file, "mask": f"{stem}_mask.png"}
+
+    def show_cell(self, cell):
+        """A cell of a resolved spec -> what a brush may go on with, or None; see `save_cell`.
+
+        Gradio 6 draws no layer that it is given, and forgets it at the next stroke: so the mask is
+        drawn into the picture that is seen, which is remembered.
+        """
+        if cell is None:
+            return None
+        if not isinstance(cell, dict):
+            return {"background": open_picture(cell), "layers": [], "composite": None}
+        picture, mask = open_cell(cell)
+        strokes = np.zeros((*mask.shape, 4), np.uint8)
+        strokes[mask] = *MARK, 255
+        layer, seen = Image.fromarray(strokes), picture.copy()
+        seen.paste(layer, mask=layer)
+        self.marked[seen.tobytes()] = cell
+        return {"background": picture, "layers": [layer], "composite": seen}
 
 
-def show_cell(cell):
-    """A cell of a resolved spec -> what a brush may go on with, or None; see `save_cell`."""
-    if cell is None:
-        return None
-    if not isinstance(cell, dict):
-        return {"background": open_picture(cell), "layers": [], "composite": None}
-    picture, mask = open_picture(cell["image"]), to_mask(open_picture(cell["mask"], "black"))
-    strokes = np.zeros((*mask.shape, 4), np.uint8)
-    strokes[mask] = *MARK, 255
-    return {"background": picture, "layers": [Image.fromarray(strokes)], "composite": None}
+def open_cell(cell):
+    """A picture, RGB, and its mask, bool [h, w], of a cell that is painted in part."""
+    return open_picture(cell["image"]), to_mask(open_picture(cell["mask"], "black"))

@@ -112,16 +112,16 @@ def add_plan_flags(parser, presets=()):
     device = "--plan for accelerators of that memory, as 24GiB, which need not be here"
     add("--device", type=byte_count, metavar="SIZE", help=device)
     if presets:
-        add("--preset", choices=presets, help="--plan for it, without any weights")
+        add("--preset", choices=presets, help="--plan or --list-tasks for it, without weights")
 
 
 def read_preset(args):
     """The preset of --weights, or that of --preset. Raises UserError where both are given, or a
-    preset is to do more than to plan."""
+    preset is to do more than to plan or to list its tasks."""
     if args.preset is None:
         return named_preset(args.weights or MINI_FOLDER)
-    if args.weights or not args.plan:
-        remedy = "it is for --plan alone; weights say theirs themselves"
+    if args.weights or not (args.plan or args.list_tasks):
+        remedy = "it is for --plan and --list-tasks; weights say theirs themselves"
         raise UserError(f"--preset {args.preset}: {remedy}")
     return PRESETS[args.preset]
 
@@ -178,6 +178,15 @@ def run_command():
     """`run` of the module that a console command is named after: vcloze-sample, vcloze-train …"""
     name = Path(sys.argv[0]).stem.removeprefix("vcloze-")
     run(import_module(f"vcloze_jax.{name}").main)
+
+
+def name_command(name):
+    """The words that call another command as this one was called: python sample.py, or
+    vcloze-sample."""
+    called = Path(sys.argv[0])
+    if called.stem.startswith("vcloze-"):
+        return [f"vcloze-{name}"]
+    return ["python", str(called.with_name(f"{name}.py"))]
 
 
 def exit_code(main):

@@ -26,7 +26,6 @@ from vcloze_jax.inputs.checks import (
     error_context,
     read_key,
     resolve_path,
-    suggest_name,
 )
 from vcloze_jax.inputs.pictures import (
     check_file,
@@ -36,7 +35,7 @@ from vcloze_jax.inputs.pictures import (
     quiet_decoders,
     to_mask,
 )
-from vcloze_jax.inputs.tasks import find_task
+from vcloze_jax.inputs.tasks import find_task, suggest_task
 
 PROMPTS = ("layout_prompt", "task_prompt", "content_prompt")
 OPTIONAL = (*PROMPTS, "task", "latents", "upsampling")  # null means absent
@@ -55,13 +54,15 @@ SIDE = 1024  # an upsampled target whose size nobody asked for has an area of at
 LATENT_WIDTH = 64  # channels of a packed token: 16 of the VAE, 2 x 2 pixels
 IN_MEMORY = "in memory"  # what a record says of a picture or of noise that no file held
 
-# What diffusers' pipelines call it, and what is to be said here.
+# What diffusers' pipelines, or our own flags, call it, and what is to be said here.
 WATCH = "say on_step: it is called with each step, in a program"
 ANSWERS = {
     "upsampling_width": 'say "upsampling": {"width": …}',
     "upsampling_height": 'say "upsampling": {"height": …}',
     "upsampling_strength": 'say "upsampling": {"strength": …}',
     "num_images_per_prompt": "a call paints one; paint([{…}]), a file or --images paints several",
+    "images": "say image, the rows of cells; or num_images_per_prompt, a number, in a file",
+    "steps": "say num_inference_steps",
     "generator": "say seed, an integer; or latents, the noise itself",
     "callback_on_step_end": WATCH,
     "callback_on_step_end_tensor_inputs": WATCH,
@@ -272,7 +273,7 @@ def _find_task_prompt(name: str, task_prompt: str | None, columns: int) -> str:
         raise UserError("given beside task_prompt; remove one of them")
     task = find_task(name)
     if task is None:
-        raise UserError(f"no task {name!r}{suggest_name(name, prompts.TASKS)}; see --list-tasks")
+        raise UserError(f"no task {name!r}{suggest_task(name)}; see --list-tasks")
     if task.columns != columns:
         raise UserError(f"{name} has {task.columns} columns, the grid {columns}; change one")
     return task.prompt

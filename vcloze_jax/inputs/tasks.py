@@ -7,6 +7,8 @@ A task of mini is a path in its graph of tasks (vcloze_jax/data/graph.py): "gray
 from typing import NamedTuple
 
 from vcloze_jax import prompts
+from vcloze_jax.config import PRESETS
+from vcloze_jax.inputs.checks import suggest_name
 
 
 class NamedTask(NamedTuple):
@@ -26,6 +28,11 @@ def find_task(name: str) -> NamedTask | None:
         return say_task(parse_task(name))
     except ValueError:
         return None
+
+
+def suggest_task(name: str) -> str:
+    """The task that is most like `name`, whichever model knows it, as the tail of a message."""
+    return suggest_name(name, [task for preset in PRESETS.values() for task in list_tasks(preset)])
 
 
 def list_tasks(preset) -> dict[str, NamedTask]:
