@@ -300,8 +300,7 @@ def test_too_many_broken_samples_stop_the_run(worn):
         UserError, match=r"worn: 002: .*\(3 of 250 samples broken, 2 allowed; .*001"
     ):
         list(draw_groups(source, recipe, 0, 400))
-    (worn / "out" / "003.png").unlink()
-    (worn / "out" / "003.png").mkdir()
+    (worn / "out" / "003.png").write_text("no picture")
     (worn.parent / "worn.sizes.npz").unlink()
     with pytest.raises(UserError, match="3 of 250 samples broken, 2 allowed"):
         open_own(str(worn), RECIPE)
