@@ -348,6 +348,42 @@ def test_a_profile_says_what_colours_are(tmp_path, mode):
     assert (pixels(file) == 127).all()
 
 
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_a_linear_png_is_shown_as_a_display_does(tmp_path, mode):
+    """Law: levels that a PNG says to be linear in light are made those of sRGB, and alpha is not;
+    those that grow as sRGB's, or beside a profile, and those of a mask stay."""
+    file, picture = tmp_path / "a.png", Image.new("RGB", (2, 1), (55, 55, 55)).convert(mode)
+    picture.save(file)
+    plain = file.read_bytes()
+
+    def read(gamma, *more, ground="white"):
+        body = struct.pack(">I", gamma)
+        added = struct.pack(">I", 4) + b"gAMA" + body
+        added += struct.pack(">I", zlib.crc32(b"gAMA" + body))
+        file.write_bytes(plain[:33] + added + b"".join(more) + plain[33:])
+        return set(np.asarray(open_picture(file, ground)).ravel().tolist())
+
+    assert read(100000) == {128}  # 0.216 of light
+    assert read(100000, ground="black") == {55} and read(45455) == {55}
+    srgb = struct.pack(">I", 1) + b"sRGB\0" + struct.pack(">I", zlib.crc32(b"sRGB\0"))
+    assert read(100000, srgb) == {55}
+
+
+@pytest.mark.parametrize("kind", [2, 6])
+def test_dark_colours_of_16_bits_are_refused(tmp_path, kind):
+    """Law: as of a grey, levels of up to 14 bits in 16 are all but black; black itself may be."""
+    for level, refused in ((0, False), (6000, True), (40000, False)):
+        values = np.full((1, 2, 3 if kind == 2 else 4), level, ">u2")
+        values[..., 3:] = 65535
+        body = zlib.compress(b"\0" + values.tobytes())
+        (tmp_path / "a.png").write_bytes(png(2, 1, body, 16, kind))
+        if refused:
+            with pytest.raises(UserError, match="16 bits, and its brightest level is .* of 65535"):
+                open_picture(tmp_path / "a.png")
+        else:
+            assert (pixels(tmp_path / "a.png") == level // 256).all()
+
+
 def test_a_preview_is_not_the_picture(tmp_path):
     """Law: a camera's raw file is a TIFF that begins with a small copy, which is refused."""
     kind = {254: 1}

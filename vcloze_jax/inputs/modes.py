@@ -11,6 +11,7 @@ from vcloze_jax.config import UserError
 MAX_PIXELS = 2**26  # 8192 x 8192, 256 MiB as Pillow holds it
 PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a tag of TIFF, and what it says of an X-ray
 KIND, REDUCED = 254, 1  # another, and the bit of it that says: a smaller copy of a later page
+BANDS = {"L": 1, "LA": 1, "RGB": 3, "RGBA": 3}  # modes and how many of their bands are colours
 DARK = 2**14  # a white of 16 bits below this is that of 8, 10, 12 or 14, or a depth in millimetres
 
 
@@ -25,12 +26,30 @@ def to_upright_rgb(picture: Image.Image, ground: str) -> Image.Image:
     if getattr(picture, "tag_v2", {}).get(KIND, 0) & REDUCED:
         remedy = "open it where it was made, and save it as PNG or JPEG"
         raise UserError(f"begins with a preview, as cameras' raw files do; {remedy}")
+    deep = any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))  # raw mode
     picture.load()
     with suppress(Exception):  # EXIF that cannot be read says nothing
         ImageOps.exif_transpose(picture, in_place=True)
     if ground == "white":  # the levels of a mask are no colours
-        picture = _to_srgb(picture)
-    return _to_rgb(picture, ground)
+        picture = _to_srgb(_to_display(picture))
+    picture = _to_rgb(picture, ground)
+    if deep and 0 < (most := max(high for _, high in picture.getextrema())) < DARK // 256:
+        _refuse_dark(most * 256)  # colours of 16 bits, of which Pillow has kept 8
+    return picture
+
+
+def _to_display(picture: Image.Image) -> Image.Image:
+    """A PNG that says only how its levels grow with light (gAMA), as a renderer's linear one, as a
+    display shows it; as it is where they grow as sRGB's do, about as the root 2.2 of light."""
+    gamma = picture.info.pop("gamma", None)
+    known = {"icc_profile", "srgb"} & picture.info.keys() or picture.mode not in BANDS
+    if not gamma or known or abs(gamma * 2.2 - 1) < 0.1:
+        return picture
+    light = (np.arange(256) / 255) ** (1 / gamma)
+    bent = 1.055 * light ** (1 / 2.4) - 0.055
+    levels = np.rint(255 * np.where(light <= 0.0031308, 12.92 * light, bent)).astype(int).tolist()
+    tables = [levels] * BANDS[picture.mode] + [[*range(256)]] * picture.mode.endswith("A")
+    return picture.point(sum(tables, []))
 
 
 def _to_srgb(picture: Image.Image) -> Image.Image:
@@ -76,8 +95,12 @@ def _from_deep_grey(picture: Image.Image, ground: str) -> Image.Image:
         grey = 65535 - grey  # which Pillow does in 8 bits only
     clear = grey == picture.info.get("transparency", -1)  # the grey that a PNG calls clear
     if 0 < (most := grey.max(where=~clear, initial=0)) < DARK:
-        reason = f"has 16 bits, and its brightest level is {most} of 65535: all but black"
-        raise UserError(f"{reason}; stretch its levels, or save it in 8 bits")
+        _refuse_dark(most)
     levels = np.rint(grey / np.float32(257)).astype(np.uint8)
     levels[clear] = ImageColor.getcolor(ground, "L")
     return Image.fromarray(levels)
+
+
+def _refuse_dark(most: int) -> None:
+    reason = f"has 16 bits, and its brightest level is {most} of 65535: all but black"
+    raise UserError(f"{reason}; stretch its levels, or save it in 8 bits")
