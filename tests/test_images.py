@@ -306,9 +306,10 @@ def test_floats_are_read_as_an_array_is(tmp_path):
     Image.fromarray(ramp).save(tmp_path / "a.tiff")
     assert pixels(tmp_path / "a.tiff")[0, :, 0].tolist() == [0, 128, 255]
     assert to_mask(open_picture(tmp_path / "a.tiff", "black")).tolist() == [[False, True, True]]
+    signed = np.full((2, 2), 9, np.int32)
     refused = {
         "not in .0, 1.; scale them": ramp * 255,
-        "16 bits.*, in 8": np.full((2, 2), 9, np.int32),
+        "has signed levels, or 32 bits, .*; save it in 8": signed,
     }
     for message, array in (refused | {"not in .0, 1.": ramp * np.nan}).items():
         Image.fromarray(array).save(tmp_path / "a.tiff")

@@ -184,7 +184,7 @@ def test_folders(tmp_path, form, sides):
 def test_folders_as_systems_make_them(tmp_path, form):
     """Whatever the case of the two names, and the Unicode form of a picture's: macOS decomposes
     accents. Folders lie in folders; what a system leaves beside pictures is none; kohya's texts
-    end in .caption."""
+    end in .caption; Windows has a byte order mark before them."""
     for side, code in (("In", "NFD"), ("OUT", "NFC")):
         for name in ("caf\u00e9", "more/b.x"):
             file = tmp_path / form.format(side=side, name=unicodedata.normalize(code, name))
@@ -195,7 +195,7 @@ def test_folders_as_systems_make_them(tmp_path, form):
             ):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.touch()
-            file.with_suffix(".caption").write_text(name)
+            file.with_suffix(".caption").write_text(f"\ufeff{name}", "utf-8")
     (tmp_path / "out").touch()
     if "_" in form:  # beside the target's picture, as beside the other, it is that of NAME
         for file in list(tmp_path.rglob("*.caption")):

@@ -145,6 +145,6 @@ def read_text(file: Path) -> str:
         if check_file(file).stat().st_size > MAX_TEXT:
             raise UserError(f"more than {MAX_TEXT} bytes; this is no caption")
         try:
-            return " ".join(file.read_text("utf-8").split())
+            return " ".join(file.read_text("utf-8-sig").split())
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot be read: {describe_error(error)}; save it as UTF-8") from None

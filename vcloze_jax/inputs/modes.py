@@ -90,7 +90,9 @@ def _from_deep_grey(picture: Image.Image, ground: str) -> Image.Image:
             raise UserError("is of floats that are not in [0, 1]; scale them, or save it in 8 bits")
         return Image.fromarray(np.rint(grey * np.float32(255)).astype(np.uint8))
     if (picture.mode, picture.format) == ("I", "TIFF") or grey.min() < 0 or grey.max() > 65535:
-        raise ValueError("more than 16 bits per pixel")  # where is its white?
+        raise UserError(
+            "has signed levels, or 32 bits, whose white is not known; save it in 8 bits"
+        )
     if getattr(picture, "tag_v2", {}).get(PHOTOMETRIC) == MIN_IS_WHITE:
         grey = 65535 - grey  # which Pillow does in 8 bits only
     clear = grey == picture.info.get("transparency", -1)  # the grey that a PNG calls clear
