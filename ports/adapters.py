@@ -1,4 +1,5 @@
-"""Adapters of every naming, read: y = x W + b + alpha / r * ((x A) B + b_B).
+"""Adapters of every naming, read: y = x W + b + alpha / r * ((x A) B + b_B). ComfyUI has d b, the
+difference of b itself, for alpha / r b_B (comfyanonymous/ComfyUI:comfy/lora.py).
 
 A file becomes Branches, those of a layer of ours in a list, exactly as it holds them: a foreign
 adapter may have an A of its own for q, k and v, ranks that differ, or a part of the layers. From
@@ -30,9 +31,10 @@ from vcloze_jax.ports.loraconfig import (
     describe_untold_strength,
     find_adapter,
     read_lora_config,
+    unscale_bias,
 )
 from vcloze_jax.ports.tables import Leaf, Piece, lay_out, mmdit, split_name
-from vcloze_jax.ports.tables.namings import NAMINGS, Naming
+from vcloze_jax.ports.tables.namings import DIFFERENCE, NAMINGS, Naming
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 PICKLE = rb"PK\x03\x04|\x80[\x00-\x05]"
@@ -251,6 +253,8 @@ def read_branches(adapter: Adapter) -> Iterator[Tuned]:
             alpha = adapter.config.find_alpha(stem, adapter.naming.prefixes[0], len(a), alpha)
             if not abs(alpha) <= FLOAT32_MAX:
                 raise PortError(f"{stem}: alpha {alpha} is beyond float32; train it again")
+            if bias is not None and adapter.naming.suffixes[2] == DIFFERENCE:
+                bias = unscale_bias(stem, bias, alpha / len(a))
             branch = Branch(stem, piece.place[-1], a, b, bias, alpha)
             branch = branch.swap_halves() if kernel.swapped else branch
             layers.setdefault(piece.layer, []).append(branch)

@@ -55,7 +55,11 @@ STRANGE = (
         r"dora_scale|magnitude|use_dora",
         "a DoRA, whose norms are no sum of W and B A; fold it with PEFT",
     ),
-    (r"lokr_|hada_|oft_|lora_mid", "a LyCORIS kind that is no product of two matrices"),
+    (
+        r"lokr_|hada_|oft_|lora_mid",
+        "of LoKr, LoHa, OFT or LoCon, which are no product of two matrices; fold it into weights, "
+        "or train a LoRA",
+    ),
     (r"\.diff_b$|\.diff$", "a difference of weights, which is no LoRA"),
     (r"lora_unet_(input|output|middle|down|up|mid)_", "for Stable Diffusion"),
     (r"\.processor\.", "XLabs' naming; convert it with diffusers"),

@@ -36,7 +36,7 @@ from vcloze_jax.ports.diagnose import PortError
 from vcloze_jax.ports.engine import export_arrays, stream_tensors
 from vcloze_jax.ports.loraconfig import METADATA
 from vcloze_jax.ports.tables import is_stacked, lay_out, mmdit
-from vcloze_jax.ports.tables.namings import NAMINGS, Naming
+from vcloze_jax.ports.tables.namings import DIFFERENCE, NAMINGS, Naming
 
 
 def convert_adapter(file: Path, naming: Naming, out: Path) -> int:
@@ -90,7 +90,7 @@ def spell_branch(branch: Branch, naming: Naming) -> dict[str, np.ndarray]:
         branch = fold_alpha(branch)
     tensors = {key_a: branch.a, key_b: branch.b}
     if branch.bias is not None:
-        if naming.suffixes[2] is None:
+        if naming.suffixes[2] in (None, DIFFERENCE):
             title = f"{naming.title} naming"
             raise PortError(f"{branch.stem} has a bias on B, which {title} has not")
         tensors[key_bias] = branch.bias

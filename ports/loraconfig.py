@@ -13,7 +13,10 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from vcloze_jax.ports.diagnose import PortError, refuse_entries
+from vcloze_jax.ports.tables.namings import DIFFERENCE
 
 METADATA = "lora_adapter_metadata"  # diffusers' entry of the header: LoraConfig as JSON
 SIDECAR = "adapter_config.json"
@@ -164,3 +167,10 @@ def parse_lora_config(text: str | bytes, source: str) -> LoraConfig:
         raise PortError(f"{source}: {error}") from error
     flags = (entries.get(name) is True for name in ("use_rslora", "lora_bias"))
     return LoraConfig(source, alpha, rank, *patterns, *flags)
+
+
+def unscale_bias(stem: str, difference: np.ndarray, scale: float) -> np.ndarray:
+    """The bias on B, float32, that a branch of this scale makes to the difference of a bias."""
+    if not scale and difference.any():
+        raise PortError(f"{stem}{DIFFERENCE}: has no bias on B, as alpha is 0; remove this key")
+    return difference.astype(np.float32) / np.float32(scale or 1)

@@ -266,11 +266,12 @@ KOHYA = {
         other(**{f"{K}.lora_up.weight": (51, 11)}),
         ["in kohya's naming", f"{K}.lora_up.weight is [51, 11], expected [48, 11]"],
     ),
-    "bias": (
-        other(**{f"{K}.diff_b": (48,)}),
-        [f"{K}.diff_b [48] is unknown (a difference of weights"],
+    "difference": (
+        other(**{f"{K}.diff": (48, 16)}),
+        [f"{K}.diff [48, 16] is unknown (a difference of weights"],
     ),
-    "LoKr": (other(**{f"{K}.lokr_w1": (4, 4)}), ["lokr_w1 [4, 4] is unknown (a LyCORIS"]),
+    "bias": (other(**{f"{K}.diff_b": (16,)}), [f"{K}.diff_b is [16], expected [48]"]),
+    "LoKr": (other(**{f"{K}.lokr_w1": (4, 4)}), ["lokr_w1 [4, 4] is unknown (of LoKr", "fold it"]),
     "CLIP": (
         other(lora_te1_text_model_encoder_layers_0_mlp_fc1=(2, 2)),
         ["is unknown (for a text encoder", "kohya's with --network_train_unet_only"],
@@ -306,6 +307,22 @@ def test_spoiled_adapters_are_refused(tree, tmp_path, to, kind):
     assert message.startswith(f"{file}: ") and "\n" not in message
     assert all(word in message for word in words), message
     assert len(message.split("; ")) <= 12
+
+
+@pytest.mark.parametrize("alpha", [11, 22, 3])
+def test_a_difference_of_a_bias_is_added_whole(tree, tmp_path, alpha):
+    """ComfyUI adds `diff_b` to the bias of the base, whatever alpha / r is; so do we. Where alpha
+    is 0 it has no place, and is refused."""
+    plain = renamed(lorafiles.written(tmp_path, tree, bias=False), "kohya")
+    file, wanted = tmp_path / "more.safetensors", np.arange(48, dtype=np.float32)
+    change = {f"{K}.diff_b": wanted, f"{K}.alpha": np.array(alpha, np.float32)}
+    save_file(load_file(plain) | change, file)
+    got = adapters.load(file, PLAIN)["double"]["img"]["qkv"]["lora_bias"]
+    np.testing.assert_allclose(got[0].ravel(), wanted, rtol=1e-6)
+    assert not got[1:].any()
+    save_file(load_file(plain) | change | {f"{K}.alpha": np.array(0, np.float32)}, file)
+    with pytest.raises(UserError, match=f"{K}.diff_b: has no bias on B, as alpha is 0"):
+        adapters.load(file, PLAIN)
 
 
 @pytest.mark.parametrize("to", lorafiles.NAMINGS)

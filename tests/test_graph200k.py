@@ -16,9 +16,10 @@ from PIL import Image
 from scripts import make_graph200k as maker
 from vcloze_jax.config import Recipe, UserError
 from vcloze_jax.data import graph200k
-from vcloze_jax.data.graph200k_items import COLUMNS, open_items, scan_objects
+from vcloze_jax.data.graph200k_items import COLUMNS, open_items
 from vcloze_jax.data.graph200k_tasks import GROUP_OF, STYLES
 from vcloze_jax.data.sources import draw_group, open_source
+from vcloze_jax.data.spans import scan_objects
 
 SIDE = 32
 draw_item = cache(maker.draw_item)

@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs import pictures as images
@@ -103,22 +103,38 @@ def test_deep_grey_keeps_its_range(tmp_path, suffix):
     assert pixels(tmp_path / f"a.{suffix}")[0, :, 0].tolist() == [0, 0, 1, 128, 255]
 
 
-def test_a_photo_with_a_hole_is_no_mask(tmp_path):
-    """Law: what others' editors take for a mask, the picture with a clear part where it is to be
-    painted, would paint all but that: it is refused, as a mask alone; a coloured stroke is not."""
-    photo = Image.new("RGBA", (32, 32), (250, 200, 40, 255))
-    photo.paste((0, 0, 0, 0), (8, 8, 24, 24))
-    photo.save(tmp_path / "a.png")
+@pytest.mark.parametrize("case", ["photo", "hole", "labels", "stroke"])
+def test_colours_are_no_mask(tmp_path, case):
+    """Law: a mask is white and black. Of a photo, of one with a clear hole where it is to be
+    painted (as others' editors have it), of a picture of labels or of coloured strokes some part or
+    other would be bright: they are refused, as a mask alone."""
+    clear = (0, 0, 0, 0)
+    picture = Image.new(
+        "RGBA", (32, 32), (250, 200, 40, 255) if case in ("photo", "hole") else clear
+    )
+    if case == "photo":
+        picture.paste((90, 20, 120, 255), (0, 0, 32, 16))
+    elif case == "hole":
+        picture.paste(clear, (8, 8, 24, 24))
+    else:
+        picture.paste(
+            (192, 128, 128, 255) if case == "labels" else (250, 220, 40, 255), (8, 8, 24, 24)
+        )
+    picture.save(tmp_path / "a.png")
     assert open_picture(tmp_path / "a.png").size == (32, 32)
-    with pytest.raises(UserError, match="is a picture with a clear part.*: fill what is clear"):
-        open_picture(tmp_path / "a.png", "black")
-    photo.putalpha(255)  # nothing of it is clear: any picture may be a mask
-    photo.save(tmp_path / "a.png")
-    assert open_picture(tmp_path / "a.png", "black").size == (32, 32)
-    stroke = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
-    stroke.paste((250, 220, 40, 255), (8, 8, 24, 24))
-    stroke.save(tmp_path / "b.png")
-    assert to_mask(open_picture(tmp_path / "b.png", "black")).sum() == 256
+    with pytest.raises(UserError, match=r"holds colours, as #\w{6} at \d, \d; paint white what"):
+        to_mask(open_picture(tmp_path / "a.png", "black"))
+
+
+def test_a_jpeg_may_be_a_mask(tmp_path):
+    """Law: what JPEG makes of white on black, in colour and at its worst, is no colour."""
+    strokes = np.zeros((64, 64, 3), np.uint8)
+    strokes[20:40, 10:50] = 255
+    for subsampling in (0, 2):
+        file = tmp_path / "a.jpg"
+        Image.fromarray(strokes).save(file, quality=5, subsampling=subsampling)
+        mask = to_mask(open_picture(file, "black"))
+        assert (mask != (strokes[..., 0] > 0)).sum() < 64
 
 
 @pytest.mark.parametrize("dtype, most", [(np.uint8, 255), (np.uint16, 65535)])
@@ -202,7 +218,7 @@ REFUSED = {
     "bomb.png": (png(8193, 8192), "pixels"),
     "great_bomb.png": (png(60000, 60000), "pixels"),
     "wordy.png": (png(1, 1, zTXt=b"k\0\0" + zlib.compress(b"a" * 10**8)), "too large"),
-    "no_side.png": (png(0, 5), "none of"),
+    "no_side.png": (png(0, 5), "is a PNG that is damaged, or of a rare kind; save it anew"),
     "drawing.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "none of"),
     "other.jp2": (b"\x00\x00\x00\x0cjP  \r\n\x87\n", "none of"),
 }
@@ -283,12 +299,100 @@ def test_metadata_fails_no_other_format(tmp_path, suffix):
         assert (pixels(tmp_path / f"a.{suffix}") == 90).all()
 
 
-def test_float_tiff_is_refused(tmp_path):
-    """Law: a picture whose white is not known is refused, not guessed."""
-    for dtype in (np.float32, np.int32):
-        Image.fromarray(np.full((2, 2), 255, dtype)).save(tmp_path / "a.tiff")
-        with pytest.raises(UserError, match="16 bits.*save it anew, in 8 bits"):
+def test_floats_are_read_as_an_array_is(tmp_path):
+    """Law: a grey of floats in [0, 1] is one of 8 bits, as an array of a program is; a picture
+    whose white is not known is refused, not guessed."""
+    ramp = np.array([[0, 0.5, 1]], np.float32)
+    Image.fromarray(ramp).save(tmp_path / "a.tiff")
+    assert pixels(tmp_path / "a.tiff")[0, :, 0].tolist() == [0, 128, 255]
+    assert to_mask(open_picture(tmp_path / "a.tiff", "black")).tolist() == [[False, True, True]]
+    signed = np.full((2, 2), 9, np.int32)
+    refused = {
+        "not in .0, 1.; scale them": ramp * 255,
+        "has signed levels, or 32 bits, .*; save it in 8": signed,
+    }
+    for message, array in (refused | {"not in .0, 1.": ramp * np.nan}).items():
+        Image.fromarray(array).save(tmp_path / "a.tiff")
+        with pytest.raises(UserError, match=message):
             open_picture(tmp_path / "a.tiff")
+
+
+def with_swapped_primaries():
+    """sRGB's profile with red's and blue's place in it exchanged."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    entries = {bytes(profile[i : i + 4]): i for i in range(132, 132 + 12 * profile[131], 12)}
+    red, blue = (slice(entries[name] + 4, entries[name] + 12) for name in (b"rXYZ", b"bXYZ"))
+    profile[red], profile[blue] = profile[blue], profile[red]
+    text = profile.find("sRGB".encode("utf-16-be"))  # in its description
+    profile[text : text + 8] = "odd!".encode("utf-16-be")
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_a_profile_says_what_colours_are(tmp_path, mode):
+    """Law: what a file's profile says of its numbers is obeyed, whatever its mode, and alpha stays;
+    sRGB's own and a broken one leave every bit, and a mask's levels are no colours."""
+    file, swapped = tmp_path / "a.png", Image.fromarray(np.asarray(quadrants())[..., ::-1])
+    options = {"icc_profile": with_swapped_primaries()}
+    quadrants().convert(mode).save(file, **options)
+    opened = open_picture(file)
+    assert np.abs(np.asarray(opened).astype(int) - np.asarray(swapped)).max() <= 1
+    again = np.asarray(images.copy_picture(opened))  # it is of sRGB now
+    np.testing.assert_array_equal(again, np.asarray(opened))
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (srgb, b"no profile"):
+        quadrants().convert(mode).save(file, icc_profile=profile)
+        np.testing.assert_array_equal(pixels(file), np.asarray(quadrants()))
+    grey = Image.new("L", (2, 1), 127)
+    grey.save(file, icc_profile=options["icc_profile"])  # of three channels, for one
+    assert (np.asarray(open_picture(file, "black")) == 127).all()
+    assert (pixels(file) == 127).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_a_linear_png_is_shown_as_a_display_does(tmp_path, mode):
+    """Law: levels that a PNG says to be linear in light are made those of sRGB, and alpha is not;
+    those that grow as sRGB's, or beside a profile, and those of a mask stay."""
+    file, picture = tmp_path / "a.png", Image.new("RGB", (2, 1), (55, 55, 55)).convert(mode)
+    picture.save(file)
+    plain = file.read_bytes()
+
+    def read(gamma, *more, ground="white"):
+        body = struct.pack(">I", gamma)
+        added = struct.pack(">I", 4) + b"gAMA" + body
+        added += struct.pack(">I", zlib.crc32(b"gAMA" + body))
+        file.write_bytes(plain[:33] + added + b"".join(more) + plain[33:])
+        return set(np.asarray(open_picture(file, ground)).ravel().tolist())
+
+    assert read(100000) == {128}  # 0.216 of light
+    assert read(100000, ground="black") == {55} and read(45455) == {55}
+    srgb = struct.pack(">I", 1) + b"sRGB\0" + struct.pack(">I", zlib.crc32(b"sRGB\0"))
+    assert read(100000, srgb) == {55}
+
+
+@pytest.mark.parametrize("kind", [2, 6])
+def test_dark_colours_of_16_bits_are_refused(tmp_path, kind):
+    """Law: as of a grey, levels of up to 14 bits in 16 are all but black; black itself may be."""
+    for level, refused in ((0, False), (6000, True), (40000, False)):
+        values = np.full((1, 2, 3 if kind == 2 else 4), level, ">u2")
+        values[..., 3:] = 65535
+        body = zlib.compress(b"\0" + values.tobytes())
+        (tmp_path / "a.png").write_bytes(png(2, 1, body, 16, kind))
+        if refused:
+            with pytest.raises(UserError, match="16 bits, and its brightest level is .* of 65535"):
+                open_picture(tmp_path / "a.png")
+        else:
+            assert (pixels(tmp_path / "a.png") == level // 256).all()
+
+
+def test_a_preview_is_not_the_picture(tmp_path):
+    """Law: a camera's raw file is a TIFF that begins with a small copy, which is refused."""
+    kind = {254: 1}
+    quadrants().save(
+        tmp_path / "a.tiff", tiffinfo=kind, save_all=True, append_images=[quadrants(64)]
+    )
+    with pytest.raises(UserError, match="a.tiff' begins with a preview, as cameras' raw files do"):
+        measure_picture(tmp_path / "a.tiff")
 
 
 def test_only_regular_files_are_opened(tmp_path):
@@ -360,7 +464,8 @@ def test_what_is_no_picture_of_ours_says_what_it_is(tmp_path, start):
 
 def test_a_picture_that_shows_nothing_is_refused(tmp_path):
     """Law: what would silently be white or black is told: alpha that is 0 everywhere, as in bitmaps
-    that do not use it, and 8-bit levels saved with 16. A mask that is clear is an empty mask."""
+    that do not use it, and levels of 8 to 14 bits saved with 16, as depth in millimetres has them.
+    A mask that is clear is an empty mask."""
     file = tmp_path / "a.png"
     picture = quadrants().convert("RGBA")
     picture.putalpha(0)
@@ -368,9 +473,12 @@ def test_a_picture_that_shows_nothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="a.png' is clear everywhere.*; save it without alpha"):
         open_picture(file)
     assert not to_mask(open_picture(file, "black")).any()
-    Image.fromarray(np.array([[0, 255]], np.uint16)).save(file)
-    with pytest.raises(UserError, match="16 bits, and its brightest level is 255; save it in 8"):
-        open_picture(file)
+    for most in (255, 5999, 16383):
+        Image.fromarray(np.array([[0, most]], np.uint16)).save(file)
+        with pytest.raises(
+            UserError, match=f"16 bits, and its brightest level is {most} of .*; str"
+        ):
+            open_picture(file)
     Image.fromarray(np.zeros((1, 2), np.uint16)).save(file)
     assert not pixels(file).any()
 

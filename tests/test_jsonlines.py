@@ -2,6 +2,7 @@
 
 import json
 import os
+import unicodedata
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from PIL import Image
 
 from vcloze_jax.config import MINI, UserError
-from vcloze_jax.data.jsonlines import SIDES, SPELLINGS, FolderSamples, read_line
+from vcloze_jax.data.jsonlines import SPELLINGS, read_line
 from vcloze_jax.data.owndata import ASKED, open_own
+from vcloze_jax.data.pairfolders import SIDES, FolderSamples
 from vcloze_jax.data.sources import draw_of_shape
 
 PAIR = {"image": [["0.png", "1.png"], ["0.png", "1.png"]]}
@@ -178,6 +180,31 @@ def test_folders(tmp_path, form, sides):
     assert abs(query.pixels[0, -1].astype(int) - [60, 200, 0]).max() < 4
 
 
+@pytest.mark.parametrize("form", ["{side}/{name}.png", "{name}_{side}.png"])
+def test_folders_as_systems_make_them(tmp_path, form):
+    """Whatever the case of the two names, and the Unicode form of a picture's: macOS decomposes
+    accents. Folders lie in folders; what a system leaves beside pictures is none; kohya's texts
+    end in .caption; Windows has a byte order mark before them."""
+    for side, code in (("In", "NFD"), ("OUT", "NFC")):
+        for name in ("caf\u00e9", "more/b.x"):
+            file = tmp_path / form.format(side=side, name=unicodedata.normalize(code, name))
+            for place in (
+                file,
+                file.parent / "@eaDir" / file.name,
+                file.with_name(f"._{file.name}"),
+            ):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.touch()
+            file.with_suffix(".caption").write_text(f"\ufeff{name}", "utf-8")
+    (tmp_path / "out").touch()
+    if "_" in form:  # beside the target's picture, as beside the other, it is that of NAME
+        for file in list(tmp_path.rglob("*.caption")):
+            file.rename(file.with_name(file.name.replace("_OUT", "").replace("_In", "")))
+    samples = FolderSamples(tmp_path)
+    assert [pair[0] for pair in samples.pairs] == ["caf\u00e9", "more/b.x"]
+    assert [sample.texts["content_prompt"] for sample in samples] == ["caf\u00e9", "more/b.x"]
+
+
 def test_wrong_folders_are_named(tmp_path):
     """What has no partner, what has two, and a folder without pairs are one line of an error."""
     (tmp_path / "in").mkdir()
@@ -187,6 +214,9 @@ def test_wrong_folders_are_named(tmp_path):
     for name in ("in/a.png", "in/b.png", "out/a.jpg"):
         (tmp_path / name).touch()
     with pytest.raises(UserError, match="b: there is its 'in' picture alone; add 'out'"):
+        FolderSamples(tmp_path)
+    (tmp_path / "out" / "B.jpg").touch()
+    with pytest.raises(UserError, match="out/B.jpg and in/b.png: write their names alike"):
         FolderSamples(tmp_path)
     (tmp_path / "in" / "a.webp").touch()
     with pytest.raises(UserError, match="in/a.webp: in/a.png has the same name; remove one"):
@@ -204,7 +234,6 @@ BAD = [  # beside what test_spec.py says of JSON and of cells: a line is read by
     (b"{", "is not JSON.*; each line is a JSON object"),
     (b"", "is empty; each line is a JSON object"),
     (b'{"image": [["\xff.png"]]}', "is not UTF-8"),
-    (b"\xef\xbb\xbf{}", "begins with a byte order mark"),
     (b'{"image": [["0.png"]], "image": [["0.png"]]}', "'image': given twice"),
     (b"[]", "must be an object"),
     (b"NaN", "must be an object"),
@@ -273,14 +302,41 @@ def test_blank_lines_at_the_end(lines):
     "content, message",
     [
         (b"PAR1\x15\x04", "is a file of Parquet"),
-        (b"[\n{}\n]", "is not JSON at column 2: a value should"),
+        ("{}".encode("utf-16"), "is not UTF-8"),
     ],
 )
 def test_data_that_is_no_lines(tmp_path, content, message):
-    """Data in another format says so, and a list over several lines where it stops to be one."""
+    """Data in another format says so."""
     (tmp_path / "mine.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=f"line 1: (is )?{message}"):
         open_own(str(tmp_path / "mine.jsonl"), FIXED)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_a_list_is_as_good_as_lines(lines, tmp_path, indent, start):
+    """A file that is one JSON list holds the samples that lines of its items would, whatever its
+    lines are, and names an item; so does a file that begins with a byte order mark."""
+    records = [PAIR, PAIR | {"content_prompt": "Füchse [1], {"}]
+    wanted, file = [*lines(*records).samples], tmp_path / "mine.jsonl"
+    whole = json.dumps(records, ensure_ascii=False, indent=indent)
+    for text in (whole, "\n".join(json.dumps(record) for record in records)):
+        file.write_text(start + text, "utf-8")
+        assert [*open_own(str(file), FIXED).samples] == wanted
+    file.write_text(json.dumps([PAIR, {"image": []}], indent=indent))
+    with pytest.raises(UserError, match="mine.jsonl: item 2: image: no cell"):
+        open_own(str(file), FIXED)
+    file.write_text("[]")
+    with pytest.raises(UserError, match="no grid in it"):
+        open_own(str(file), FIXED)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "TSV"])
+def test_a_table_is_refused_by_name(tmp_path, suffix):
+    """What a spreadsheet writes is told as what it is, with what writes the lines."""
+    (tmp_path / f"mine.{suffix}").write_text("source,target\n0.png,1.png\n")
+    with pytest.raises(UserError, match=rf"mine.{suffix}: is a table; .*orient='records'"):
+        open_own(str(tmp_path / f"mine.{suffix}"), FIXED)
 
 
 def test_only_regular_files_are_opened(lines, tmp_path):

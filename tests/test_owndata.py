@@ -255,6 +255,21 @@ def test_columns_move_together(tmp_path):
     assert len(orders) == 2
 
 
+def test_what_is_cut_away_is_told(tmp_path, capfd):
+    """All cells of a sample get one shape: where that costs a picture a third or more of itself, as
+    an output of another shape than its input, the first look at the data says so."""
+    folder = write_pairs(tmp_path / "odd", 6)
+    Image.new("RGB", (90, 64)).save(folder / "out" / "000.png")
+    open_own(str(folder), RECIPE)
+    assert capfd.readouterr().err == ""
+    for i in (1, 2):
+        Image.new("RGB", (64, 128)).save(folder / "out" / f"{i:03}.png")
+    (tmp_path / "odd.sizes.npz").unlink()
+    open_own(str(folder), RECIPE)
+    told = f"2 samples, as {folder}: 001, hold pictures of quite other shapes than their first: a "
+    assert told in capfd.readouterr().err
+
+
 # --- broken samples ---
 
 
@@ -300,8 +315,7 @@ def test_too_many_broken_samples_stop_the_run(worn):
         UserError, match=r"worn: 002: .*\(3 of 250 samples broken, 2 allowed; .*001"
     ):
         list(draw_groups(source, recipe, 0, 400))
-    (worn / "out" / "003.png").unlink()
-    (worn / "out" / "003.png").mkdir()
+    (worn / "out" / "003.png").write_text("no picture")
     (worn.parent / "worn.sizes.npz").unlink()
     with pytest.raises(UserError, match="3 of 250 samples broken, 2 allowed"):
         open_own(str(worn), RECIPE)

@@ -95,7 +95,12 @@ def test_a_platform_without_a_reason(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, value", [("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False)]
+    "name, value",
+    [
+        ("jax_default_prng_impl", "rbg"),
+        ("jax_threefry_partitionable", False),
+        ("jax_random_seed_offset", 7),
+    ],
 )
 def test_a_seed_is_the_same_noise_everywhere(name, value):
     """Whatever the environment says of JAX's random numbers, a mesh is made for ours."""
@@ -103,6 +108,14 @@ def test_a_seed_is_the_same_noise_everywhere(name, value):
     jax.config.update(name, value)
     make_mesh()
     np.testing.assert_array_equal(jax.random.normal(jax.random.key(7), (4, 64)), ours)
+
+
+@pytest.mark.parametrize("name", ["jax_numpy_rank_promotion", "jax_transfer_guard_host_to_device"])
+def test_what_the_environment_forbids_of_jax(name):
+    """What an environment set JAX to refuse, for a program of its own, does not end ours."""
+    jax.config.update(name, "raise" if "rank" in name else "disallow")
+    make_mesh()
+    assert (np.ones((2, 3)) + jnp.ones(3)).shape == (2, 3)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from PIL import Image
 
 from vcloze_jax import prompts
 from vcloze_jax.config import FLUX_FILL, MINI, UserError
-from vcloze_jax.inputs.specfiles import read_specs, write_spec
+from vcloze_jax.inputs.spec import KEYS
+from vcloze_jax.inputs.specfiles import IMAGES, read_specs, write_spec
 from vcloze_jax.inputs.tasks import find_task, list_tasks
 
 ROW = [["a.png", "b.png"]]
@@ -109,6 +110,17 @@ def test_values_are_taken(folder):
     assert (spec.num_inference_steps, spec.guidance_scale, spec.seed) == (7, 3.0, 2**32 - 1)
 
 
+def test_null_means_absent(folder):
+    """Law: null, for any key but the pictures, is what leaving it away is; so is a byte order mark
+    before the file."""
+    plain = read(folder, {"image": GRID})
+    text = json.dumps({"image": GRID} | dict.fromkeys((*KEYS[1:], IMAGES)))
+    for content in (text, "\ufeff" + text):
+        assert read(folder, content.encode()).resolved == plain.resolved
+    with pytest.raises(UserError, match="image: must be a list, not null"):
+        read(folder, {"image": None})
+
+
 def test_latents_come_back_exactly(folder):
     """Law: initial noise is taken as it is stored."""
     spec = read(folder, {"image": GRID, "latents": "noise.npy"})
@@ -175,7 +187,7 @@ def with_values(key, *values):
     return [({"image": GRID, key: value}, f"{key}: ") for value in values]
 
 
-BAD_NUMBERS = (None, True, False, "30", [], {}, -1, 10**30, float("nan"), float("inf"))
+BAD_NUMBERS = (True, False, "30", [], {}, -1, 10**30, float("nan"), float("inf"))
 BAD_TEXTS = (0, False, ["a"], {"a": 1}, 1.5, "\ud800")
 BAD = [
     # the file
@@ -194,7 +206,6 @@ BAD = [
     ('{"image": [[None]]}', "a value should stand there, not a word of Python; write true, false"),
     ('{"image" = [[null]]}', "not JSON at column 10: a colon should stand there, not '='"),
     ('{"image": [["a.png, null]]}', 'not JSON at column 13: a text begins that no " closes'),
-    (b'\xef\xbb\xbf{"image": [[null]]}', "byte order mark"),
     ('{"image": [[null]]}'.encode("utf-16"), "UTF-8"),
     (b'{"image": [["\xff.png", null]]}', "UTF-8"),
     (b"\0" * 64, "not JSON"),

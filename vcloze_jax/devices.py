@@ -20,9 +20,15 @@ from vcloze_jax.model.ops import choose_kernel
 from vcloze_jax.sharding import AXES, compute_dtype, shardings
 
 MOST = 65_536  # devices on an axis
-SETTINGS = {  # of JAX; variables of the environment with which a seed would mean another noise
-    "jax_default_prng_impl": "threefry2x32",
+SETTINGS = {  # of JAX, which variables of the environment may have set otherwise
+    "jax_default_prng_impl": "threefry2x32",  # with these a seed would mean another noise
     "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_numpy_rank_promotion": "allow",  # with these our programs would not run
+    "jax_transfer_guard": "allow",
+    "jax_transfer_guard_host_to_device": "allow",
+    "jax_transfer_guard_device_to_device": "allow",
+    "jax_transfer_guard_device_to_host": "allow",
 }
 TIMEOUT = "--xla_cpu_collective_call_terminate_timeout_seconds"
 FUSION = "--xla_cpu_experimental_ynn_fusion_type"

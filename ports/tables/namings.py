@@ -52,7 +52,8 @@ class Naming(NamedTuple):
 
 
 AB = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".alpha"
-DOWN = ".lora_down.weight", ".lora_up.weight", None, ".alpha"
+DIFFERENCE = ".diff_b"  # of a bias of the base, read in place of one on B, and never written
+DOWN = ".lora_down.weight", ".lora_up.weight", DIFFERENCE, ".alpha"
 DOTTED = ".lora.down.weight", ".lora.up.weight", None, ".alpha"
 LAYER_DOWN = ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight", None, ".alpha"
 DOTS = "transformer.", "diffusion_model.", ""

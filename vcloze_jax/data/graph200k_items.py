@@ -8,12 +8,12 @@ the start. Formats: the dataset card of VisualCloze/Graph200K, and lzyhha/Visual
 import hashlib
 import json
 import mmap
-import re
 from pathlib import Path
 
 import numpy as np
 
 from vcloze_jax.config import UserError
+from vcloze_jax.data.spans import scan_objects
 from vcloze_jax.inputs.checks import check_type, describe_error, error_context, parse_json
 from vcloze_jax.inputs.pictures import check_file, decode_picture, open_picture
 
@@ -39,8 +39,6 @@ COLUMNS |= {
 }
 # Columns that are no pictures; the boxes of qwen_2_5_meta are drawn in `bbox` already.
 OTHERS = ("quality_assessment", "description", "collection", "FillEdit_meta", "qwen_2_5_meta")
-
-BETWEEN = re.compile(r"[\s,\[\]\xef\xbb\xbf]*")  # objects; at most a byte order mark before them
 
 
 class ArrowItems:
@@ -205,30 +203,6 @@ def say_description(description):
     """The object's name and its first description, as the authors join them."""
     known = description or {}
     return " ".join(known[key] for key in ("item", "description_0") if known.get(key))
-
-
-def scan_objects(data, block=2**20):
-    """Walk over the objects of a JSON array or of JSON lines: ((start, stop), object) each.
-
-    Bytes are read as Latin-1, in which one is a character, so that places are those of bytes; text
-    outside ASCII is therefore to be read again. Raises UserError where no object can be read.
-    """
-    decoder, text, before, place = json.JSONDecoder(), "", 0, 0  # text is data[before:…]
-    while True:
-        place = BETWEEN.match(text, place).end()
-        read = before + len(text)
-        if place == len(text) and read == len(data):
-            return
-        try:
-            value, end = decoder.raw_decode(text, place)
-        except json.JSONDecodeError as error:
-            if read == len(data):
-                raise UserError(f"byte {before + error.pos}: {error.msg}") from None
-            added = data[read : read + max(block, len(text))].decode("latin-1")
-            text, before, place = text[place:] + added, before + place, 0
-        else:
-            yield (before + place, before + end), value
-            place = end
 
 
 def open_items(path: Path) -> ArrowItems | JSONItems | None:

@@ -1,9 +1,10 @@
-"""Samples of the user's own data: a file with one JSON object a line, or a folder of pairs.
+"""Samples of the user's own data: a file with one JSON object a line, or a list of them.
 
 A sample is a grid, all of it given, or a pair: one row, an example of a task, of which grids are
 made. Nothing of them is held but where they stand; each is read when it is drawn.
 """
 
+import codecs
 import hashlib
 import mmap
 import re
@@ -11,13 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from vcloze_jax import prompts
 from vcloze_jax.config import UserError
+from vcloze_jax.data.spans import scan_objects
 from vcloze_jax.inputs.checks import (
     check_keys,
     check_text,
     check_type,
-    describe_error,
     error_context,
     parse_json,
     read_key,
@@ -59,23 +62,11 @@ SPELLINGS = {
 }
 MOST = 3  # conditions in one list
 PLACEHOLDER = re.compile(r"(<img>)?<\|image_(\d+)\|>(</img>)?")  # OmniGen's, of a column
-# What holds the texts of a folder of `datasets`, which are lost where its pictures pair by name.
-TEXTS_OF_OTHERS = "metadata.jsonl", "metadata.csv", "metadata.parquet"
-# Names of the two sides of a folder of pairs: of ai-toolkit, SimpleTuner, diffusers, pix2pix.
-SIDES = (
-    ("in", "out"),
-    ("input", "output"),
-    ("control", "target"),
-    ("source", "target"),
-    ("conditioning", "images"),
-    ("conditioning_images", "images"),
-    ("A", "B"),
-)
 INSTRUCTION = prompts.EDITING_PREFIXES[1]
 SOURCE = "a source image"
 CONDITIONS = {"cond1": "a condition image", "cond2": "another condition image"}  # else SOURCE
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
-MAX_TEXT = 2**16  # bytes of a pair's text
+LIST = re.compile(rb"(\xef\xbb\xbf)?\s*\[")  # how a file begins that is one JSON list
+TABLES = ".csv", ".tsv"
 
 
 class OwnSample(NamedTuple):
@@ -87,83 +78,60 @@ class OwnSample(NamedTuple):
 
 
 class LineSamples(Sequence):
-    """The lines of a file, read in place. Raises UserError naming the file, a line and the key."""
+    """The lines of a file, or the items of a list that it is, read in place. Raises UserError that
+    names the file, a line or an item, and the key."""
 
     def __init__(self, path: Path):
         with error_context(path), check_file(path).open("rb") as file:
-            self.path, self.folder, hashed = path, path.parent, hashlib.sha256()
-            self.starts, filled = [0], 0
-            for line in file:
-                self.starts.append(self.starts[-1] + len(line))
-                if line.strip():
-                    hashed.update(line.strip() + b"\n")
-                    filled = len(self.starts)
-            del self.starts[filled:]  # lines at the end that are blank
-            if not self.starts:
-                raise UserError("no grid in it; write one JSON object a line")
+            self.path, self.folder = path, path.parent
+            if path.suffix.lower() in TABLES:
+                remedy = "write each row as a JSON object, a line each, as pandas' to_json does"
+                raise UserError(f"is a table; {remedy} with orient='records', lines=True")
             self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.unit = "item" if LIST.match(self.content) else "line"
+            if self.unit == "item":
+                spans = [span for span, _ in scan_objects(self.content)]
+            else:
+                spans = find_lines(file)
+            if not spans:
+                raise UserError("no grid in it; write one JSON object a line")
+        self.spans, hashed = np.array(spans), hashlib.sha256()
+        for i in range(len(spans)):
+            if sample := self.cut(i):
+                hashed.update(sample + b"\n")
         self.digest = hashed.hexdigest()
 
     def __len__(self):
-        return len(self.starts) - 1
+        return len(self.spans)
+
+    def cut(self, i: int) -> bytes:
+        """The text of a sample, without what is blank around it."""
+        start, stop = self.spans[i]
+        return self.content[start:stop].strip()
 
     def name(self, i: int) -> str:
         """What the user finds it by."""
-        return f"{self.path}: line {i + 1}"
+        return f"{self.path}: {self.unit} {i + 1}"
 
     def __getitem__(self, i: int) -> OwnSample:
-        return read_line(parse_line(self.content[self.starts[i] : self.starts[i + 1]]))
+        return read_line(parse_line(self.cut(i)))
 
 
-class FolderSamples(Sequence):
-    """The pairs of a folder: in/NAME.png and out/NAME.png, or NAME_in.png and NAME_out.png, or with
-    others of `SIDES`, each with what NAME.txt says of its target, if there is one. Raises UserError
-    naming a file."""
-
-    def __init__(self, path: Path):
-        self.path = self.folder = path
-        with error_context(path):
-            if others := [name for name in TEXTS_OF_OTHERS if (path / name).exists()]:
-                remedy = "put what it says of NAME into NAME.txt, and move it away"
-                raise UserError(f"{others[0]}: its texts are not read beside pairs; {remedy}")
-            names, inside = find_sides(path)
-            sides = [list_pictures(path, side, inside) for side in names]
-            for name in sorted(sides[0].keys() ^ sides[1].keys()):
-                side, missing = names if name in sides[0] else names[::-1]
-                raise UserError(f"{name}: there is its {side!r} picture alone; add {missing!r}")
-            if not sides[0]:
-                known = ", ".join(f"{a} and {b}" for a, b in SIDES[1:])
-                raise UserError(
-                    "no pair in it: neither in/NAME.png and out/NAME.png nor NAME_in.png and "
-                    f"NAME_out.png; other names of the two: {known}"
-                )
-        self.pairs = [(name, *(side[name] for side in sides)) for name in sorted(sides[0])]
-        self.digest = hashlib.sha256(repr(self.pairs).encode()).hexdigest()
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def name(self, i: int) -> str:
-        """What the user finds it by."""
-        return f"{self.path}: {self.pairs[i][0]}"
-
-    def __getitem__(self, i: int) -> OwnSample:
-        name, *pair = self.pairs[i]
-        texts = [self.path / f"{name}.txt", *((self.path / p).parent / f"{name}.txt" for p in pair)]
-        text = next((read_text(file) for file in texts if file.exists()), None)
-        phrases = [SOURCE, prompts.PHRASES["image"]]
-        return OwnSample([pair], dict.fromkeys(KEYS[1:]) | {"content_prompt": text}, phrases)
-
-
-def read_samples(path: Path) -> LineSamples | FolderSamples:
-    """The samples of a file or a folder. Raises UserError."""
-    return FolderSamples(path) if path.is_dir() else LineSamples(path)
+def find_lines(file) -> list[tuple[int, int]]:
+    """Where each line of a file stands, but for those at the end that are blank."""
+    spans, start, filled = [], 0, 0
+    for line in file:
+        spans.append((start, start + len(line)))
+        start += len(line)
+        if line.strip():
+            filled = len(spans)
+    return spans[:filled]
 
 
 def parse_line(line: bytes) -> dict:
     """The object of a line. Raises UserError that says what a line must be."""
     try:
-        return check_type(parse_json(line.rstrip()), dict)
+        return check_type(parse_json(line.removeprefix(codecs.BOM_UTF8)), dict)
     except UserError as error:
         raise UserError(f"{error}; each line is a JSON object, a grid or a pair") from None
 
@@ -214,46 +182,3 @@ def read_pair(table: dict, columns: list[str], target: str, spelling: Spelling) 
     texts = dict.fromkeys(KEYS[1:]) | {"content_prompt": text}
     texts["task_prompt"] = read_key(table, "task_prompt", None, check_text)
     return OwnSample([row], texts, [*phrases, prompts.PHRASES["image"]])
-
-
-def find_sides(folder: Path) -> tuple[tuple[str, str], bool]:
-    """The names of the two sides of a folder's pairs, the first of `SIDES` that both are there, and
-    whether they are folders in it, and not the ends of names."""
-    for sides in SIDES:
-        if all((folder / side).is_dir() for side in sides):
-            return sides, True
-    stems = [file.stem for file in folder.iterdir()]
-    for sides in SIDES:
-        apart = not sides[0].endswith(f"_{sides[1]}")
-        if apart and all(any(stem.endswith(f"_{side}") for stem in stems) for side in sides):
-            return sides, False
-    return SIDES[0], False
-
-
-def list_pictures(folder: Path, side: str, inside: bool) -> dict[str, str]:
-    """{NAME: path in the folder} of the pictures of one side of the pairs. Raises UserError for
-    two of one name."""
-    found = {}
-    for file in sorted((folder / side if inside else folder).iterdir()):
-        name = file.stem if inside else file.stem.removesuffix(f"_{side}")
-        if (
-            file.suffix.lower() in SUFFIXES
-            and file.name[0] != "."
-            and (inside or name != file.stem)
-        ):
-            path = str(file.relative_to(folder))
-            if name in found:
-                raise UserError(f"{path}: {found[name]} has the same name; remove one")
-            found[name] = path
-    return found
-
-
-def read_text(file: Path) -> str:
-    """What a pair's text file says, on one line. Raises UserError naming it."""
-    with error_context(repr(str(file))):
-        if check_file(file).stat().st_size > MAX_TEXT:
-            raise UserError(f"more than {MAX_TEXT} bytes; this is no caption")
-        try:
-            return " ".join(file.read_text("utf-8").split())
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot be read: {describe_error(error)}; save it as UTF-8") from None

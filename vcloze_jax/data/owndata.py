@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from vcloze_jax.config import Recipe, UserError
 from vcloze_jax.data.draws import ROWS, draw_blank, draw_order, draw_rows, draw_sentences, renumber
-from vcloze_jax.data.jsonlines import FolderSamples, LineSamples, OwnSample, read_samples
+from vcloze_jax.data.jsonlines import LineSamples, OwnSample
+from vcloze_jax.data.pairfolders import FolderSamples, read_samples
 from vcloze_jax.data.sizes import (
     fill_buckets,
     find_table,

@@ -7,6 +7,8 @@ file of photographs needs a program for each of few shapes, and not one for ever
 """
 
 import io
+import math
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +24,7 @@ from vcloze_jax.inputs.pictures import PictureError, measure_picture, quiet_deco
 from vcloze_jax.inputs.spec import open_cells, sentences
 
 ASPECTS = ((1, 2), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (2, 1))  # w, h
+UNLIKE = math.log(1.5)  # of two aspects, from which on a third of a picture or more is cut away
 FIELDS = ("pair", "rows", "columns", "width", "height")  # of a sample; height 0: it is broken
 
 
@@ -29,10 +32,10 @@ def measure_samples(samples: Sequence) -> tuple[np.ndarray, dict[int, str]]:
     """`FIELDS` of all samples, int32 [N, 5], and what is wrong with those that are broken.
 
     They are read from `find_table` where that is of these samples; else from the headers of all
-    their pictures, with a bar, and kept there. What was broken is looked at again. Raises UserError
-    for what is no sample.
+    their pictures, with a bar, and kept there; samples of which much is cut away are told then.
+    What was broken is looked at again. Raises UserError for what is no sample.
     """
-    file = find_table(samples)
+    file, cut = find_table(samples), []
     table, broken = _read_table(file, samples.digest), {}
     if table is None:
         table = np.zeros((len(samples), len(FIELDS)), np.int32)
@@ -42,9 +45,15 @@ def measure_samples(samples: Sequence) -> tuple[np.ndarray, dict[int, str]]:
             with error_context(samples.name(i)):
                 sample = samples[i]
                 try:
-                    table[i] = measure_sample(sample, samples.folder)
+                    table[i], much = measure_sample(sample, samples.folder)
+                    cut += [samples.name(i)] * much
                 except PictureError as error:
                     broken[int(i)] = str(error)
+    if cut:
+        told = (
+            f"{len(cut)} samples, as {cut[0]}, hold pictures of quite other shapes than their first"
+        )
+        tqdm.write(f"{told}: a third of these or more is cut away", file=sys.stderr)
     if len(broken) < len(missing):
         content = io.BytesIO()
         np.savez(content, digest=samples.digest, table=table)
@@ -60,20 +69,24 @@ def find_table(samples: Sequence) -> Path:
     return path.with_name(f"{path.name}.sizes.npz")
 
 
-def measure_sample(sample, folder: Path) -> tuple[int, ...]:
-    """`FIELDS` of a sample. Raises PictureError for a picture, UserError for what is no sample."""
+def measure_sample(sample, folder: Path) -> tuple[tuple[int, ...], bool]:
+    """`FIELDS` of a sample, and whether much of it is cut away, as all cells get the shape of its
+    first picture. Raises PictureError for a picture, UserError for what is no sample."""
     _, cells = open_cells(sample.rows, folder, measure_picture)
     for r, row in enumerate(cells):
         if None in row:
             raise UserError(f"image[{r}][{row.index(None)}]: null; to learn it, give its picture")
     cells = [[cell if isinstance(cell, tuple) else (cell, None) for cell in row] for row in cells]
     first = cells[-1][0][0] if cells and cells[-1] else None
+    aspects = [math.log(cell.width / cell.height) for row in cells for cell, _ in row]
     if first and not has_masks(sample):
         cells[-1][-1] = None, None
     check_layout(cells)
     sentences(sample.texts, len(cells), len(cells[0]))
     pair = sample.phrases is not None
-    return pair, len(cells), len(cells[0]), first.width, first.height
+    own = math.log(first.width / first.height)
+    much = any(abs(aspect - own) >= UNLIKE for aspect in aspects)
+    return (pair, len(cells), len(cells[0]), first.width, first.height), much
 
 
 def has_masks(sample) -> bool:

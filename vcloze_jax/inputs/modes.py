@@ -1,14 +1,18 @@
 """Whatever mode a picture is of, as the RGB that its maker sees."""
 
+import io
 from contextlib import suppress
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageCms, ImageColor, ImageOps
 
 from vcloze_jax.config import UserError
 
 MAX_PIXELS = 2**26  # 8192 x 8192, 256 MiB as Pillow holds it
 PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a tag of TIFF, and what it says of an X-ray
+KIND, REDUCED = 254, 1  # another, and the bit of it that says: a smaller copy of a later page
+BANDS = {"L": 1, "LA": 1, "RGB": 3, "RGBA": 3}  # modes and how many of their bands are colours
+DARK = 2**14  # a white of 16 bits below this is that of 8, 10, 12 or 14, or a depth in millimetres
 
 
 def to_upright_rgb(picture: Image.Image, ground: str) -> Image.Image:
@@ -19,10 +23,51 @@ def to_upright_rgb(picture: Image.Image, ground: str) -> Image.Image:
     """
     if picture.width * picture.height > MAX_PIXELS:
         raise Image.DecompressionBombError
+    if getattr(picture, "tag_v2", {}).get(KIND, 0) & REDUCED:
+        remedy = "open it where it was made, and save it as PNG or JPEG"
+        raise UserError(f"begins with a preview, as cameras' raw files do; {remedy}")
+    deep = any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))  # raw mode
     picture.load()
     with suppress(Exception):  # EXIF that cannot be read says nothing
         ImageOps.exif_transpose(picture, in_place=True)
-    return _to_rgb(picture, ground)
+    if ground == "white":  # the levels of a mask are no colours
+        picture = _to_srgb(_to_display(picture))
+    picture = _to_rgb(picture, ground)
+    if deep and 0 < (most := max(high for _, high in picture.getextrema())) < DARK // 256:
+        _refuse_dark(most * 256)  # colours of 16 bits, of which Pillow has kept 8
+    return picture
+
+
+def _to_display(picture: Image.Image) -> Image.Image:
+    """A PNG that says only how its levels grow with light (gAMA), as a renderer's linear one, as a
+    display shows it; as it is where they grow as sRGB's do, about as the root 2.2 of light."""
+    gamma = picture.info.pop("gamma", None)
+    known = {"icc_profile", "srgb"} & picture.info.keys() or picture.mode not in BANDS
+    if not gamma or known or abs(gamma * 2.2 - 1) < 0.1:
+        return picture
+    light = (np.arange(256) / 255) ** (1 / gamma)
+    bent = 1.055 * light ** (1 / 2.4) - 0.055
+    levels = np.rint(255 * np.where(light <= 0.0031308, 12.92 * light, bent)).astype(int).tolist()
+    tables = [levels] * BANDS[picture.mode] + [[*range(256)]] * picture.mode.endswith("A")
+    return picture.point(sum(tables, []))
+
+
+def _to_srgb(picture: Image.Image) -> Image.Image:
+    """A picture in the colours that its profile gives its numbers, as a telephone's Display P3, in
+    sRGB; as it is where it has none, sRGB's own, or one that is broken or of other channels."""
+    profile = picture.info.pop("icc_profile", None)
+    if not profile or picture.mode[0] in "IF":
+        return picture
+    if picture.has_transparency_data or picture.mode == "P":
+        picture = picture.convert("RGBA")
+    with suppress(Exception):
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" not in profile.profile.profile_description:
+            mode = "RGBA" if picture.mode == "RGBA" else "RGB"
+            srgb = ImageCms.createProfile("sRGB")
+            picture = ImageCms.profileToProfile(picture, profile, srgb, outputMode=mode)
+            del picture.info["icc_profile"]  # of what is now sRGB
+    return picture
 
 
 def _to_rgb(picture: Image.Image, ground: str) -> Image.Image:
@@ -32,35 +77,32 @@ def _to_rgb(picture: Image.Image, ground: str) -> Image.Image:
         picture = picture.convert("RGBA")
         if ground == "white" and not picture.getchannel("A").getbbox():
             raise UserError("is clear everywhere: nothing of it is seen; save it without alpha")
-        if ground == "black" and _is_a_photo_with_a_hole(picture):
-            reason = "is a picture with a clear part, and a mask is white where it is painted"
-            raise UserError(f"{reason}: fill what is clear with white and the rest with black")
         sheet = Image.new("RGB", picture.size, ground)
         sheet.paste(picture, mask=picture.getchannel("A"))
         return sheet
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def _is_a_photo_with_a_hole(mask: Image.Image) -> bool:
-    """Whether most of an RGBA mask is seen, but not all, and most of that is coloured: others'
-    editors cut what is to be painted out of the picture itself."""
-    pixels = np.asarray(mask)
-    seen = pixels[..., :3][pixels[..., 3] >= 128]
-    coloured = np.ptp(seen, axis=-1) >= 32  # from the least of RGB to the most
-    size = pixels[..., 3].size
-    return size / 2 < len(seen) < size and coloured.mean() > 0.5
-
-
 def _from_deep_grey(picture: Image.Image, ground: str) -> Image.Image:
     grey = np.asarray(picture)
-    wide = picture.mode == "F" or (picture.mode, picture.format) == ("I", "TIFF")
-    if wide or grey.min() < 0 or grey.max() > 65535:
-        raise ValueError("more than 16 bits per pixel")  # where is its white?
+    if picture.mode == "F":
+        if not (grey.min() >= 0 and grey.max() <= 1):  # NaN is neither
+            raise UserError("is of floats that are not in [0, 1]; scale them, or save it in 8 bits")
+        return Image.fromarray(np.rint(grey * np.float32(255)).astype(np.uint8))
+    if (picture.mode, picture.format) == ("I", "TIFF") or grey.min() < 0 or grey.max() > 65535:
+        raise UserError(
+            "has signed levels, or 32 bits, whose white is not known; save it in 8 bits"
+        )
     if getattr(picture, "tag_v2", {}).get(PHOTOMETRIC) == MIN_IS_WHITE:
         grey = 65535 - grey  # which Pillow does in 8 bits only
     clear = grey == picture.info.get("transparency", -1)  # the grey that a PNG calls clear
-    if 0 < (most := grey.max(where=~clear, initial=0)) < 256:  # 8 bits, saved as 16: black
-        raise UserError(f"has 16 bits, and its brightest level is {most}; save it in 8 bits")
+    if 0 < (most := grey.max(where=~clear, initial=0)) < DARK:
+        _refuse_dark(most)
     levels = np.rint(grey / np.float32(257)).astype(np.uint8)
     levels[clear] = ImageColor.getcolor(ground, "L")
     return Image.fromarray(levels)
+
+
+def _refuse_dark(most: int) -> None:
+    reason = f"has 16 bits, and its brightest level is {most} of 65535: all but black"
+    raise UserError(f"{reason}; stretch its levels, or save it in 8 bits")

@@ -27,6 +27,7 @@ TURNS = b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"  # keywords of text t
 LARGE = 2**20  # bytes of such text
 EXIF = {"exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow keeps what may turn a picture
 TURNED = 0x0112, range(5, 9)  # EXIF's orientation, and those that swap width and height
+COLOURED = 64  # from the least of RGB to the most, more than JPEG makes of a grey
 URL = re.compile(r"(^|/)([a-z][a-z0-9+.-]+:/|data:[a-z]+/)", re.IGNORECASE)
 
 
@@ -132,8 +133,15 @@ def picture_of_array(x: np.ndarray) -> Image.Image:
 def to_mask(picture: Image.Image) -> np.ndarray:
     """RGB to bool [h, w]: white (grey level of 128 or more) is True, to be generated.
 
-    Raises UserError if all of it is grey below that, which is neither white nor black.
+    Raises UserError if what is bright in it is coloured, as in a photo or in a picture of labels,
+    or if all of it is grey below that: either is neither white nor black.
     """
+    pixels = np.asarray(picture)
+    coloured = np.ptp(pixels, axis=-1) >= COLOURED
+    if coloured.sum() > (pixels.max(-1) >= 128).sum() / 10:
+        y, x = np.unravel_index(coloured.argmax(), coloured.shape)
+        found = f"holds colours, as #{pixels[y, x].tobytes().hex()} at {x}, {y}"
+        raise UserError(f"{found}; paint white what is to be generated, and the rest black")
     levels = np.asarray(picture.convert("L"))
     if 0 < levels.max() < 128:
         reason = f"its brightest grey is {levels.max()}, and white begins at 128"
@@ -237,7 +245,7 @@ def _decoding(name: str, file: Path | io.BytesIO | None = None) -> Iterator[None
     except Image.DecompressionBombError:
         raise PictureError(f"{name} has more than {MAX_PIXELS} pixels; shrink it") from None
     except Image.UnidentifiedImageError:
-        raise PictureError(f"{name} is {_describe_unread(file)}") from None
+        raise PictureError(f"{name} {_describe_unread(file)}") from None
     except Exception as error:  # a decoder may raise anything on a hostile file
         remedy = "fetch it again, or save it anew, in 8 bits"
         raise PictureError(f"{name} cannot be read: {describe_error(error)}; {remedy}") from None
@@ -247,8 +255,11 @@ def _describe_unread(file: Path | io.BytesIO) -> str:
     """What a file is by its first bytes, where it is no picture that is read, and what helps."""
     with file.open("rb") if isinstance(file, Path) else file as stream:
         stream.seek(0)
-        words = describe_foreign(stream.read(32))
-    return f"none of {', '.join(FORMATS)}{f' but {words}' if words else '; convert it'}"
+        start = stream.read(32)
+    if kind := next((kind for kind in FORMATS if Image.OPEN[kind][1](start)), ""):
+        return f"is a {kind} that is damaged, or of a rare kind; save it anew, in 8 bits"
+    words = describe_foreign(start)
+    return f"is none of {', '.join(FORMATS)}{f' but {words}' if words else '; convert it'}"
 
 
 def _decode(file: Path | io.BytesIO, ground: str) -> Image.Image:

@@ -38,7 +38,6 @@ from vcloze_jax.inputs.pictures import (
 from vcloze_jax.inputs.tasks import find_task, suggest_task
 
 PROMPTS = ("layout_prompt", "task_prompt", "content_prompt")
-OPTIONAL = (*PROMPTS, "task", "latents", "upsampling")  # null means absent
 MAX_PICTURES = 1024  # of one grid, all of which are held at once
 MAX_SIDE = 4096  # of a picture that is painted
 MAX_SEED = 2**32 - 1  # a JAX key wraps beyond 32 bits
@@ -48,7 +47,7 @@ NUMBERS = {  # each with its check
     "guidance_scale": (check_number, 0, 1000),
     "seed": (check_integer, 0, MAX_SEED),
 }
-KEYS = ("image", *OPTIONAL, *NUMBERS)
+KEYS = ("image", *PROMPTS, "task", "latents", "upsampling", *NUMBERS)
 UPSAMPLING = ("width", "height", "strength", "num_inference_steps", "latents")
 SIDE = 1024  # an upsampled target whose size nobody asked for has an area of at most SIDE²
 LATENT_WIDTH = 64  # channels of a packed token: 16 of the VAE, 2 x 2 pixels
@@ -89,7 +88,7 @@ def read_spec(table: dict, preset: Preset, name: str = "grid", source: Path = Pa
     check_keys(check_type(table, dict), KEYS, ANSWERS)
     if "image" not in table:
         raise UserError("image: missing; give rows of cells, the query last")
-    table = {key: v for key, v in table.items() if v is not None or key not in OPTIONAL}
+    table = {key: v for key, v in table.items() if v is not None or key == "image"}
     defaults = preset.resolution, preset.num_inference_steps, preset.guidance_scale, 0
     resolution, steps, guidance, seed = (
         read_key(table, key, default, *NUMBERS[key])

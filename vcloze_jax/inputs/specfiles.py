@@ -3,6 +3,7 @@
 A file holds a spec, a list of specs, or a record that painting one wrote, whose spec it is again.
 """
 
+import codecs
 import json
 import os
 from dataclasses import replace
@@ -86,6 +87,7 @@ def read_specs(sources: list, preset: Preset, changes: dict | None = None) -> li
 def read_pictures(table, preset, name, source, changes) -> list[Spec]:
     """The specs of one spec, a picture each: as many as it says, of successive seeds."""
     table = _spec_of(check_type(table, dict)) | (changes or {})
+    table = {key: v for key, v in table.items() if key != IMAGES or v is not None}
     count = read_key(table, IMAGES, None, *CHECKS[IMAGES])
     spec = read_spec({k: v for k, v in table.items() if k != IMAGES}, preset, name, source)
     if count is None:
@@ -191,6 +193,6 @@ def _read_bytes(path: Path) -> bytes:
     if check_file(path).stat().st_size > MAX_BYTES:
         raise UserError(f"more than {MAX_BYTES} bytes; this is no spec")
     try:
-        return path.read_bytes()
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise UserError(f"cannot be read: {describe_error(error)}") from None

@@ -1,0 +1,150 @@
+"""Samples of the user's own data: a folder of pairs of pictures, with what is said of them.
+
+As data/jsonlines.py has them of a file; a folder may have folders in it.
+"""
+
+import hashlib
+import os
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vcloze_jax import prompts
+from vcloze_jax.config import UserError
+from vcloze_jax.data.jsonlines import KEYS, SOURCE, LineSamples, OwnSample
+from vcloze_jax.inputs.checks import describe_error, error_context, fold_name
+from vcloze_jax.inputs.pictures import check_file
+
+# What holds the texts of a folder of `datasets`, which are lost where its pictures pair by name.
+TEXTS_OF_OTHERS = "metadata.jsonl", "metadata.csv", "metadata.parquet"
+# Names of the two sides of a folder of pairs: of ai-toolkit, SimpleTuner, diffusers, pix2pix.
+SIDES = (
+    ("in", "out"),
+    ("input", "output"),
+    ("control", "target"),
+    ("source", "target"),
+    ("conditioning", "images"),
+    ("conditioning_images", "images"),
+    ("A", "B"),
+)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+TEXTS = ".txt", ".caption"  # kohya's, too
+NOT_OURS = ".", "@", "__"  # how files and folders begin that a system makes: macOS's, a NAS's
+MAX_TEXT = 2**16  # bytes of a pair's text
+
+
+class FolderSamples(Sequence):
+    """The pairs of a folder: in/NAME.png and out/NAME.png, or NAME_in.png and NAME_out.png, or with
+    others of `SIDES`, in whatever case, each with what NAME.txt says of its target, if there is
+    one. NAME may have folders in it. Raises UserError naming a file."""
+
+    def __init__(self, path: Path):
+        self.path = self.folder = path
+        with error_context(path):
+            if others := [name for name in TEXTS_OF_OTHERS if (path / name).exists()]:
+                remedy = "put what it says of NAME into NAME.txt, and move it away"
+                raise UserError(f"{others[0]}: its texts are not read beside pairs; {remedy}")
+            names, inside = find_sides(path)
+            sides = [list_pictures(path, side, inside) for side in names]
+            check_partners(names, sides)
+            if not sides[0]:
+                known = ", ".join(f"{a} and {b}" for a, b in SIDES[1:])
+                raise UserError(
+                    "no pair in it: neither in/NAME.png and out/NAME.png nor NAME_in.png and "
+                    f"NAME_out.png; other names of the two: {known}"
+                )
+        self.pairs = [(name, *(side[name] for side in sides)) for name in sorted(sides[0])]
+        self.digest = hashlib.sha256(repr(self.pairs).encode()).hexdigest()
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def name(self, i: int) -> str:
+        """What the user finds it by."""
+        return f"{self.path}: {self.pairs[i][0]}"
+
+    def __getitem__(self, i: int) -> OwnSample:
+        name, *pair = self.pairs[i]
+        text = next(map(read_text, list_texts(self.path, name, pair)), None)
+        phrases = [SOURCE, prompts.PHRASES["image"]]
+        return OwnSample([pair], dict.fromkeys(KEYS[1:]) | {"content_prompt": text}, phrases)
+
+
+def read_samples(path: Path) -> LineSamples | FolderSamples:
+    """The samples of a file or a folder. Raises UserError."""
+    return FolderSamples(path) if path.is_dir() else LineSamples(path)
+
+
+def check_partners(names: tuple[str, str], sides: list[dict[str, str]]) -> None:
+    """Raise UserError for the first picture of either side that has no partner."""
+    for name in sorted(sides[0].keys() ^ sides[1].keys()):
+        here = name not in sides[0]
+        side, missing = names[here], names[not here]
+        near = {fold_name(other): path for other, path in sides[not here].items()}
+        if path := near.get(fold_name(name)):
+            raise UserError(f"{sides[here][name]} and {path}: write their names alike")
+        raise UserError(f"{name}: there is its {side!r} picture alone; add {missing!r}")
+
+
+def find_sides(folder: Path) -> tuple[tuple[str, str], bool]:
+    """The names of the two sides of a folder's pairs, the first of `SIDES` that both are there, in
+    whatever case, and whether they are folders in it, and not the ends of names."""
+    folders = {
+        name.casefold(): name for name in sorted(os.listdir(folder)) if (folder / name).is_dir()
+    }
+    for sides in SIDES:
+        if all(side.casefold() in folders for side in sides):
+            return tuple(folders[side.casefold()] for side in sides), True
+    stems = [file.stem.casefold() for file in walk_pictures(folder)]
+    for sides in SIDES:
+        apart = not sides[0].endswith(f"_{sides[1]}")
+        ends = [f"_{side.casefold()}" for side in sides]
+        if apart and all(any(stem.endswith(end) for stem in stems) for end in ends):
+            return sides, False
+    return SIDES[0], False
+
+
+def list_pictures(folder: Path, side: str, inside: bool) -> dict[str, str]:
+    """{NAME: path in the folder} of the pictures of one side of the pairs; a NAME is composed, as
+    Linux and Windows have it and macOS has not. Raises UserError for two of one name."""
+    found, root = {}, folder / side if inside else folder
+    for file in walk_pictures(root):
+        name = unicodedata.normalize("NFC", str(file.relative_to(root).with_suffix("")))
+        path, length = str(file.relative_to(folder)), len(side) + 1
+        if not inside:
+            if name[-length:].casefold() != f"_{side}".casefold():
+                continue
+            name = name[:-length]
+        if name in found:
+            raise UserError(f"{path}: {found[name]} has the same name; remove one")
+        found[name] = path
+    return found
+
+
+def walk_pictures(root: Path) -> Iterator[Path]:
+    """The pictures in a folder and those in it, in the order of their names."""
+    for place, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith(NOT_OURS))
+        for name in sorted(files):
+            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
+                yield Path(place, name)
+
+
+def list_texts(folder: Path, name: str, pair: list[str]) -> Iterator[Path]:
+    """The files that say something of a pair: beside its folders, or beside either picture."""
+    for form in dict.fromkeys((name, unicodedata.normalize("NFD", name))):
+        for place in (folder / form, *((folder / path).parent / Path(form).name for path in pair)):
+            for suffix in TEXTS:
+                if (file := place.with_name(place.name + suffix)).exists():
+                    yield file
+
+
+def read_text(file: Path) -> str:
+    """What a pair's text file says, on one line. Raises UserError naming it."""
+    with error_context(repr(str(file))):
+        if check_file(file).stat().st_size > MAX_TEXT:
+            raise UserError(f"more than {MAX_TEXT} bytes; this is no caption")
+        try:
+            return " ".join(file.read_text("utf-8-sig").split())
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot be read: {describe_error(error)}; save it as UTF-8") from None
