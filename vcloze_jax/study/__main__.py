@@ -4,14 +4,23 @@
     python -m vcloze_jax.study --quick walk              # one part, in seconds
 
 REPORT/index.html holds all pictures in itself; study.md has its tables, study.json its numbers.
-The parts: walk, one grid followed from cells to tokens, noise, velocity and the painted cell;
-ambiguity, error and its spread with 0 to 4 examples (paper, finding 1), and how far a picture moves
-when its examples do. Subjects are held out, seeds fixed: the same command gives the same bytes.
+The parts:
+    walk       one grid, followed from cells to tokens, noise, velocity and the painted cell
+    ambiguity  error and its spread with 0 to 4 examples (the paper's first finding)
+    dial       how far a picture moves when its examples do; how often a seed fails
+    unseen     tasks that were never trained (2), and photographs where emoji were
+    unions     several targets, or two tasks in a row, asked at once (3)
+    choice     best and worst examples, and a rule that chooses them (4)
+    reverse    from the target back to its conditions (5)
+
+Subjects are held out, seeds fixed: the same command gives the same bytes.
 """
 
 import json
 import shlex
 from pathlib import Path
+
+from tqdm import tqdm
 
 from vcloze_jax.config import MINI
 from vcloze_jax.data.graphemoji import open_tasks
@@ -19,6 +28,7 @@ from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.pictures import check_writable, save_text
 from vcloze_jax.study.page import write_html, write_markdown
 from vcloze_jax.study.parts import Lab, choose_parts, run_part
+from vcloze_jax.study.photographs import photograph_files
 
 TITLE = "A study of a model that reads examples"
 
@@ -31,16 +41,26 @@ def main(argv):
     add("--out", type=cli.path, default=Path("study"), metavar="REPORT")
     add("--quick", action="store_true", help="few tasks, subjects and noises")
     add("--num-inference-steps", type=cli.positive_int, default=12)
+    folder = "pictures of yours in place of the photographs of unseen"
+    add("--photographs", type=cli.path, metavar="FOLDER", help=folder)
     args = parser.parse_args(argv)
     parts = choose_parts(args.parts)
     check_writable(args.out, "index.html")
 
-    from vcloze_jax.pipeline import load_painter, steps_bar  # JAX from here on
+    if args.photographs:
+        photograph_files(args.photographs)  # now, not after the painting
+
+    from vcloze_jax.pipeline import load_painter  # JAX from here on
 
     source = open_tasks("", MINI.recipe).held_out()
     painter = load_painter(cli.fetch_weights(args), args.lora, args.mesh)
-    lab = Lab(painter, source, args.num_inference_steps, args.quick, steps_bar)
-    chapters = [run_part(name, lab) for name in parts]
+    how = args.num_inference_steps, args.quick, bar_below, args.photographs
+    lab = Lab(painter, source, *how)
+    chapters = []
+    with tqdm(parts, unit="part", dynamic_ncols=True) as bar:
+        for name in bar:
+            bar.set_description(name)
+            chapters.append(run_part(name, lab))
     lead = f"Made by `{describe_command(args, parts)}`, which gives the same page again."
     numbers = {name: part.numbers for name, (_, part) in zip(parts, chapters, strict=True)}
     pages = TITLE, lead, dict(chapters)
@@ -51,12 +71,18 @@ def main(argv):
     print(f"{', '.join(parts)}: {args.out}/index.html")
 
 
+def bar_below(steps, label):
+    """The steps of one batch as a bar below that of the parts, gone when they are done."""
+    return tqdm(steps, label, unit="step", position=1, leave=False, dynamic_ncols=True)
+
+
 def describe_command(args, parts):
     """The command that makes this report, wherever it is written."""
     words = ["python", "-m", "vcloze_jax.study", "--num-inference-steps", args.num_inference_steps]
     words += ["--weights", args.asked] if args.weights else []
     for file, scale in args.lora or ():
         words += ["--lora", f"{file}:{scale:g}"]
+    words += ["--photographs", args.photographs] if args.photographs else []
     return shlex.join(map(str, [*words, *["--quick"] * args.quick, *parts]))
 
 

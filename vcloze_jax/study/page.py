@@ -56,6 +56,22 @@ class Chapter(NamedTuple):
     numbers: dict
 
 
+def tabulate_records(records):
+    """Records of what was found, {column: text, a number, or what has a text}, as rows of a table;
+    a record need not have all columns."""
+    columns = [*dict.fromkeys(column for record in records for column in record)]
+    show = lambda x: f"{x:.3f}" if isinstance(x, float) else f"{x}"  # noqa: E731
+    return [columns, *([show(record.get(c, "–")) for c in columns] for record in records)]
+
+
+def list_records(records):
+    """The same for a program: what has fields is an object of them."""
+    return [
+        {key: x._asdict() if hasattr(x, "_asdict") else x for key, x in record.items()}
+        for record in records
+    ]
+
+
 def write_html(title, lead, chapters):
     """A page of {title: Chapter}: its pictures are inside it, and it runs nothing."""
     parts = [f"<h1>{mark_up(title)}</h1>", f"<p>{mark_up(lead)}</p>"]

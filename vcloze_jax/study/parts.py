@@ -3,6 +3,7 @@
 A part is a function of a Lab that gives a Chapter: what it paints is a function of the Lab alone.
 """
 
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import NamedTuple
 
@@ -11,6 +12,11 @@ from vcloze_jax.config import UserError
 PARTS = {  # name: its title, and where it is
     "walk": ("One grid, followed through the house", "walk:follow_grid"),
     "ambiguity": ("Examples against ambiguity", "ambiguity:measure_ambiguity"),
+    "dial": ("The dial, and how often a seed fails", "dial:turn_dial"),
+    "unseen": ("Unseen tasks, unseen pictures", "unseen:measure_unseen"),
+    "unions": ("Two tasks in one grid", "unions:unite_tasks"),
+    "choice": ("Which examples are shown", "choice:compare_choices"),
+    "reverse": ("From the target back to its conditions", "reverse:turn_round"),
 }
 
 
@@ -22,6 +28,7 @@ class Lab(NamedTuple):
     steps: int  # of Euler
     quick: bool  # few tasks, subjects and noises
     bar: object  # (iterable, label) -> the same, with a progress bar
+    photographs: Path | None = None  # a folder of the user's pictures
 
 
 def choose_parts(names):
