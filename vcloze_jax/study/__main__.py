@@ -12,6 +12,7 @@ The parts:
     unions     several targets, or two tasks in a row, asked at once (3)
     choice     best and worst examples, and a rule that chooses them (4)
     reverse    from the target back to its conditions (5)
+    looks      where the painted tokens look (and looks.csv); which demonstration is followed
 
 Subjects are held out, seeds fixed: the same command gives the same bytes.
 """
@@ -67,6 +68,8 @@ def main(argv):
     args.out.mkdir(parents=True, exist_ok=True)
     save_text(args.out / "study.json", json.dumps(numbers, indent=1) + "\n")
     save_text(args.out / "study.md", write_markdown(*pages))
+    for name, text in [pair for _, part in chapters for pair in part.files.items()]:
+        save_text(args.out / name, text)
     save_text(args.out / "index.html", write_html(*pages))
     print(f"{', '.join(parts)}: {args.out}/index.html")
 

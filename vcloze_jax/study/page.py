@@ -50,10 +50,12 @@ class TextTable(NamedTuple):
 
 class Chapter(NamedTuple):
     """What a part of the study gives: blocks, each a Heading, a paragraph (text, in which `x` is
-    code), a TextTable or a Figure; and its numbers, as JSON."""
+    code), a TextTable or a Figure; its numbers, as JSON; and what lies beside
+    the page, {name: text}."""
 
     blocks: list
     numbers: dict
+    files: dict = {}
 
 
 def tabulate_records(records):

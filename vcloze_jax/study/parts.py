@@ -17,6 +17,7 @@ PARTS = {  # name: its title, and where it is
     "unions": ("Two tasks in one grid", "unions:unite_tasks"),
     "choice": ("Which examples are shown", "choice:compare_choices"),
     "reverse": ("From the target back to its conditions", "reverse:turn_round"),
+    "looks": ("Where it looks", "looks:look_around"),
 }
 
 

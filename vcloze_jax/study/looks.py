@@ -1,0 +1,189 @@
+"""Where the tokens that are painted look: to which example, to its condition or its target, to the
+query, to the text; by block and by step. And whether that tells which demonstration is followed."""
+
+import csv
+import io
+
+import numpy as np
+
+from vcloze_jax.grid import Grid
+from vcloze_jax.inputs.measures import rmse
+from vcloze_jax.inputs.sheet import stack_sheets
+from vcloze_jax.questions import pose_question
+from vcloze_jax.study import draw
+from vcloze_jax.study.asker import DIALLED, Asker, Spread, parse_tasks
+from vcloze_jax.study.attention import SHOWN, paint_and_look, segment_masses, segment_tokens
+from vcloze_jax.study.page import (
+    Chapter,
+    Figure,
+    Heading,
+    TextTable,
+    list_records,
+    tabulate_records,
+)
+
+TASKS = ("fluent_3d->mask", "gray->fluent_3d", "edges->fluent_3d")
+QUICK_TASKS = 1
+# Demonstrations that contradict each other: the same condition, two targets.
+QUARRELS = (
+    ("fluent_3d->mask", "fluent_3d->gray"),
+    ("edges->fluent_3d", "edges->mask"),
+    ("fluent_3d->edges", "fluent_3d->fluent_flat"),
+)
+QUICK_QUARRELS = 1
+COLOURS = ("#888888", "#f4a582", "#b2182b", "#92c5de", "#2166ac", "#228833", "#dddddd")
+SAYS = (
+    "What the tokens of the asked cell attend to, in the mean over its tokens, heads, blocks and "
+    "steps, with {dialled} examples and no sentence: shares of one. `of all tokens` is what each "
+    "would get if they looked everywhere alike."
+)
+QUARREL = (
+    "Two examples that contradict each other: the first shows one task, the second another, in "
+    "both orders, and nothing else says which is asked. Followed is the one to whose truth the "
+    "painted cell is nearer (RMSE). Does attention tell? AUC is the chance that of two grids the "
+    "one that followed its second example looked more at that example's target, less at the first "
+    "one's: 0.5 tells nothing, 1 all. One block (its number, of {blocks}) is chosen by half of the "
+    "subjects and measured on the others."
+)
+
+
+HEAT = (
+    "A grid with its truth ({name}), and how much the tokens of the last cell look at each token, "
+    "in the mean over blocks and steps: the square root, so that little is seen, too."
+)
+
+
+def look_around(lab):
+    """Chapter of a Lab: masses by segment, block and step; contradicting examples."""
+    asker, few = Asker(lab), lab.quick
+    records, figures, lines = [], [], []
+    for task in parse_tasks(TASKS, QUICK_TASKS if few else None):
+        specs = pose_all(asker, [task] * DIALLED, task)
+        canvases, heat = paint_and_look(lab.painter, specs, lab.bar)
+        names, segments = segment_tokens(specs[0].grid, lab.painter.preset.t5.max_length)
+        masses = segment_masses(heat, segments)  # steps blocks N segments
+        times = canvases[0].times[:-1]
+        if not records:
+            shares = np.bincount(segments) / len(segments)
+            records.append(
+                {"task": "of all tokens"} | dict(zip(names, map(float, shares), strict=True))
+            )
+        records.append({"task": f"`{task.name}`"} | spread_masses(asker, names, masses))
+        lines += list_masses(task.name, names, times, masses)
+        picture = draw_heat(specs[1].grid, heat[:, :, 1].mean((0, 1)), (segments == 0).sum())
+        figures += [
+            Heading(f"`{task.name}`"),
+            Figure(draw_masses(names, times, masses), "By time, and by block, double ones first."),
+            Figure(picture, HEAT.format(name=asker.names[1]), 2),
+        ]
+    blocks = heat.shape[1]
+    pairs = QUARRELS[: QUICK_QUARRELS if few else None]
+    quarrels = [settle(asker, *parse_tasks(pair)) for pair in pairs]
+    text = [
+        SAYS.format(dialled=DIALLED),
+        asker.spreads,
+        TextTable(tabulate_records(records)),
+        *figures,
+        Heading("Which demonstration is followed?"),
+        QUARREL.format(blocks=blocks),
+        TextTable(tabulate_records(quarrels)),
+    ]
+    numbers = {"looks": list_records(records), "quarrels": list_records(quarrels)}
+    return Chapter(text, numbers, {"looks.csv": write_csv(lines)})
+
+
+def pose_all(asker, shown, task):
+    """Specs of a task for every noise and subject, whose examples show tasks of the same
+    conditions, one each."""
+    specs = []
+    for seed in range(asker.noises * len(asker.subjects)):
+        number = seed % len(asker.subjects)
+        examples, subject = asker.examples(len(shown))[number], asker.subjects[number]
+        grids = [pose_question(asker.source, task, s, examples, subject) for s in [*shown, task]]
+        rows = [grid.rows[i] for i, (grid, _) in enumerate(grids)]
+        specs.append(asker.specify(Grid(tuple(rows), task.columns), grids[-1][1], seed))
+    return specs
+
+
+def spread_masses(asker, names, masses):
+    """{segment: Spread} of masses [steps, blocks, N, segments]."""
+    each = masses.mean((0, 1)).reshape(asker.noises, len(asker.subjects), -1)
+    return {name: Spread.of(each[..., i]) for i, name in enumerate(names)}
+
+
+def settle(asker, one, other):
+    """A record of two demonstrations: which is followed, and whether attention tells."""
+    follows, looks = [], []
+    for shown in ((one, other), (other, one)):
+        specs = pose_all(asker, shown, shown[-1])
+        canvases, heat = paint_and_look(asker.lab.painter, specs, asker.lab.bar)
+        painted = np.stack([canvas.targets[-1] for canvas in canvases]).astype(np.float32) / 255
+        painted = painted.reshape(asker.noises, len(asker.subjects), *painted.shape[1:])
+        first, second = (rmse(painted, asker.truth(task.target)) for task in shown)
+        follows.append((second < first).ravel())
+        names, segments = segment_tokens(specs[0].grid, asker.lab.painter.preset.t5.max_length)
+        masses = segment_masses(heat, segments)
+        columns = [names.index(SHOWN.format(number)) for number in (1, DIALLED)]
+        looks.append(masses[..., columns[1]] - masses[..., columns[0]])
+    follows, looks = np.concatenate(follows), np.concatenate(looks, -1)  # steps blocks grids
+    early = looks[: max(len(looks) // 3, 1)].mean((0, 1))
+    by_block, half, rest = looks.mean(0), slice(0, None, 2), slice(1, None, 2)  # of subjects
+    chosen = np.argmax([measure_auc(x[half], follows[half]) for x in by_block])
+    return {
+        "one, other": f"`{one.name}`, `{other.name}`",
+        "grids": len(follows),
+        "second followed": f"{follows.mean():.0%}",
+        "looked at the second more": f"{(looks.mean((0, 1)) > 0).mean():.0%}",
+        "AUC": measure_auc(looks.mean((0, 1)), follows),
+        "of the first third of the steps": measure_auc(early, follows),
+        "of one block": f"{measure_auc(by_block[chosen][rest], follows[rest]):.3f} ({chosen})",
+    }
+
+
+def measure_auc(values, truths):
+    """The chance that a value whose truth holds is above one whose truth does not, ties by half;
+    0.5 where all truths are one."""
+    if truths.all() or not truths.any():
+        return 0.5
+    above = np.sign(values[truths][:, None] - values[~truths])
+    return float((1 + above.mean()) / 2)
+
+
+def list_masses(task, names, times, masses):
+    """A line of the CSV for each step, block and segment."""
+    mean, deviation = masses.mean(2), masses.std(2)  # steps blocks segments
+    return [
+        [task, step, f"{times[step]:.4f}", block, names[i], f"{mean[step, block, i]:.6f}"]
+        + [f"{deviation[step, block, i]:.6f}"]
+        for step, block, i in np.ndindex(mean.shape)
+    ]
+
+
+def write_csv(lines):
+    """Lines below their header."""
+    text = io.StringIO()
+    header = "task", "step", "t", "block", "segment", "mass", "deviation over grids"
+    csv.writer(text, lineterminator="\n").writerows([header, *lines])
+    return text.getvalue()
+
+
+def draw_masses(names, times, masses):
+    """Masses [steps, blocks, N, segments] stacked up, by time and by block."""
+    figure, panels = draw.new_figure(panels=2)
+    by_step, by_block = masses.mean((1, 2)).T, masses.mean((0, 2)).T
+    panels[0].stackplot(times, by_step, colors=COLOURS, labels=names)
+    panels[0].set(xlabel="t", ylabel="share of the attention", xlim=(times[0], times[-1]))
+    floor = np.zeros(by_block.shape[1])
+    for colour, values in zip(COLOURS, by_block, strict=False):
+        panels[1].bar(range(len(values)), values, bottom=floor, color=colour)
+        floor = floor + values
+    panels[1].set(xlabel="block")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right")
+    return draw.render_figure(figure)
+
+
+def draw_heat(grid, heat, text_tokens):
+    """A grid, and beside it how much every token is looked at: [T + S], text left out."""
+    of_image = heat[text_tokens:]
+    cells = stack_sheets([row.pixels for row in grid.rows])
+    return draw.tile([cells, draw.map_tokens(grid, np.sqrt(of_image), name="inferno")], 2)
