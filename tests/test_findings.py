@@ -161,7 +161,7 @@ def test_noise_of_the_last_row_is_kept():
     specs = []
     for count in ambiguity.COUNTS:
         asked = TASK, TASK, who.examples(count)[0], who.subjects[0]
-        specs.append(who.specify(*asker.pose_question(who.source, *asked), seed=3))
+        specs.append(asker.specify(who.lab, *asker.pose_question(who.source, *asked), seed=3))
     largest = Spec(specs[-1].grid, "", 2, 30.0, 3)
     for spec in specs:
         assert np.array_equal(spec.latents, initial_noise(largest)[-spec.grid.tokens :])

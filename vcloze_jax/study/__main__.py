@@ -13,20 +13,24 @@ The parts:
     choice     best and worst examples, and a rule that chooses them (4)
     reverse    from the target back to its conditions (5)
     looks      where the painted tokens look (and looks.csv); which demonstration is followed
+    tables     the paper's Tables 1 to 3: of emoji, or with --data-dir of Graph200K's test items
 
 Subjects are held out, seeds fixed: the same command gives the same bytes.
 """
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from vcloze_jax.config import MINI
+from vcloze_jax.data.graph200k import open_graph200k
 from vcloze_jax.data.graphemoji import open_tasks
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.pictures import check_writable, save_text
+from vcloze_jax.storage import places
 from vcloze_jax.study.page import write_html, write_markdown
 from vcloze_jax.study.parts import Lab, choose_parts, run_part
 from vcloze_jax.study.photographs import photograph_files
@@ -44,18 +48,21 @@ def main(argv):
     add("--num-inference-steps", type=cli.positive_int, default=12)
     folder = "pictures of yours in place of the photographs of unseen"
     add("--photographs", type=cli.path, metavar="FOLDER", help=folder)
+    folder = "Graph200K, whose test items tables is asked of"
+    add("--data-dir", type=cli.path, metavar="FOLDER", help=folder)
     args = parser.parse_args(argv)
     parts = choose_parts(args.parts)
     check_writable(args.out, "index.html")
 
     if args.photographs:
         photograph_files(args.photographs)  # now, not after the painting
+    items = open_test_items(args) if args.data_dir else None
 
     from vcloze_jax.pipeline import load_painter  # JAX from here on
 
     source = open_tasks("", MINI.recipe).held_out()
     painter = load_painter(cli.fetch_weights(args), args.lora, args.mesh)
-    how = args.num_inference_steps, args.quick, bar_below, args.photographs
+    how = args.num_inference_steps, args.quick, bar_below, args.photographs, items
     lab = Lab(painter, source, *how)
     chapters = []
     with tqdm(parts, unit="part", dynamic_ncols=True) as bar:
@@ -74,6 +81,13 @@ def main(argv):
     print(f"{', '.join(parts)}: {args.out}/index.html")
 
 
+def open_test_items(args):
+    """The items of --data-dir that are held out, at the size of the model's cells."""
+    preset = places.named_preset(args.weights or places.MINI_FOLDER)
+    recipe = replace(preset.recipe, data_dir=str(args.data_dir))
+    return open_graph200k("", recipe).held_out()
+
+
 def bar_below(steps, label):
     """The steps of one batch as a bar below that of the parts, gone when they are done."""
     return tqdm(steps, label, unit="step", position=1, leave=False, dynamic_ncols=True)
@@ -86,6 +100,7 @@ def describe_command(args, parts):
     for file, scale in args.lora or ():
         words += ["--lora", f"{file}:{scale:g}"]
     words += ["--photographs", args.photographs] if args.photographs else []
+    words += ["--data-dir", args.data_dir] if args.data_dir else []
     return shlex.join(map(str, [*words, *["--quick"] * args.quick, *parts]))
 
 

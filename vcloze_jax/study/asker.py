@@ -87,19 +87,12 @@ class Asker:
             asked = task, task, examples[number], self.subjects[number], sentence
             grid, prompt = pose_question(self.source, *asked)
             cells = {column: to_levels(x[noise, number]) for column, x in given.items()}
-            specs.append(self.specify(change_query(grid, blank, cells), prompt, seed))
+            specs.append(specify(self.lab, change_query(grid, blank, cells), prompt, seed))
         canvases = self.lab.painter(specs, self.lab.bar)
         painted = zip(specs, canvases, strict=True)
         cells = np.stack([np.stack(s.grid.cut(c.pixels), -1) for s, c in painted])
         shape = self.noises, len(self.subjects), *cells.shape[1:]
         return cells.reshape(shape).astype(np.float32) / 255
-
-    def specify(self, grid, prompt, seed):
-        """The Spec of a grid whose noise is the end of that of the largest grid."""
-        how = self.lab.steps, self.lab.painter.preset.guidance_scale, seed
-        rows = grid.rows[:1] * (len(STRIDES) + 1)
-        largest = initial_noise(Spec(Grid(rows, grid.columns), prompt, *how))
-        return Spec(grid, prompt, *how, latents=largest[-grid.tokens :])
 
     def error(self, pictures, node):
         """Spread of the RMSE of pictures [noises, N, 64, 64, 3] to a node of the subjects."""
@@ -115,6 +108,14 @@ class Asker:
         64, 64, 3]."""
         asked, given = self.truth(task.target), [self.truth(node) for node in task.conditions]
         return min(given, key=lambda pictures: rmse(pictures, asked).mean())
+
+
+def specify(lab, grid, prompt, seed):
+    """The Spec of a grid whose noise is the end of that of the largest grid."""
+    how = lab.steps, lab.painter.preset.guidance_scale, seed
+    rows = grid.rows[:1] * (len(STRIDES) + 1)
+    largest = initial_noise(Spec(Grid(rows, grid.columns), prompt, *how))
+    return Spec(grid, prompt, *how, latents=largest[-grid.tokens :])
 
 
 def change_query(grid, blank, cells):

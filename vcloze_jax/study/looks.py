@@ -11,7 +11,7 @@ from vcloze_jax.inputs.measures import rmse
 from vcloze_jax.inputs.sheet import stack_sheets
 from vcloze_jax.questions import pose_question
 from vcloze_jax.study import draw
-from vcloze_jax.study.asker import DIALLED, Asker, Spread, parse_tasks
+from vcloze_jax.study.asker import DIALLED, Asker, Spread, parse_tasks, specify
 from vcloze_jax.study.attention import SHOWN, paint_and_look, segment_masses, segment_tokens
 from vcloze_jax.study.page import (
     Chapter,
@@ -101,7 +101,7 @@ def pose_all(asker, shown, task):
         examples, subject = asker.examples(len(shown))[number], asker.subjects[number]
         grids = [pose_question(asker.source, task, s, examples, subject) for s in [*shown, task]]
         rows = [grid.rows[i] for i, (grid, _) in enumerate(grids)]
-        specs.append(asker.specify(Grid(tuple(rows), task.columns), grids[-1][1], seed))
+        specs.append(specify(asker.lab, Grid(tuple(rows), task.columns), grids[-1][1], seed))
     return specs
 
 

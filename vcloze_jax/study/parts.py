@@ -18,6 +18,7 @@ PARTS = {  # name: its title, and where it is
     "choice": ("Which examples are shown", "choice:compare_choices"),
     "reverse": ("From the target back to its conditions", "reverse:turn_round"),
     "looks": ("Where it looks", "looks:look_around"),
+    "tables": ("The paper's tables", "tables:fill_tables"),
 }
 
 
@@ -30,6 +31,7 @@ class Lab(NamedTuple):
     quick: bool  # few tasks, subjects and noises
     bar: object  # (iterable, label) -> the same, with a progress bar
     photographs: Path | None = None  # a folder of the user's pictures
+    items: object = None  # Graph200KGrids of test items
 
 
 def choose_parts(names):
