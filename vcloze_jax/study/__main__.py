@@ -14,6 +14,7 @@ The parts:
     reverse    from the target back to its conditions (5)
     looks      where the painted tokens look (and looks.csv); which demonstration is followed
     tables     the paper's Tables 1 to 3: of emoji, or with --data-dir of Graph200K's test items
+    ablations  short trainings that differ in one choice (--quick leaves them out)
 
 Subjects are held out, seeds fixed: the same command gives the same bytes.
 """
@@ -51,7 +52,7 @@ def main(argv):
     folder = "Graph200K, whose test items tables is asked of"
     add("--data-dir", type=cli.path, metavar="FOLDER", help=folder)
     args = parser.parse_args(argv)
-    parts = choose_parts(args.parts)
+    parts = choose_parts(args.parts, args.quick)
     check_writable(args.out, "index.html")
 
     if args.photographs:
@@ -62,7 +63,7 @@ def main(argv):
 
     source = open_tasks("", MINI.recipe).held_out()
     painter = load_painter(cli.fetch_weights(args), args.lora, args.mesh)
-    how = args.num_inference_steps, args.quick, bar_below, args.photographs, items
+    how = args.num_inference_steps, args.quick, bar_below, args.out, args.photographs, items
     lab = Lab(painter, source, *how)
     chapters = []
     with tqdm(parts, unit="part", dynamic_ncols=True) as bar:

@@ -19,7 +19,9 @@ PARTS = {  # name: its title, and where it is
     "reverse": ("From the target back to its conditions", "reverse:turn_round"),
     "looks": ("Where it looks", "looks:look_around"),
     "tables": ("The paper's tables", "tables:fill_tables"),
+    "ablations": ("What each choice of the recipe is good for", "ablations:ablate"),
 }
+SLOW = ("ablations",)  # --quick leaves them out, unless they are named
 
 
 class Lab(NamedTuple):
@@ -30,15 +32,17 @@ class Lab(NamedTuple):
     steps: int  # of Euler
     quick: bool  # few tasks, subjects and noises
     bar: object  # (iterable, label) -> the same, with a progress bar
+    out: Path = Path("study")  # the report's folder
     photographs: Path | None = None  # a folder of the user's pictures
     items: object = None  # Graph200KGrids of test items
 
 
-def choose_parts(names):
-    """The named parts in the study's order, all if none is named. Raises UserError."""
+def choose_parts(names, quick):
+    """The named parts in the study's order; all if none is named, but if it is to be quick not the
+    slow ones. Raises UserError."""
     if unknown := [name for name in names if name not in PARTS]:
         raise UserError(f"{unknown[0]!r} is no part of the study; parts are {', '.join(PARTS)}")
-    return [name for name in PARTS if name in names or not names]
+    return [name for name in PARTS if name in names or not names and not (quick and name in SLOW)]
 
 
 def run_part(name, lab):
