@@ -1,6 +1,7 @@
 """Laws of what the study finds, by painters whose findings are known: one that knows the truth, one
 that reads no examples, one that copies one of them."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +13,23 @@ from vcloze_jax.config import MINI, UserError
 from vcloze_jax.data import graph
 from vcloze_jax.data.graphemoji import open_tasks
 from vcloze_jax.grid import Spec
+from vcloze_jax.inputs.specfiles import read_specs
 from vcloze_jax.painter import initial_noise
-from vcloze_jax.study import ambiguity, asker, choice, dial, photographs, reverse, unions, unseen
+from vcloze_jax.study import (
+    ambiguity,
+    asker,
+    choice,
+    dial,
+    owndial,
+    photographs,
+    reverse,
+    unions,
+    unseen,
+)
 from vcloze_jax.study.asker import Asker, Spread
 from vcloze_jax.study.parts import Lab
 
+ROOT = Path(__file__).parents[1]
 TASK = graph.parse_task("edges+mask->fluent_3d")
 
 
@@ -28,7 +41,10 @@ class Oracle:
 
     def __call__(self, specs, bar):
         self.specs = specs
-        return [SimpleNamespace(pixels=self.paint(spec)) for spec in specs]
+        found = [SimpleNamespace(pixels=self.paint(spec)) for spec in specs]
+        for spec, canvas in zip(specs, found, strict=True):
+            canvas.targets = spec.grid.cut(canvas.pixels)
+        return found
 
     def paint(self, spec):
         return spec.grid.query.pixels
@@ -100,6 +116,26 @@ def test_what_copies_an_example_is_moved_with_it(few):
     assert found["best"] <= found["median"] <= found["worst"] and found["best"] < found["random"]
     assert found["best of other noises"] == pytest.approx(found["best"])
     assert found["nearest"] == pytest.approx(record["copied"])
+
+
+def test_the_dial_of_own_grids():
+    """Another order and other numbers of examples keep the query and its noise, and the prompt
+    counts the rows; a model that reads no examples is moved by other seeds alone, one that copies
+    the last by what takes that away."""
+    (spec,) = read_specs([ROOT / "examples/3_two_examples.json"], MINI)
+    changed = owndial.change_spec(spec)
+    for what, now in changed.items():
+        assert now.grid.query is spec.grid.query
+        assert f"{len(now.grid.rows)} rows" in now.prompt
+        if not what.startswith("seed"):
+            assert np.array_equal(now.latents, initial_noise(spec)[-now.grid.tokens :])
+    others = {"in reverse order", "without example 1", "without example 2", "without examples"}
+    seeds = {"seed 1", "seed 2", "seed 3"}
+    assert changed.keys() == {"as it is"} | others | seeds
+    for painter, expected in ((Echo(), seeds), (Copier(), others - {"without example 1"})):
+        lab = make_lab(painter)._replace(grids=[spec])
+        (rows,) = dial.turn_dial(lab).numbers.values()
+        assert {row[""] for row in rows if row["moved"]} == expected
 
 
 CHAPTERS = {

@@ -7,7 +7,8 @@ REPORT/index.html holds all pictures in itself; study.md has its tables, study.j
 The parts:
     walk       one grid, followed from cells to tokens, noise, velocity and the painted cell
     ambiguity  error and its spread with 0 to 4 examples (the paper's first finding)
-    dial       how far a picture moves when its examples do; how often a seed fails
+    dial       how far a picture moves when its examples do; how often a seed fails; with --grid
+               (specs, or records of sample.py) how far those of your own move
     unseen     tasks that were never trained (2), and photographs where emoji were
     unions     several targets, or two tasks in a row, asked at once (3)
     choice     best and worst examples, and a rule that chooses them (4)
@@ -31,6 +32,7 @@ from vcloze_jax.data.graph200k import open_graph200k
 from vcloze_jax.data.graphemoji import open_tasks
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.pictures import check_writable, save_text
+from vcloze_jax.inputs.specfiles import read_specs
 from vcloze_jax.storage import places
 from vcloze_jax.study.page import write_html, write_markdown
 from vcloze_jax.study.parts import Lab, choose_parts, run_part
@@ -51,20 +53,24 @@ def main(argv):
     add("--photographs", type=cli.path, metavar="FOLDER", help=folder)
     folder = "Graph200K, whose test items tables is asked of"
     add("--data-dir", type=cli.path, metavar="FOLDER", help=folder)
+    help = "of your own, for dial"
+    add("--grid", nargs="+", action="extend", default=[], type=cli.path, metavar="SPEC", help=help)
     args = parser.parse_args(argv)
     parts = choose_parts(args.parts, args.quick)
     check_writable(args.out, "index.html")
 
     if args.photographs:
         photograph_files(args.photographs)  # now, not after the painting
-    items = open_test_items(args) if args.data_dir else None
+    preset = places.named_preset(args.weights or places.MINI_FOLDER)
+    items = open_test_items(args.data_dir, preset) if args.data_dir else None
+    grids = read_specs(args.grid, preset)
 
     from vcloze_jax.pipeline import load_painter  # JAX from here on
 
     source = open_tasks("", MINI.recipe).held_out()
     painter = load_painter(cli.fetch_weights(args), args.lora, args.mesh)
-    how = args.num_inference_steps, args.quick, bar_below, args.out, args.photographs, items
-    lab = Lab(painter, source, *how)
+    how = args.num_inference_steps, args.quick, bar_below, args.out
+    lab = Lab(painter, source, *how, args.photographs, items, grids)
     chapters = []
     with tqdm(parts, unit="part", dynamic_ncols=True) as bar:
         for name in bar:
@@ -82,11 +88,9 @@ def main(argv):
     print(f"{', '.join(parts)}: {args.out}/index.html")
 
 
-def open_test_items(args):
-    """The items of --data-dir that are held out, at the size of the model's cells."""
-    preset = places.named_preset(args.weights or places.MINI_FOLDER)
-    recipe = replace(preset.recipe, data_dir=str(args.data_dir))
-    return open_graph200k("", recipe).held_out()
+def open_test_items(folder, preset):
+    """The items of Graph200K that are held out, at the size of a preset's cells."""
+    return open_graph200k("", replace(preset.recipe, data_dir=str(folder))).held_out()
 
 
 def bar_below(steps, label):
@@ -102,6 +106,7 @@ def describe_command(args, parts):
         words += ["--lora", f"{file}:{scale:g}"]
     words += ["--photographs", args.photographs] if args.photographs else []
     words += ["--data-dir", args.data_dir] if args.data_dir else []
+    words += ["--grid", *args.grid] if args.grid else []
     return shlex.join(map(str, [*words, *["--quick"] * args.quick, *parts]))
 
 

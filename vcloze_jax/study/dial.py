@@ -9,6 +9,7 @@ from vcloze_jax.inputs.measures import rmse
 from vcloze_jax.questions import truth
 from vcloze_jax.study import draw
 from vcloze_jax.study.asker import DIALLED, Asker, Spread, parse_tasks, to_levels
+from vcloze_jax.study.owndial import turn_own_dial
 from vcloze_jax.study.page import (
     Chapter,
     Figure,
@@ -34,7 +35,10 @@ FAILS = (
 
 
 def turn_dial(lab):
-    """Chapter of a Lab: what every change of the examples does, and what the noise does."""
+    """Chapter of a Lab: what every change of the examples does, and what the noise does; of its own
+    grids, if it has any."""
+    if lab.grids:
+        return turn_own_dial(lab)
     asker, tasks = Asker(lab), parse_tasks(TASKS, QUICK_TASKS if lab.quick else None)
     changes = [{"task": f"`{task.name}`"} | change_examples(asker, task) for task in tasks]
     asker.noises = QUICK_SEEDS if lab.quick else SEEDS

@@ -35,6 +35,7 @@ class Lab(NamedTuple):
     out: Path = Path("study")  # the report's folder
     photographs: Path | None = None  # a folder of the user's pictures
     items: object = None  # Graph200KGrids of test items
+    grids: tuple = ()  # Specs of the user's
 
 
 def choose_parts(names, quick):
