@@ -72,6 +72,24 @@ def test_walk_has_the_shapes_of_the_code(report):
         assert re.search(rf"^\s*(def|class) {last}\b", (root / file).read_text(), re.M), place
 
 
+def test_a_report_that_is_stopped_keeps_its_parts(tmp_path, monkeypatch):
+    """What was measured is on the page before the next part begins; CSV files lie beside it."""
+
+    def run(name, lab):
+        if name == "looks":
+            raise KeyboardInterrupt
+        return PARTS[name][0], page.Chapter(["measured"], {"n": 1}, {f"{name}.csv": "a,b"})
+
+    monkeypatch.setattr(study, "run_part", run)
+    monkeypatch.setattr("vcloze_jax.pipeline.load_painter", lambda *args: None)
+    with pytest.raises(KeyboardInterrupt):
+        study.main(["walk", "reverse", "looks", "--out", f"{tmp_path}"])
+    numbers = json.loads((tmp_path / "study.json").read_text())
+    assert numbers == {"walk": {"n": 1}, "reverse": {"n": 1}}
+    assert (tmp_path / "index.html").read_text().count("measured") == 2
+    assert (tmp_path / "walk.csv").read_text() == "a,b"
+
+
 def test_text_is_text():
     """What a name or a caption holds is shown, not obeyed; backquotes are code."""
     chapter = page.Chapter(["<b> `a->b`", page.TextTable([["x"], ["<i>"]], "&")], {})

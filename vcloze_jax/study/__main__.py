@@ -71,21 +71,28 @@ def main(argv):
     painter = load_painter(cli.fetch_weights(args), args.lora, args.mesh)
     how = args.num_inference_steps, args.quick, bar_below, args.out
     lab = Lab(painter, source, *how, args.photographs, items, grids)
-    chapters = []
+    lead = f"Made by `{describe_command(args, parts)}`, which gives the same page again."
+    chapters = {}
     with tqdm(parts, unit="part", dynamic_ncols=True) as bar:
         for name in bar:
             bar.set_description(name)
-            chapters.append(run_part(name, lab))
-    lead = f"Made by `{describe_command(args, parts)}`, which gives the same page again."
-    numbers = {name: part.numbers for name, (_, part) in zip(parts, chapters, strict=True)}
-    pages = TITLE, lead, dict(chapters)
-    args.out.mkdir(parents=True, exist_ok=True)
-    save_text(args.out / "study.json", json.dumps(numbers, indent=1) + "\n")
-    save_text(args.out / "study.md", write_markdown(*pages))
-    for name, text in [pair for _, part in chapters for pair in part.files.items()]:
-        save_text(args.out / name, text)
-    save_text(args.out / "index.html", write_html(*pages))
+            chapters[name] = run_part(name, lab)
+            write_report(args.out, lead, chapters)  # so far: who stops it keeps what there is
     print(f"{', '.join(parts)}: {args.out}/index.html")
+
+
+def write_report(folder, lead, chapters):
+    """Write {name: (title, Chapter)} as a page, as its tables, as its numbers; and what lies beside
+    it. Files that are there are replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = {name: part.numbers for name, (_, part) in chapters.items()}
+    pages = TITLE, lead, dict(chapters.values())
+    save_text(folder / "study.json", json.dumps(numbers, indent=1) + "\n")
+    save_text(folder / "study.md", write_markdown(*pages))
+    for _, part in chapters.values():
+        for name, text in part.files.items():
+            save_text(folder / name, text)
+    save_text(folder / "index.html", write_html(*pages))
 
 
 def open_test_items(folder, preset):

@@ -16,7 +16,7 @@ from vcloze_jax.inputs.measures import rmse
 from vcloze_jax.painter import initial_noise
 from vcloze_jax.questions import STRIDES, choose_examples, pose_question, truth
 
-SUBJECTS, QUICK_SUBJECTS, NOISES, QUICK_NOISES = 16, 4, 3, 2
+SUBJECTS, QUICK_SUBJECTS, NOISES, QUICK_NOISES = 12, 4, 3, 2
 DIALLED = 2  # examples, where their number is not what is asked
 SPREADS = (
     "Numbers are means (deviation over subjects; mean deviation over noise) for {subjects} "

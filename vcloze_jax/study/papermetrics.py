@@ -15,7 +15,7 @@ from vcloze_jax.inputs.measures import rmse, ssim
 from vcloze_jax.study.asker import to_levels
 
 CANNY_SIDE, CANNY_THRESHOLDS = 512, (100, 200)  # Graph200K's, and OminiControl's evaluation
-PACKAGES = "pip install 'vcloze-jax[metrics]'"
+PACKAGES = "pip install '.[metrics]'"
 
 
 class Metric(NamedTuple):
