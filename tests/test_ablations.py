@@ -74,16 +74,3 @@ def test_rows_tell_of_their_runs(tmp_path, monkeypatch):
     rows = ablations.ablate(lab).numbers["ablations"]
     assert [row["loss of the target, last fifth"] for row in rows] == [1.0, 2.0]
     assert trained == [shlex.split(flags) for flags in list(ablations.VARIANTS.values())[:2]]
-
-
-@pytest.mark.slow
-def test_two_rows_for_real(tmp_path):
-    """Two short trainings, one of an adapter and one of all weights, are asked and compared."""
-    source = open_tasks("", MINI.recipe).held_out()
-    lab = Lab(None, source, 1, True, lambda steps, label: steps, tmp_path)
-    pair = {name: ablations.VARIANTS[name] for name in ("as it is", "all weights (rank 0)")}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablations, "VARIANTS", pair)
-        one, other = ablations.ablate(lab).numbers["ablations"]
-    assert one["2 examples"] != other["2 examples"]
-    assert (tmp_path / "ablations/as-it-is/lora.safetensors").is_file()

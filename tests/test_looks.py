@@ -1,12 +1,15 @@
 """Laws of where it looks: what is measured is the attention that the MMDiT computes, its masses are
 shares, and looking changes nothing."""
 
+import csv
+import io
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from vcloze_jax.config import MINI
 from vcloze_jax.data import graph
@@ -16,7 +19,8 @@ from vcloze_jax.model import layers, ops
 from vcloze_jax.painter import initial_noise, pad
 from vcloze_jax.pipeline import load_painter
 from vcloze_jax.questions import pose_question
-from vcloze_jax.study import attention, looks
+from vcloze_jax.study import asker, attention, looks
+from vcloze_jax.study.parts import Lab
 
 TASK = graph.parse_task("edges+mask->fluent_3d")
 B, T, S, H, K = 2, 5, 40, 2, 8
@@ -134,6 +138,28 @@ def test_segments_are_the_cells(specs):
     ids = grid.ids()
     for (row, _, x), segment in zip(ids, segments[T:], strict=True):
         assert segment == 1 + 2 * (row - 1) + (x >= 8)
+
+
+def test_the_chapter_adds_up(tmp_path, monkeypatch):
+    """Its shares sum to one, of each task and of all tokens; the CSV has a line for every step,
+    block and segment, whose masses do so, too; every contradiction was asked both ways round."""
+    monkeypatch.setattr(asker, "QUICK_SUBJECTS", 2)
+    painter = load_painter(tiny.weights_folder(tmp_path), None, None)
+    source = open_tasks("", MINI.recipe).held_out()
+    lab = Lab(painter, source, 2, True, lambda steps, label: steps)
+    chapter = looks.look_around(lab)
+    for record in chapter.numbers["looks"]:
+        shares = [x["mean"] if isinstance(x, dict) else x for x in list(record.values())[1:]]
+        assert sum(shares) == pytest.approx(1)
+    rows = list(csv.DictReader(io.StringIO(chapter.files["looks.csv"])))
+    blocks, segments = tiny.TINY.flux.double_blocks + tiny.TINY.flux.single_blocks, 7
+    assert len(rows) == 2 * blocks * segments
+    for start in range(0, len(rows), segments):
+        found = rows[start : start + segments]
+        assert len({(row["step"], row["block"]) for row in found}) == 1
+        assert sum(float(row["mass"]) for row in found) == pytest.approx(1, abs=1e-5)
+    (quarrel,) = chapter.numbers["quarrels"]
+    assert quarrel["grids"] == 2 * 2 * asker.QUICK_NOISES
 
 
 def test_auc():

@@ -3,6 +3,7 @@ query, to the text; by block and by step. And whether that tells which demonstra
 
 import csv
 import io
+from typing import NamedTuple
 
 import numpy as np
 
@@ -53,43 +54,51 @@ HEAT = (
 )
 
 
+class Looked(NamedTuple):
+    """Where the target's tokens of some grids looked, and what was painted."""
+
+    specs: list
+    painted: np.ndarray  # float32 [noises, N, 64, 64, 3]
+    times: np.ndarray  # float32 [steps]
+    names: list[str]  # of segments
+    heat: np.ndarray  # float32 [steps, blocks, grids, T + S]
+    masses: np.ndarray  # float32 [steps, blocks, grids, segments]
+
+
 def look_around(lab):
     """Chapter of a Lab: masses by segment, block and step; contradicting examples."""
-    asker, few = Asker(lab), lab.quick
-    records, figures, lines = [], [], []
-    for task in parse_tasks(TASKS, QUICK_TASKS if few else None):
-        specs = pose_all(asker, [task] * DIALLED, task)
-        canvases, heat = paint_and_look(lab.painter, specs, lab.bar)
-        names, segments = segment_tokens(specs[0].grid, lab.painter.preset.t5.max_length)
-        masses = segment_masses(heat, segments)  # steps blocks N segments
-        times = canvases[0].times[:-1]
-        if not records:
-            shares = np.bincount(segments) / len(segments)
-            records.append(
-                {"task": "of all tokens"} | dict(zip(names, map(float, shares), strict=True))
-            )
-        records.append({"task": f"`{task.name}`"} | spread_masses(asker, names, masses))
-        lines += list_masses(task.name, names, times, masses)
-        picture = draw_heat(specs[1].grid, heat[:, :, 1].mean((0, 1)), (segments == 0).sum())
-        figures += [
-            Heading(f"`{task.name}`"),
-            Figure(draw_masses(names, times, masses), "By time, and by block, double ones first."),
-            Figure(picture, HEAT.format(name=asker.names[1]), 2),
-        ]
-    blocks = heat.shape[1]
-    pairs = QUARRELS[: QUICK_QUARRELS if few else None]
+    asker = Asker(lab)
+    tasks = parse_tasks(TASKS, QUICK_TASKS if lab.quick else None)
+    looked = {task.name: look_at(asker, [task] * DIALLED, task) for task in tasks}
+    records = [count_tokens(lab, next(iter(looked.values())))]
+    records += [{"task": f"`{name}`"} | spread_masses(asker, x) for name, x in looked.items()]
+    pairs = QUARRELS[: QUICK_QUARRELS if lab.quick else None]
     quarrels = [settle(asker, *parse_tasks(pair)) for pair in pairs]
+    blocks = len(next(iter(looked.values())).masses[0])
     text = [
         SAYS.format(dialled=DIALLED),
         asker.spreads,
         TextTable(tabulate_records(records)),
-        *figures,
+        *(block for name, x in looked.items() for block in show_looks(asker, name, x)),
         Heading("Which demonstration is followed?"),
         QUARREL.format(blocks=blocks),
         TextTable(tabulate_records(quarrels)),
     ]
+    lines = [line for name, x in looked.items() for line in list_masses(name, x)]
     numbers = {"looks": list_records(records), "quarrels": list_records(quarrels)}
     return Chapter(text, numbers, {"looks.csv": write_csv(lines)})
+
+
+def look_at(asker, shown, task):
+    """Ask a task of every subject from every noise, its examples showing tasks of the same
+    conditions, one each -> Looked."""
+    specs, painter = pose_all(asker, shown, task), asker.lab.painter
+    canvases, heat = paint_and_look(painter, specs, asker.lab.bar)
+    names, segments = segment_tokens(specs[0].grid, painter.preset.t5.max_length)
+    painted = np.stack([canvas.targets[-1] for canvas in canvases]).astype(np.float32) / 255
+    painted = painted.reshape(asker.noises, len(asker.subjects), *painted.shape[1:])
+    masses, times = segment_masses(heat, segments), canvases[0].times[:-1]
+    return Looked(specs, painted, times, names, heat, masses)
 
 
 def pose_all(asker, shown, task):
@@ -105,26 +114,28 @@ def pose_all(asker, shown, task):
     return specs
 
 
-def spread_masses(asker, names, masses):
-    """{segment: Spread} of masses [steps, blocks, N, segments]."""
-    each = masses.mean((0, 1)).reshape(asker.noises, len(asker.subjects), -1)
-    return {name: Spread.of(each[..., i]) for i, name in enumerate(names)}
+def count_tokens(lab, looked):
+    """A record of the segments' shares of all tokens."""
+    _, segments = segment_tokens(looked.specs[0].grid, lab.painter.preset.t5.max_length)
+    shares = (np.bincount(segments) / len(segments)).tolist()
+    return {"task": "of all tokens"} | dict(zip(looked.names, shares, strict=True))
+
+
+def spread_masses(asker, looked):
+    """{segment: Spread} of its mass in the mean over blocks and steps."""
+    each = looked.masses.mean((0, 1)).reshape(asker.noises, len(asker.subjects), -1)
+    return {name: Spread.of(each[..., i]) for i, name in enumerate(looked.names)}
 
 
 def settle(asker, one, other):
     """A record of two demonstrations: which is followed, and whether attention tells."""
     follows, looks = [], []
     for shown in ((one, other), (other, one)):
-        specs = pose_all(asker, shown, shown[-1])
-        canvases, heat = paint_and_look(asker.lab.painter, specs, asker.lab.bar)
-        painted = np.stack([canvas.targets[-1] for canvas in canvases]).astype(np.float32) / 255
-        painted = painted.reshape(asker.noises, len(asker.subjects), *painted.shape[1:])
-        first, second = (rmse(painted, asker.truth(task.target)) for task in shown)
+        looked = look_at(asker, shown, shown[-1])
+        first, second = (rmse(looked.painted, asker.truth(task.target)) for task in shown)
         follows.append((second < first).ravel())
-        names, segments = segment_tokens(specs[0].grid, asker.lab.painter.preset.t5.max_length)
-        masses = segment_masses(heat, segments)
-        columns = [names.index(SHOWN.format(number)) for number in (1, DIALLED)]
-        looks.append(masses[..., columns[1]] - masses[..., columns[0]])
+        columns = [looked.names.index(SHOWN.format(number)) for number in (1, DIALLED)]
+        looks.append(looked.masses[..., columns[1]] - looked.masses[..., columns[0]])
     follows, looks = np.concatenate(follows), np.concatenate(looks, -1)  # steps blocks grids
     early = looks[: max(len(looks) // 3, 1)].mean((0, 1))
     by_block, half, rest = looks.mean(0), slice(0, None, 2), slice(1, None, 2)  # of subjects
@@ -149,14 +160,14 @@ def measure_auc(values, truths):
     return float((1 + above.mean()) / 2)
 
 
-def list_masses(task, names, times, masses):
+def list_masses(task, looked):
     """A line of the CSV for each step, block and segment."""
-    mean, deviation = masses.mean(2), masses.std(2)  # steps blocks segments
-    return [
-        [task, step, f"{times[step]:.4f}", block, names[i], f"{mean[step, block, i]:.6f}"]
-        + [f"{deviation[step, block, i]:.6f}"]
-        for step, block, i in np.ndindex(mean.shape)
-    ]
+    mean, deviation = looked.masses.mean(2), looked.masses.std(2)  # steps blocks segments
+    lines = []
+    for step, block, i in np.ndindex(mean.shape):
+        place = [task, step, f"{looked.times[step]:.4f}", block, looked.names[i]]
+        lines.append([*place, f"{mean[step, block, i]:.6f}", f"{deviation[step, block, i]:.6f}"])
+    return lines
 
 
 def write_csv(lines):
@@ -167,11 +178,23 @@ def write_csv(lines):
     return text.getvalue()
 
 
-def draw_masses(names, times, masses):
-    """Masses [steps, blocks, N, segments] stacked up, by time and by block."""
+def show_looks(asker, name, looked):
+    """Curves and bars of a task, and the heat over the grid of the second subject."""
+    heat = looked.heat[:, :, 1, -looked.specs[1].grid.tokens :].mean((0, 1))
+    picture = draw_heat(looked.specs[1].grid, heat)
+    return [
+        Heading(f"`{name}`"),
+        Figure(draw_masses(looked), "By time, and by block, double ones first."),
+        Figure(picture, HEAT.format(name=asker.names[1]), 2),
+    ]
+
+
+def draw_masses(looked):
+    """Masses stacked up, by time and by block."""
+    masses, times = looked.masses, looked.times
     figure, panels = draw.new_figure(panels=2)
     by_step, by_block = masses.mean((1, 2)).T, masses.mean((0, 2)).T
-    panels[0].stackplot(times, by_step, colors=COLOURS, labels=names)
+    panels[0].stackplot(times, by_step, colors=COLOURS, labels=looked.names)
     panels[0].set(xlabel="t", ylabel="share of the attention", xlim=(times[0], times[-1]))
     floor = np.zeros(by_block.shape[1])
     for colour, values in zip(COLOURS, by_block, strict=False):
@@ -182,8 +205,7 @@ def draw_masses(names, times, masses):
     return draw.render_figure(figure)
 
 
-def draw_heat(grid, heat, text_tokens):
-    """A grid, and beside it how much every token is looked at: [T + S], text left out."""
-    of_image = heat[text_tokens:]
+def draw_heat(grid, heat):
+    """A grid, and beside it how much every token is looked at, [S]."""
     cells = stack_sheets([row.pixels for row in grid.rows])
-    return draw.tile([cells, draw.map_tokens(grid, np.sqrt(of_image), name="inferno")], 2)
+    return draw.tile([cells, draw.map_tokens(grid, np.sqrt(heat), name="inferno")], 2)
