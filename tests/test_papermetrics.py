@@ -8,12 +8,13 @@ import pytest
 from test_findings import Oracle
 
 from scripts import make_graph200k as maker
-from vcloze_jax.config import MINI
+from vcloze_jax.config import MINI, UserError
 from vcloze_jax.data import graph
 from vcloze_jax.data.graph200k import open_graph200k
 from vcloze_jax.data.graph200k_tasks import NAMED
 from vcloze_jax.data.graphemoji import open_tasks
-from vcloze_jax.study import asker, papermetrics, tables
+from vcloze_jax.storage import places
+from vcloze_jax.study import asker, judges, papermetrics, tables
 from vcloze_jax.study.parts import Lab
 
 BEST = {"Canny F1": 1, "RMSE": 0, "SSIM": 1, "LPIPS": 0, "DISTS": 0}
@@ -32,11 +33,12 @@ def test_the_truth_is_best():
     """By every metric that is at hand; a noisy picture is worse. What is not at hand is missing,
     and the table says so."""
     truth = pictures()[[0, 0, 0]]
-    found = papermetrics.measure_all(pictures(), truth)
+    pair = papermetrics.Pair(pictures(), truth, ["a ramp"] * 3)
+    found = papermetrics.measure_all(pair, papermetrics.METRICS, {})
     for name, (own, *others) in found.items():
         assert own == pytest.approx(BEST[name], abs=1e-5)
         assert abs(others[0] - BEST[name]) > 0.01, name
-    here = {name for name, _, there in papermetrics.list_metrics()[1:] if there == "yes"}
+    here = {name for name, _, there in papermetrics.list_metrics({})[1:] if there == "yes"}
     assert here == {*found} and {"RMSE", "SSIM"} <= here <= {*BEST}
     assert {name for table in tables.TABLES for name in table.metrics} <= {*papermetrics.METRICS}
 
@@ -52,7 +54,8 @@ def test_published_code_gives_the_same(package, name, expected):
     """As the authors' code in torch computes them, on these pictures with these weights."""
     if package not in {need for need in papermetrics.METRICS[name].needs if has(need)}:
         pytest.skip(f"no {package} here: pip install '.[metrics]'")
-    found = papermetrics.measure_all(pictures()[1:], pictures()[[0, 0]], [name])[name]
+    pair = papermetrics.Pair(pictures()[1:], pictures()[[0, 0]], ["a ramp"] * 2)
+    found = papermetrics.measure_all(pair, [name], {})[name]
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
@@ -120,3 +123,51 @@ def test_tasks_are_there():
     for table in tables.TABLES:
         for of_items, stand_in in table.tasks.values():
             assert len(NAMED[of_items]) == 1 and graph.parse_task(stand_in)
+
+
+@pytest.mark.parametrize("folder, message", [("", "holds no config.json"), ("with", "torch")])
+def test_judges_are_checked(folder, message, tmp_path, monkeypatch):
+    """A folder that is none, and torch that is not there, are told before a picture is painted."""
+    monkeypatch.setattr(judges, "find_spec", lambda name: None)
+    if folder:
+        (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"--clip.*{message}"):
+        judges.check_judge("clip", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def judge_folders(tmp_path_factory):
+    """A CLIP and a DINOv2 of random weights, small, with mini's tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    root, sizes = tmp_path_factory.mktemp("judges"), dict(hidden_size=32, intermediate_size=32)
+    sizes |= dict(num_hidden_layers=2, num_attention_heads=2)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(places.MINI_FOLDER / "tokenizer")
+    square = dict(size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32})
+    pixels = transformers.CLIPImageProcessor(**square | {"size": {"shortest_edge": 32}})
+    text = dict(sizes, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    vision = dict(sizes, image_size=32, patch_size=8)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    transformers.CLIPModel(config).save_pretrained(root / "clip")
+    transformers.CLIPProcessor(pixels, tokenizer).save_pretrained(root / "clip")
+    config = transformers.Dinov2Config(**vision | {"mlp_ratio": 2})
+    transformers.Dinov2Model(config).save_pretrained(root / "dinov2")
+    transformers.BitImageProcessor(**square | {"size": {"shortest_edge": 32}}).save_pretrained(
+        root / "dinov2"
+    )
+    return {name: str(root / name) for name in ("clip", "dinov2")}
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+def test_judges(judge_folders):
+    """By CLIP and DINOv2 of the user's a picture is itself, whatever their weights are, and other
+    pictures and other texts are other ones."""
+    names = "CLIP-I", "DINOv2", "CLIP-T", "CLIP-Score"
+    texts = ["a ramp", "a ramp", "a red fox"]
+    pair = papermetrics.Pair(pictures()[[0, 1, 0]], pictures()[[0, 0, 0]], texts)
+    found = papermetrics.measure_all(pair, names, judge_folders)
+    assert {*found} == {*names}
+    for name in names[:2]:
+        assert found[name][[0, 2]] == pytest.approx(100, abs=1e-4) and found[name][1] < 99.99
+    assert np.array_equal(found["CLIP-T"], found["CLIP-Score"])
+    assert len({*found["CLIP-T"].round(3)}) == 3 and abs(found["CLIP-T"]).max() <= 100

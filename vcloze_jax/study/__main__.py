@@ -34,6 +34,7 @@ from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.pictures import check_writable, save_text
 from vcloze_jax.inputs.specfiles import read_specs
 from vcloze_jax.storage import places
+from vcloze_jax.study.judges import FLAGS, check_judge
 from vcloze_jax.study.page import write_html, write_markdown
 from vcloze_jax.study.parts import Lab, choose_parts, run_part
 from vcloze_jax.study.photographs import photograph_files
@@ -53,6 +54,9 @@ def main(argv):
     add("--photographs", type=cli.path, metavar="FOLDER", help=folder)
     folder = "Graph200K, whose test items tables is asked of"
     add("--data-dir", type=cli.path, metavar="FOLDER", help=folder)
+    for name, what in FLAGS.items():
+        help = f"{what} of yours, in transformers' layout, for tables"
+        add(f"--{name}", type=cli.path, metavar="FOLDER", help=help)
     help = "of your own, for dial"
     add("--grid", nargs="+", action="extend", default=[], type=cli.path, metavar="SPEC", help=help)
     args = parser.parse_args(argv)
@@ -64,13 +68,14 @@ def main(argv):
     preset = places.named_preset(args.weights or places.MINI_FOLDER)
     items = open_test_items(args.data_dir, preset) if args.data_dir else None
     grids = read_specs(args.grid, preset)
+    judges = {name: check_judge(name, folder) for name in FLAGS if (folder := vars(args)[name])}
 
     from vcloze_jax.pipeline import load_painter  # JAX from here on
 
     source = open_tasks("", MINI.recipe).held_out()
     painter = load_painter(cli.fetch_weights(args), args.lora, args.mesh)
     how = args.num_inference_steps, args.quick, bar_below, args.out
-    lab = Lab(painter, source, *how, args.photographs, items, grids)
+    lab = Lab(painter, source, *how, args.photographs, items, grids, judges)
     lead = f"Made by `{describe_command(args, parts)}`, which gives the same page again."
     chapters = {}
     with tqdm(parts, unit="part", dynamic_ncols=True) as bar:
@@ -113,6 +118,8 @@ def describe_command(args, parts):
         words += ["--lora", f"{file}:{scale:g}"]
     words += ["--photographs", args.photographs] if args.photographs else []
     words += ["--data-dir", args.data_dir] if args.data_dir else []
+    for name in FLAGS:
+        words += [f"--{name}", vars(args)[name]] if vars(args)[name] else []
     words += ["--grid", *args.grid] if args.grid else []
     return shlex.join(map(str, [*words, *["--quick"] * args.quick, *parts]))
 

@@ -36,6 +36,7 @@ class Lab(NamedTuple):
     photographs: Path | None = None  # a folder of the user's pictures
     items: object = None  # Graph200KGrids of test items
     grids: tuple = ()  # Specs of the user's
+    judges: dict = {}  # folders of study/judges.py
 
 
 def choose_parts(names, quick):

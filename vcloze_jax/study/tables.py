@@ -25,7 +25,7 @@ from vcloze_jax.study.page import (
     list_records,
     tabulate_records,
 )
-from vcloze_jax.study.papermetrics import list_metrics, measure_all
+from vcloze_jax.study.papermetrics import Pair, list_metrics, measure_all
 
 
 class PaperTable(NamedTuple):
@@ -95,22 +95,25 @@ def fill_tables(lab):
             if asked is None:
                 records.append({"task": title, "examples": f"fewer than {LEAST} items show it"})
                 continue
-            found, figure = fill_rows(table, title, asked)
+            found, figure = fill_rows(table, title, asked, lab.judges)
             records += found
             figures.append(figure)
         blocks += [Heading(table.title), TextTable(tabulate_records(records))]
         numbers[table.title] = list_records(records)
-    by = TextTable(list_metrics(), "What is computed by which library, and what is not to be had")
+    by = TextTable(
+        list_metrics(lab.judges), "What is computed by which library, and what is not to be had"
+    )
     return Chapter([*blocks, Heading("The metrics"), by, *figures], numbers)
 
 
-def fill_rows(table, title, asked):
+def fill_rows(table, title, asked, judges):
     """Records of one task by number of examples, and a sheet."""
     records, columns = [], {}
     for count in range(DIALLED + 1):
         painted = asked.paint(count)  # noises N h w 3
-        flat = painted.reshape(-1, *painted.shape[2:])
-        found = measure_all(flat, np.concatenate([asked.truth] * len(painted)), table.metrics)
+        flat, noises = painted.reshape(-1, *painted.shape[2:]), len(painted)
+        pair = Pair(flat, np.concatenate([asked.truth] * noises), asked.texts * noises)
+        found = measure_all(pair, table.metrics, judges)
         spreads = {name: Spread.of(x.reshape(painted.shape[:2])) for name, x in found.items()}
         place = {"task": title, "examples": count}
         records.append(place | dict.fromkeys(table.metrics, "–") | spreads)
@@ -125,6 +128,7 @@ class Asked(NamedTuple):
 
     given: np.ndarray  # float32 [N, h, w, 3], the first condition
     truth: np.ndarray  # float32 [N, h, w, 3]
+    texts: list[str]  # what it shows
     paint: Callable  # number of examples -> float32 [noises, N, h, w, 3]
 
 
@@ -132,7 +136,7 @@ def ask_emoji(lab, name):
     """A task of GraphEmoji."""
     asker, task = Asker(lab), graph.parse_task(name)
     paint = lambda count: asker.paint(task, asker.examples(count), sentence=True)  # noqa: E731
-    return Asked(asker.truth(task.conditions[0]), asker.truth(task.target), paint)
+    return Asked(asker.truth(task.conditions[0]), asker.truth(task.target), asker.names, paint)
 
 
 def ask_items(lab, name):
@@ -164,7 +168,7 @@ def ask_items(lab, name):
         )
 
     first, last = (cells[:, -1, column].astype(np.float32) / 255 for column in (0, -1))
-    return Asked(first, last, paint)
+    return Asked(first, last, [content for _, content in drawn], paint)
 
 
 def say_question(rows, nodes, content):
