@@ -34,7 +34,7 @@ def open_judge(folder):
         kind.from_pretrained(folder, local_files_only=True) for kind in (AutoModel, AutoProcessor)
     )
     model, processor = made
-    return model.eval(), processor
+    return model.eval().requires_grad_(False), processor
 
 
 def look_with_clip(folder, pictures):
@@ -59,7 +59,7 @@ def look_with_dino(folder, pictures):
 
 def read_features(said):
     """What a model of torch says, as unit vectors in NumPy: newer versions wrap it."""
-    features = getattr(said, "pooler_output", said).detach().numpy().astype(np.float64)
+    features = getattr(said, "pooler_output", said).numpy().astype(np.float64)
     return features / np.linalg.norm(features, axis=-1, keepdims=True)
 
 
