@@ -98,11 +98,6 @@ class Asker:
         """Spread of the RMSE of pictures [noises, N, 64, 64, 3] to a node of the subjects."""
         return Spread.of(rmse(pictures, self.truth(node)))
 
-    def error_of(self, pictures, node):
-        """RMSE of pictures [N, 64, 64, 3] that no noise has made, and its deviation over subjects:
-        a Spread."""
-        return Spread.of(np.stack([rmse(pictures, self.truth(node))] * 2))
-
     def nearest_given(self, task):
         """Of a task's conditions the one that is nearest to its target, left as it is: float32 [N,
         64, 64, 3]."""

@@ -51,30 +51,36 @@ def measure_unseen(lab):
         for kind, names in KINDS.items()
         for task in parse_tasks(names, most)
     ]
-    photographs = read_photographs(lab.photographs)
-    squares, figures = [], []
-    most = QUICK_SQUARE if lab.quick else None
-    for pictures, source in (("emoji", None), ("photographs", photographs)):
-        here = Asker(lab, source)
-        for kind, names in (("seen", SEEN), ("unseen", UNSEEN)):
-            tasks = parse_tasks(names, most)
-            painted = {task: here.paint(task, here.examples(DIALLED)) for task in tasks}
-            place = {"pictures": pictures, "tasks": kind}
-            squares.append(place | compare_square(here, painted))
-            figures.append(show_square(here, painted, f"{kind} tasks of {pictures}"))
-    told = dict(seen=name_tasks(SEEN[:most]), unseen=name_tasks(UNSEEN[:most]), dialled=DIALLED)
-    source = "of your folder" if lab.photographs else "that scikit-image ships, in parts"
+    said, squares, figures = measure_square(lab)
     blocks = [
         SAYS,
         asker.spreads,
         sum_up_kinds(records),
         TextTable(tabulate_records(records)),
         Heading("Tasks and pictures"),
-        SQUARE.format(source=source, **told),
+        said,
         TextTable(tabulate_records(squares)),
         *figures,
     ]
     return Chapter(blocks, {"unseen": list_records(records), "square": list_records(squares)})
+
+
+def measure_square(lab):
+    """Seen and unseen tasks of emoji and of photographs: what is said of it, a record and a figure
+    for each of the four."""
+    most, squares, figures = QUICK_SQUARE if lab.quick else None, [], []
+    sources = {"emoji": lab.source, "photographs": read_photographs(lab.photographs)}
+    for pictures, source in sources.items():
+        asker = Asker(lab, source)
+        for kind, names in (("seen", SEEN), ("unseen", UNSEEN)):
+            tasks = parse_tasks(names, most)
+            painted = {task: asker.paint(task, asker.examples(DIALLED)) for task in tasks}
+            place = {"pictures": pictures, "tasks": kind}
+            squares.append(place | compare_square(asker, painted))
+            figures.append(show_square(asker, painted, f"{kind} tasks of {pictures}"))
+    source = "of your folder" if lab.photographs else "that scikit-image ships, in parts"
+    told = dict(seen=name_tasks(SEEN[:most]), unseen=name_tasks(UNSEEN[:most]))
+    return SQUARE.format(source=source, dialled=DIALLED, **told), squares, figures
 
 
 def measure_counts(asker, kind, task):
