@@ -87,9 +87,8 @@ def fill_tables(lab):
     numbers, figures = {}, []
     for table in TABLES:
         records = []
-        for name, (of_items, stand_in) in [*table.tasks.items()][
-            : QUICK_ROWS if lab.quick else None
-        ]:
+        for name in [*table.tasks][: QUICK_ROWS if lab.quick else None]:
+            of_items, stand_in = table.tasks[name]
             asked = ask_items(lab, of_items) if lab.items else ask_emoji(lab, stand_in)
             title = f"{name}: `{of_items if lab.items else stand_in}`"
             if asked is None:
@@ -100,10 +99,8 @@ def fill_tables(lab):
             figures.append(figure)
         blocks += [Heading(table.title), TextTable(tabulate_records(records))]
         numbers[table.title] = list_records(records)
-    by = TextTable(
-        list_metrics(lab.judges), "What is computed by which library, and what is not to be had"
-    )
-    return Chapter([*blocks, Heading("The metrics"), by, *figures], numbers)
+    metrics = Heading("What each metric is computed by"), TextTable(list_metrics(lab.judges))
+    return Chapter([*blocks, *metrics, *figures], numbers)
 
 
 def fill_rows(table, title, asked, judges):
@@ -143,7 +140,7 @@ def ask_items(lab, name):
     """A task of Graph200K, of items that have what it shows; None if they are too few.
 
     A query and its examples are a function of the query alone, so that with fewer examples the last
-    ones are left. All sentences are said, as the paper's evaluation has them.
+    ones are left. All sentences are said, as the authors' sampling has them.
     """
     (task,), items, shape = NAMED[name], lab.items, Asker(lab)
     if not items.can_show(task):
@@ -163,12 +160,11 @@ def ask_items(lab, name):
             said = say_question(count + 1, nodes, content)
             grid = items.ask(rows[-count - 1 :], task, len(nodes) - 1, said).grid
             specs.append(specify(lab, grid, said, seed))
-        return paint_cells(lab.painter, specs, lab.bar).reshape(
-            shape.noises, len(drawn), *cells.shape[3:]
-        )
+        painted = paint_cells(lab.painter, specs, lab.bar)
+        return painted.reshape(shape.noises, len(drawn), *painted.shape[1:])
 
     first, last = (cells[:, -1, column].astype(np.float32) / 255 for column in (0, -1))
-    return Asked(first, last, [content for _, content in drawn], paint)
+    return Asked(first, last, [items.items.describe(int(item)) for item in chosen], paint)
 
 
 def say_question(rows, nodes, content):
