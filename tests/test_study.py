@@ -1,23 +1,19 @@
-"""Laws of the study: its page stands alone and is the same whenever it is made, the walk's shapes
-are the code's, and what is measured is what moves."""
+"""Laws of the study's page: it stands alone and is the same whenever it is made, and the walk's
+shapes are the code's."""
 
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import tiny
 
-from vcloze_jax.config import MINI, UserError
-from vcloze_jax.data.graphemoji import open_tasks
-from vcloze_jax.grid import Spec
-from vcloze_jax.painter import initial_noise
+from vcloze_jax.config import UserError
 from vcloze_jax.study import __main__ as study
-from vcloze_jax.study import ambiguity, page
+from vcloze_jax.study import page
+from vcloze_jax.study.asker import Spread
 from vcloze_jax.study.journey import EXAMPLES, TASK
-from vcloze_jax.study.parts import PARTS, Lab
+from vcloze_jax.study.parts import PARTS
 
 STEPS = 2
 
@@ -76,6 +72,24 @@ def test_walk_has_the_shapes_of_the_code(report):
         assert re.search(rf"^\s*(def|class) {last}\b", (root / file).read_text(), re.M), place
 
 
+def test_a_report_that_is_stopped_keeps_its_parts(tmp_path, monkeypatch):
+    """What was measured is on the page before the next part begins; CSV files lie beside it."""
+
+    def run(name, lab):
+        if name == "looks":
+            raise KeyboardInterrupt
+        return PARTS[name][0], page.Chapter(["measured"], {"n": 1}, {f"{name}.csv": "a,b"})
+
+    monkeypatch.setattr(study, "run_part", run)
+    monkeypatch.setattr("vcloze_jax.pipeline.load_painter", lambda *args: None)
+    with pytest.raises(KeyboardInterrupt):
+        study.main(["walk", "reverse", "looks", "--out", f"{tmp_path}"])
+    numbers = json.loads((tmp_path / "study.json").read_text())
+    assert numbers == {"walk": {"n": 1}, "reverse": {"n": 1}}
+    assert (tmp_path / "index.html").read_text().count("measured") == 2
+    assert (tmp_path / "walk.csv").read_text() == "a,b"
+
+
 def test_text_is_text():
     """What a name or a caption holds is shown, not obeyed; backquotes are code."""
     chapter = page.Chapter(["<b> `a->b`", page.TextTable([["x"], ["<i>"]], "&")], {})
@@ -90,6 +104,7 @@ def test_text_is_text():
         ("walk dance", "'dance' is no part of the study; parts are walk"),
         ("--num-inference-steps 0", "--num-inference-steps"),
         ("--quickly", "--quickly"),
+        ("unseen --photographs nowhere", "nowhere"),
     ],
 )
 def test_flags_are_refused(argv, message, tmp_path, monkeypatch):
@@ -108,70 +123,9 @@ def test_help_names_every_part(capsys):
     assert all(re.search(rf"\b{name}\b", said) for name in PARTS)
 
 
-class Echo:
-    """A painter that knows nothing of examples: a cell is the noise of its row's first tokens."""
-
-    preset = MINI
-
-    def __call__(self, specs, bar):
-        return [SimpleNamespace(pixels=self.paint(spec)) for spec in specs]
-
-    def paint(self, spec):
-        last = initial_noise(spec)[-spec.grid.tokens // len(spec.grid.rows) :]
-        level = np.uint8(128 + np.clip(40 * last[0, 0], -100, 100))
-        return np.full_like(spec.grid.query.pixels, level)
-
-
-class Copier(Echo):
-    """One that paints the first example's target again, and black where there is none."""
-
-    def paint(self, spec):
-        return spec.grid.rows[0].pixels * (len(spec.grid.rows) > 1)
-
-
-def chapter(painter, monkeypatch):
-    monkeypatch.setattr(ambiguity, "QUICK_TASKS", 1)
-    monkeypatch.setattr(ambiguity, "QUICK_SUBJECTS", 2)
-    source = open_tasks("", MINI.recipe).held_out()
-    return ambiguity.measure_ambiguity(Lab(painter, source, STEPS, quick=True, bar=None)).numbers
-
-
-def test_what_reads_no_examples_is_not_moved_by_them(monkeypatch):
-    """The noise of the last row is the same however many examples stand above: a model that does
-    not read them has one error, and only another noise moves its picture."""
-    numbers = chapter(Echo(), monkeypatch)
-    errors = [row["error"] for row in numbers["ambiguity"]]
-    assert len(errors) == 2 * len(ambiguity.COUNTS) and all(e == errors[0] for e in errors)
-    (dial,) = numbers["dial"].values()
-    assert dial.pop("another noise")["mean"] > 0
-    assert {change: spread["mean"] for change, spread in dial.items()} == dict.fromkeys(dial, 0)
-
-
-def test_what_copies_an_example_is_moved_with_it(monkeypatch):
-    """No noise moves what reads none; what is changed moves it if the first example changes."""
-    numbers = chapter(Copier(), monkeypatch)
-    assert {row["moves"]["mean"] for row in numbers["ambiguity"]} == {0}
-    (dial,) = numbers["dial"].values()
-    moved = {change for change, spread in dial.items() if spread["mean"] > 0}
-    assert moved == {"examples swapped", "all replaced", "the first dropped", "all dropped"}
-
-
-def test_spreads():
-    """Over subjects: of their means; over noise: inside each. Neither tells of the other."""
-    subjects, noises = np.array([[0.0, 2.0], [0.0, 2.0]]), np.array([[0.0, 0.0], [2.0, 2.0]])
-    assert ambiguity.Spread.of(subjects) == (1.0, pytest.approx(2**0.5), 0.0)
-    assert ambiguity.Spread.of(noises) == (1.0, 0.0, pytest.approx(2**0.5))
-
-
-def test_noise_of_the_last_row_is_kept():
-    """The noise of a grid is the end of that of the largest one, its rows from the bottom."""
-    source = open_tasks("", MINI.recipe).held_out()
-    asker = ambiguity.Asker(Lab(Echo(), source, STEPS, quick=True, bar=None))
-    task = ambiguity.graph.parse_task(ambiguity.TASKS[0])
-    specs = []
-    for count in ambiguity.COUNTS:
-        asked = task, task, asker.examples(count)[0], asker.subjects[0]
-        specs.append(asker.specify(*ambiguity.pose_question(source, *asked), seed=3))
-    largest = Spec(specs[-1].grid, "", STEPS, 30.0, 3)
-    for spec in specs:
-        assert np.array_equal(spec.latents, initial_noise(largest)[-spec.grid.tokens :])
+def test_records_are_tables():
+    """A record may lack a column, and a number is written out; what has fields keeps them."""
+    records = [{"a": "x", "b": 0.5}, {"a": Spread(0.1, 0.2, 0.3), "c": 2}]
+    rows = page.tabulate_records(records)
+    assert rows == [["a", "b", "c"], ["x", "0.500", "–"], ["0.100 (0.200; 0.300)", "–", "2"]]
+    assert page.list_records(records)[1]["a"] == {"mean": 0.1, "subjects": 0.2, "noise": 0.3}

@@ -5,6 +5,7 @@ import numpy as np
 
 from vcloze_jax import prompts
 from vcloze_jax.data import graph
+from vcloze_jax.grid import Grid
 
 STRIDES = (37, 74, 111, 148)  # from a subject to its examples: never a relative of it
 
@@ -24,12 +25,13 @@ def pose_question(source, task, shown, examples, subject, sentence=False):
     its sentence or without."""
     nodes = [[*shown.conditions, shown.target]] * len(examples)
     nodes.append([*task.conditions, task.target])
+    columns = [[graph.NODES.index(node) for node in row] for row in nodes]
+    cells = source.pictures[np.array([*examples, subject])[:, None], columns]  # R C 64 64 3
     mask = np.zeros((len(nodes), task.columns, 1, 1), bool)
     mask[-1, -1] = True
-    sample = graph.Sample(nodes, np.array([*examples, subject]), mask, "")
     layout = prompts.layout_prompt(len(nodes), task.columns)
     said = prompts.task_prompt([graph.NODE_PHRASES[node][0] for node in nodes[-1]])
-    return source.picture(sample).grid, prompts.join(layout, said if sentence else "")
+    return Grid.from_cells(cells, mask), prompts.join(layout, said if sentence else "")
 
 
 def paint_cells(painter, specs, *hooks):

@@ -4,21 +4,40 @@
     python -m vcloze_jax.study --quick walk              # one part, in seconds
 
 REPORT/index.html holds all pictures in itself; study.md has its tables, study.json its numbers.
-The parts: walk, one grid followed from cells to tokens, noise, velocity and the painted cell;
-ambiguity, error and its spread with 0 to 4 examples (paper, finding 1), and how far a picture moves
-when its examples do. Subjects are held out, seeds fixed: the same command gives the same bytes.
+The parts:
+    walk       one grid, followed from cells to tokens, noise, velocity and the painted cell
+    ambiguity  error and its spread with 0 to 4 examples (the paper's first finding)
+    dial       how far a picture moves when its examples do; how often a seed fails; with --grid
+               (specs, or records of sample.py) how far those of your own move
+    unseen     tasks that were never trained (2), and photographs where emoji were
+    unions     several targets, or two tasks in a row, asked at once (3)
+    choice     best and worst examples, and a rule that chooses them (4)
+    reverse    from the target back to its conditions (5)
+    looks      where the painted tokens look (and looks.csv); which demonstration is followed
+    tables     the paper's Tables 1 to 3: of emoji, or with --data-dir of Graph200K's test items
+    ablations  short trainings that differ in one choice (--quick leaves them out)
+
+Subjects are held out, seeds fixed: the same command gives the same bytes.
 """
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
+from tqdm import tqdm
+
 from vcloze_jax.config import MINI
+from vcloze_jax.data.graph200k import open_graph200k
 from vcloze_jax.data.graphemoji import open_tasks
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.pictures import check_writable, save_text
+from vcloze_jax.inputs.specfiles import read_specs
+from vcloze_jax.storage import places
+from vcloze_jax.study.judges import FLAGS, check_judge
 from vcloze_jax.study.page import write_html, write_markdown
 from vcloze_jax.study.parts import Lab, choose_parts, run_part
+from vcloze_jax.study.photographs import photograph_files
 
 TITLE = "A study of a model that reads examples"
 
@@ -31,24 +50,64 @@ def main(argv):
     add("--out", type=cli.path, default=Path("study"), metavar="REPORT")
     add("--quick", action="store_true", help="few tasks, subjects and noises")
     add("--num-inference-steps", type=cli.positive_int, default=12)
+    folder = "pictures of yours in place of the photographs of unseen"
+    add("--photographs", type=cli.path, metavar="FOLDER", help=folder)
+    folder = "Graph200K, whose test items tables is asked of"
+    add("--data-dir", type=cli.path, metavar="FOLDER", help=folder)
+    for name, what in FLAGS.items():
+        help = f"{what} of yours, in transformers' layout, for tables"
+        add(f"--{name}", type=cli.path, metavar="FOLDER", help=help)
+    help = "of your own, for dial"
+    add("--grid", nargs="+", action="extend", default=[], type=cli.path, metavar="SPEC", help=help)
     args = parser.parse_args(argv)
-    parts = choose_parts(args.parts)
+    parts = choose_parts(args.parts, args.quick)
     check_writable(args.out, "index.html")
 
-    from vcloze_jax.pipeline import load_painter, steps_bar  # JAX from here on
+    if args.photographs:
+        photograph_files(args.photographs)  # now, not after the painting
+    preset = places.named_preset(args.weights or places.MINI_FOLDER)
+    items = open_test_items(args.data_dir, preset) if args.data_dir else None
+    grids = read_specs(args.grid, preset)
+    judges = {name: check_judge(name, folder) for name in FLAGS if (folder := vars(args)[name])}
+
+    from vcloze_jax.pipeline import load_painter  # JAX from here on
 
     source = open_tasks("", MINI.recipe).held_out()
     painter = load_painter(cli.fetch_weights(args), args.lora, args.mesh)
-    lab = Lab(painter, source, args.num_inference_steps, args.quick, steps_bar)
-    chapters = [run_part(name, lab) for name in parts]
+    how = args.num_inference_steps, args.quick, bar_below, args.out
+    lab = Lab(painter, source, *how, args.photographs, items, grids, judges)
     lead = f"Made by `{describe_command(args, parts)}`, which gives the same page again."
-    numbers = {name: part.numbers for name, (_, part) in zip(parts, chapters, strict=True)}
-    pages = TITLE, lead, dict(chapters)
-    args.out.mkdir(parents=True, exist_ok=True)
-    save_text(args.out / "study.json", json.dumps(numbers, indent=1) + "\n")
-    save_text(args.out / "study.md", write_markdown(*pages))
-    save_text(args.out / "index.html", write_html(*pages))
+    chapters = {}
+    with tqdm(parts, unit="part", dynamic_ncols=True) as bar:
+        for name in bar:
+            bar.set_description(name)
+            chapters[name] = run_part(name, lab)
+            write_report(args.out, lead, chapters)  # so far: who stops it keeps what there is
     print(f"{', '.join(parts)}: {args.out}/index.html")
+
+
+def write_report(folder, lead, chapters):
+    """Write {name: (title, Chapter)} as a page, as its tables, as its numbers; and what lies beside
+    it. Files that are there are replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = {name: part.numbers for name, (_, part) in chapters.items()}
+    pages = TITLE, lead, dict(chapters.values())
+    save_text(folder / "study.json", json.dumps(numbers, indent=1) + "\n")
+    save_text(folder / "study.md", write_markdown(*pages))
+    for _, part in chapters.values():
+        for name, text in part.files.items():
+            save_text(folder / name, text)
+    save_text(folder / "index.html", write_html(*pages))
+
+
+def open_test_items(folder, preset):
+    """The items of Graph200K that are held out, at the size of a preset's cells."""
+    return open_graph200k("", replace(preset.recipe, data_dir=str(folder))).held_out()
+
+
+def bar_below(steps, label):
+    """The steps of one batch as a bar below that of the parts, gone when they are done."""
+    return tqdm(steps, label, unit="step", position=1, leave=False, dynamic_ncols=True)
 
 
 def describe_command(args, parts):
@@ -57,6 +116,11 @@ def describe_command(args, parts):
     words += ["--weights", args.asked] if args.weights else []
     for file, scale in args.lora or ():
         words += ["--lora", f"{file}:{scale:g}"]
+    words += ["--photographs", args.photographs] if args.photographs else []
+    words += ["--data-dir", args.data_dir] if args.data_dir else []
+    for name in FLAGS:
+        words += [f"--{name}", vars(args)[name]] if vars(args)[name] else []
+    words += ["--grid", *args.grid] if args.grid else []
     return shlex.join(map(str, [*words, *["--quick"] * args.quick, *parts]))
 
 

@@ -61,11 +61,11 @@ def spread_tokens(grid, values):
     return maps
 
 
-def map_tokens(grid, values, low=None, high=None, side=PATCH):
+def map_tokens(grid, values, low=None, high=None, side=PATCH, name="viridis"):
     """`spread_tokens` in colours, one scale for all rows, a token a square."""
     low, high = (values.min() if low is None else low), (values.max() if high is None else high)
     maps = spread_tokens(grid, values)
-    return stack_sheets([magnify(colour(m, low, high), side) for m in maps])
+    return stack_sheets([magnify(colour(m, low, high, name), side) for m in maps])
 
 
 def label_columns(columns):

@@ -50,10 +50,28 @@ class TextTable(NamedTuple):
 
 class Chapter(NamedTuple):
     """What a part of the study gives: blocks, each a Heading, a paragraph (text, in which `x` is
-    code), a TextTable or a Figure; and its numbers, as JSON."""
+    code), a TextTable or a Figure; its numbers, as JSON; and what lies beside
+    the page, {name: text}."""
 
     blocks: list
     numbers: dict
+    files: dict = {}
+
+
+def tabulate_records(records):
+    """Records of what was found, {column: text, a number, or what has a text}, as rows of a table;
+    a record need not have all columns."""
+    columns = [*dict.fromkeys(column for record in records for column in record)]
+    show = lambda x: f"{x:.3f}" if isinstance(x, float) else f"{x}"  # noqa: E731
+    return [columns, *([show(record.get(c, "–")) for c in columns] for record in records)]
+
+
+def list_records(records):
+    """The same for a program: what has fields is an object of them."""
+    return [
+        {key: x._asdict() if hasattr(x, "_asdict") else x for key, x in record.items()}
+        for record in records
+    ]
 
 
 def write_html(title, lead, chapters):

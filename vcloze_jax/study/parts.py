@@ -3,6 +3,7 @@
 A part is a function of a Lab that gives a Chapter: what it paints is a function of the Lab alone.
 """
 
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import NamedTuple
 
@@ -11,7 +12,16 @@ from vcloze_jax.config import UserError
 PARTS = {  # name: its title, and where it is
     "walk": ("One grid, followed through the house", "walk:follow_grid"),
     "ambiguity": ("Examples against ambiguity", "ambiguity:measure_ambiguity"),
+    "dial": ("The dial, and how often a seed fails", "dial:turn_dial"),
+    "unseen": ("Unseen tasks, unseen pictures", "unseen:measure_unseen"),
+    "unions": ("Two tasks in one grid", "unions:unite_tasks"),
+    "choice": ("Which examples are shown", "choice:compare_choices"),
+    "reverse": ("From the target back to its conditions", "reverse:turn_round"),
+    "looks": ("Where it looks", "looks:look_around"),
+    "tables": ("The paper's tables", "tables:fill_tables"),
+    "ablations": ("What each choice of the recipe is good for", "ablations:ablate"),
 }
+SLOW = ("ablations",)  # --quick leaves them out, unless they are named
 
 
 class Lab(NamedTuple):
@@ -22,13 +32,19 @@ class Lab(NamedTuple):
     steps: int  # of Euler
     quick: bool  # few tasks, subjects and noises
     bar: object  # (iterable, label) -> the same, with a progress bar
+    out: Path = Path("study")  # the report's folder
+    photographs: Path | None = None  # a folder of the user's pictures
+    items: object = None  # Graph200KGrids of test items
+    grids: tuple = ()  # Specs of the user's
+    judges: dict = {}  # folders of study/judges.py
 
 
-def choose_parts(names):
-    """The named parts in the study's order, all if none is named. Raises UserError."""
+def choose_parts(names, quick):
+    """The named parts in the study's order; all if none is named, but if it is to be quick not the
+    slow ones. Raises UserError."""
     if unknown := [name for name in names if name not in PARTS]:
         raise UserError(f"{unknown[0]!r} is no part of the study; parts are {', '.join(PARTS)}")
-    return [name for name in PARTS if name in names or not names]
+    return [name for name in PARTS if name in names or not names and not (quick and name in SLOW)]
 
 
 def run_part(name, lab):

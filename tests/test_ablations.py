@@ -1,0 +1,76 @@
+"""Laws of the ablations: each row differs from the recipe in what its name says, and a run is asked
+for what it has learnt itself."""
+
+import json
+import shlex
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from vcloze_jax import train
+from vcloze_jax.config import MINI, UserError
+from vcloze_jax.data import graph
+from vcloze_jax.data.graphemoji import open_tasks
+from vcloze_jax.inputs import recipeflags
+from vcloze_jax.study import ablations
+from vcloze_jax.study.parts import PARTS, SLOW, Lab, choose_parts
+
+
+def test_each_row_changes_one_value():
+    """Of all of a run's values the flags of a row change one, and two rows never the same to the
+    same; the first changes none. The task was never trained."""
+    recipes = [
+        recipeflags.read_recipe(train.parse(shlex.split(flags)))
+        for flags in ablations.VARIANTS.values()
+    ]
+    changed = [
+        {key: value for key, value in vars(recipe).items() if value != vars(recipes[0])[key]}
+        for recipe in recipes
+    ]
+    assert [len(values) for values in changed] == [0, *[1] * (len(changed) - 1)]
+    assert len({str(values) for values in changed}) == len(changed)
+    assert recipes[0] == recipeflags.read_recipe(train.parse([]))
+    assert recipes[0].rank == MINI.recipe.rank and ablations.TASK not in graph.TRAIN
+
+
+def test_quick_leaves_them_out():
+    """A quick report has all parts but the slow ones; who names one gets it."""
+    assert choose_parts([], quick=True) == [name for name in PARTS if name not in SLOW]
+    assert choose_parts([], quick=False) == [*PARTS]
+    assert choose_parts(["ablations", "walk"], quick=True) == ["walk", "ablations"]
+
+
+def test_a_failed_training_is_told(tmp_path):
+    """What train.py says is the user's line, with the command that said it."""
+    with pytest.raises(UserError, match="python train.py .*--rank -1.*: .*--rank") as told:
+        ablations.train_variant(["--rank", "-1"], 2, tmp_path / "run")
+    assert "\n" not in f"{told.value}" and not (tmp_path / "run").exists()
+
+
+def test_rows_tell_of_their_runs(tmp_path, monkeypatch):
+    """A run is trained once for each row and its own losses are told, of its last fifth."""
+    trained = []
+
+    def pretend(flags, steps, run):
+        trained.append(flags)
+        run.mkdir(parents=True)
+        losses = [9.0, 9.0, 9.0, 9.0, float(len(trained))]
+        lines = [json.dumps({"loss_by_region": {"target": x}}) for x in losses]
+        (run / "metrics.jsonl").write_text("\n".join(lines))
+
+    class Still:
+        """One that answers nothing."""
+
+        preset = MINI
+
+        def __call__(self, specs, bar):
+            return [SimpleNamespace(pixels=np.zeros_like(s.grid.query.pixels)) for s in specs]
+
+    monkeypatch.setattr(ablations, "train_variant", pretend)
+    monkeypatch.setattr(ablations, "load_variant", lambda run: Still())
+    source = open_tasks("", MINI.recipe).held_out()
+    lab = Lab(None, source, 2, True, lambda steps, label: steps, tmp_path)
+    rows = ablations.ablate(lab).numbers["ablations"]
+    assert [row["loss of the target, last fifth"] for row in rows] == [1.0, 2.0]
+    assert trained == [shlex.split(flags) for flags in list(ablations.VARIANTS.values())[:2]]

@@ -1,0 +1,134 @@
+"""Where tokens look: what attention gives to every token, read off inside the blocks.
+
+The MMDiT does not know of it: while a block is traced here, the function that it calls for
+attention is one that listens first. So what is measured are the queries and keys that were there,
+whatever the block has become; and of L x L no more is ever held than the scores of some queries.
+"""
+
+from contextlib import contextmanager
+from functools import partial
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vcloze_jax.grid import PATCH
+from vcloze_jax.model import layers, ops
+from vcloze_jax.sharding import on_host, spread
+
+CHUNK = 256  # queries at once
+TEXT, QUERY, TARGET = "text", "the query's conditions", "the target itself"
+CONDITIONS, SHOWN = "conditions of example {}", "target of example {}"
+
+
+def attention_heat(q, k, queries, lengths=None, chunk=CHUNK):
+    """How much the tokens `queries`, int [Q], attend to every token, in the mean over them and over
+    heads: float32 [B, L], whose sum over L is one. q, k [B, L, H, K] as attention gets them."""
+    B, L, H, K = q.shape
+    real = None if lengths is None else jnp.arange(L) < lengths[:, None, None, None]  # B 1 1 L
+    total = jnp.zeros((B, L), jnp.float32)
+    for start in range(0, len(queries), chunk):
+        part = q[:, queries[start : start + chunk]]  # B Q H K
+        scores = jnp.einsum("bqhk,blhk->bhql", part, k, preferred_element_type=jnp.float32)
+        scores = scores * K**-0.5
+        if real is not None:
+            scores = jnp.where(real, scores, -jnp.inf)
+        total += jax.nn.softmax(scores).sum((1, 2))
+    return total / (H * len(queries))
+
+
+@contextmanager
+def listening(hear):
+    """Within, blocks that ask for attention are heard: the list that it gives holds the answers of
+    `hear(q, k, lengths)`."""
+    heard = []
+
+    def attention(q, k, v, lengths=None):
+        heard.append(hear(q, k, lengths=lengths))
+        return ops.attention(q, k, v, lengths)
+
+    with mock.patch.object(layers, "attention", attention):
+        yield heard
+
+
+def hear_blocks(flux, img, txt, mod, pe, lengths, *, hear):
+    """As Flux.__call__ -> velocity [B, S, 64], and what `hear` says of each block, the double
+    blocks first: [blocks, …]."""
+
+    def double(x, layer):
+        block, img_mod, txt_mod = layer
+        with listening(hear) as heard:
+            x = block(*x, img_mod, txt_mod, pe, lengths)
+        return x, heard[0]
+
+    def single(x, layer):
+        block, mod = layer
+        with listening(hear) as heard:
+            x = block(x, mod, pe, lengths)
+        return x, heard[0]
+
+    x, T = (flux.img_in(img), flux.txt_in(txt)), txt.shape[1]
+    (img, txt), first = jax.lax.scan(double, x, (flux.double, mod.img, mod.txt))
+    x, rest = jax.lax.scan(single, jnp.concatenate([txt, img], 1), (flux.single, mod.single))
+    return flux.final(x[:, T:], mod.final), jnp.concatenate([first, rest])
+
+
+def look(flux, x, mod, context, *, queries):
+    """Heat float32 [blocks, B, T + S] of the tokens `queries`, int [Q], at noisy tokens x."""
+    img = jnp.concatenate([x.astype(context.condition.dtype), context.condition], -1)
+    args = flux, img, context.txt, mod, context.pe, context.lengths
+    return hear_blocks(*args, hear=partial(attention_heat, queries=queries))[1]
+
+
+class Onlooker:
+    """What a Painter tells of its steps to: it looks where tokens `queries` of grids of one shape
+    look before each, and keeps that in `heat`, [steps][blocks, B, T + bucket] for every batch."""
+
+    def __init__(self, painter, queries):
+        self.painter, self.heat = painter, []
+        self.look = jax.jit(partial(look, queries=queries))
+
+    def __call__(self, canvases, i, latents):
+        to_mesh, flux = partial(spread, mesh=self.painter.mesh), self.painter.models.flux
+        if i == 0:
+            batch = canvases + canvases[:1] * (len(latents) - len(canvases))
+            begun = self.painter.stack(batch, latents.shape[1])
+            self.x, times, self.context = jax.tree.map(to_mesh, begun)
+            self.mods = self.painter.modulate_steps(flux, times, self.context), times
+            self.heat.append([])
+        mod, *_ = self.painter.select_step(*self.mods, i)
+        heat = on_host(self.look(flux, self.x, mod, self.context))
+        self.heat[-1].append(heat[:, : len(canvases)])
+        self.x = to_mesh(latents)
+
+
+def paint_and_look(painter, specs, bar):
+    """Paint Specs of one shape -> their Canvases, and where the tokens of the target, as
+    `segment_tokens` has it, look at every step: float32 [steps, blocks, N, T + S]."""
+    names, segments = segment_tokens(specs[0].grid, painter.preset.t5.max_length)
+    onlooker = Onlooker(painter, np.flatnonzero(segments == names.index(TARGET)))
+    canvases = painter(specs, bar, onlooker)
+    heat = np.concatenate([np.stack(steps) for steps in onlooker.heat], 2)
+    return canvases, heat[..., : len(segments)]
+
+
+def segment_tokens(grid, text_tokens):
+    """Names of what tokens show, and of which each is: int [T + S], text first.
+
+    They are the text; of each example its conditions and its target; the query's conditions, and
+    its target. The target is the query's last cell.
+    """
+    names, found = [TEXT], [np.zeros(text_tokens, int)]
+    for number, (h, w) in enumerate(grid.shape, 1):
+        cell = w // PATCH // grid.columns  # tokens across
+        in_target = np.arange(w // PATCH) >= (grid.columns - 1) * cell
+        found.append(np.tile(len(names) + in_target, h // PATCH))
+        names += [CONDITIONS.format(number), SHOWN.format(number)]
+    return [*names[:-2], QUERY, TARGET], np.concatenate(found)
+
+
+def segment_masses(heat, segments):
+    """How much of the attention goes to each segment, [..., T + S] -> [..., segments]; the sum over
+    them is that of the heat, one."""
+    return heat @ np.eye(segments.max() + 1, dtype=heat.dtype)[segments]
