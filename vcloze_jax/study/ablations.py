@@ -36,10 +36,11 @@ SHOWN = 4  # subjects of a sheet
 SAYS = (
     "Mini's base, which only infills, learns `{task}` by `python train.py --data "
     "graphemoji:{spelling} --steps {steps}` and the flags of each row, from the same seed; the "
-    "first row is the recipe as it is (rank {rank}, loss of the target alone, any cell blank in "
-    "half of the grids, times as drawn, text in nine of ten grids). RMSE on held-out subjects with "
-    "no sentence; `backwards` asks for the condition of the target. One run each: what differs by "
-    "less than the spread over noise, or two seeds of one recipe would, tells nothing."
+    "first row is the recipe as it is (rank {rank}, loss of the {region}, any cell blank in "
+    "{reverse:.0%} of the grids, no text in {silent:.0%}, times not shifted by tokens). RMSE on "
+    "held-out subjects with no sentence; `backwards` asks for the condition of the target. One run "
+    "each: what differs by less than the spread over noise, or than two seeds of one recipe would, "
+    "tells nothing."
 )
 
 
@@ -60,7 +61,10 @@ def ablate(lab):
     given, truth = (asker.truth(node) for node in (*TASK.conditions, TASK.target))
     columns = {TASK.conditions[0]: given} | columns | {"truth": truth}
     sheet = draw.label_columns({label: to_levels(x[:SHOWN]) for label, x in columns.items()})
-    says = dict(task=TASK.name, spelling=TASK.spelling, steps=steps, rank=MINI.recipe.rank)
+    recipe = MINI.recipe
+    says = dict(task=TASK.name, spelling=TASK.spelling, steps=steps, rank=recipe.rank)
+    says |= dict(region=recipe.loss_region, reverse=recipe.reverse_masking)
+    says |= dict(silent=recipe.caption_dropout)
     blocks = [
         SAYS.format(**says),
         asker.spreads,
