@@ -20,6 +20,7 @@ import tiny
 from runs import ROOT, flags, make_home, metrics
 from safetensors.numpy import load_file
 
+import train
 from vcloze_jax import hosts
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs import cluster
@@ -155,6 +156,16 @@ def test_alone(monkeypatch):
         hosts.join_hosts()
 
 
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run"])
+def test_no_bucket(monkeypatch, call, address):
+    """An object store is refused by name on every host, before JAX: nothing there is renamed."""
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    code, _, error = call(train.main, f"--out {address}")
+    assert code == 2 and error.count("\n") == 1
+    assert f"--out {address.replace('//', '/')}: an address" in error and "no bucket" in error
+
+
 # --- whole runs ---
 
 
@@ -233,11 +244,13 @@ AFTER = """
 import os, resource, sys, time
 import train
 from vcloze_jax.runwriter import RunWriter
+from vcloze_jax.storage.checkpoint import SAVING
 
 action, write = sys.argv.pop(1), RunWriter.write
 
 def write_and_act(writer, sent, seconds):
     write(writer, sent, seconds)
+    SAVING.submit(int).result()  # what is being saved is whole then
     if sent.step == 3 and action == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, resource.RLIM_INFINITY))
     elif sent.step == 3:

@@ -15,12 +15,14 @@ and agrees with itself at no cost.
 
 import os
 import re
+import threading
+from collections import Counter
 from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax._src import distributed  # JAX has no public way to its key-value store
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -33,7 +35,9 @@ from vcloze_jax.inputs.terminal import tell_error
 from vcloze_jax.sharding import batch_sharding
 
 SILENCE = 45  # seconds without a sign of life, after which JAX ends the processes that are left
-LONGEST = 1000  # bytes of what a host tells the others
+LONGEST = 1000  # characters of what a host tells the others
+PATIENCE = 24 * 3600 * 1000  # milliseconds: JAX itself ends who waits for a host that is lost
+ASKED = Counter()  # how often a thread has told something
 STATUS = re.compile(r"[A-Z_]+: ")  # what XLA's errors begin with, of whatever class JAX makes them
 
 
@@ -81,13 +85,16 @@ def drawn_here(recipe, mesh):
 
 
 def tell_all(text):
-    """A text of each host -> those of all, in order, on every host."""
+    """A text of each host -> those of all, in order, on every host. No device has a part in it, so
+    that a thread may ask while devices are at work; it is answered by threads of its name."""
     if jax.process_count() == 1:
         return [text]
-    said = np.frombuffer(text.encode()[:LONGEST].ljust(LONGEST), np.uint8)
-    return [
-        bytes(x).decode(errors="ignore").strip() for x in multihost_utils.process_allgather(said)
-    ]
+    store, thread = distributed.global_state.client, threading.current_thread().name
+    ASKED[thread] += 1
+    key = f"vcloze_jax/{thread}/{ASKED[thread]}"
+    store.key_value_set(f"{key}/{jax.process_index()}", text[:LONGEST])
+    hosts = range(jax.process_count())
+    return [store.blocking_key_value_get(f"{key}/{host}", PATIENCE) for host in hosts]
 
 
 @contextmanager
