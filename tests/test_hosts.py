@@ -220,22 +220,45 @@ def test_two_hosts_are_one_process(home, alone, tmp_path):
     assert_equal(out, alone)
 
 
+# sample.py that tells which files it writes.
+TELLING = """
+import sys
+import sample
+from vcloze_jax import pipeline
+
+for name in ("save_png", "save_text"):
+    def tell(file, content, write=getattr(pipeline, name)):
+        print("wrote", file.name, file=sys.stderr)
+        write(file, content)
+    setattr(pipeline, name, tell)
+
+sample.cli.run(sample.main)
+"""
+
+
 @pytest.mark.slow
 def test_two_hosts_paint_as_one(home, tmp_path):
-    """Two hosts of one device paint the bytes that a process of two does; one writes and speaks."""
+    """Two hosts of one device paint the bytes that a process of two does; each decodes and writes
+    its own grids, also such as are enlarged, one record each; one speaks."""
     grid = json.loads((home / "grids.jsonl").read_text().splitlines()[0])
     grid["image"][-1][-1] = None
     spec = grid | {"num_inference_steps": 2, "resolution": 32}
-    (tmp_path / "grid.json").write_text(json.dumps(spec))
-    paint = "import sample; sample.cli.run(sample.main)"
+    again = spec | {"seed": 1, "upsampling": {"width": 48, "num_inference_steps": 3}}
+    (tmp_path / "grid.json").write_text(json.dumps([spec, again, spec | {"seed": 2}]))
     argv = [f"--weights={home / 'weights'}", "--mesh=2", f"--grid={tmp_path / 'grid.json'}"]
-    codes, outs, errors = ends(start_pair([*argv, f"--out={tmp_path / 'two'}"], (paint, paint)))
+    codes, outs, errors = ends(start_pair([*argv, f"--out={tmp_path / 'two'}"], (TELLING,) * 2))
     assert codes == [0, 0], errors
-    assert "1 grids painted" in outs[0] and "painted" not in outs[1]
-    argv = [sys.executable, "-c", paint, *argv, f"--out={tmp_path / 'one'}"]
-    assert subprocess.run(argv, cwd=ROOT).returncode == 0
-    for name in ("grid.png", "grid_target0.png"):
+    assert "3 grids painted" in outs[0] and "painted" not in outs[1]
+    wrote = [{x[6:] for x in e.splitlines() if x.startswith("wrote ")} for e in errors]
+    names = [{f"grid-{i}{end}" for end in (".png", "_target0.png", ".json")} for i in range(3)]
+    assert wrote == [names[0] | names[2], names[1]]
+    argv = [sys.executable, "-c", TELLING, *argv, f"--out={tmp_path / 'one'}"]
+    assert subprocess.run(argv, cwd=ROOT, capture_output=True).returncode == 0
+    for name in set.union(*names):
         two, one = ((tmp_path / out / name).read_bytes() for out in ("two", "one"))
+        if name.endswith(".json"):
+            two, one = (json.loads(x) | {"seconds": 0, "compiles": 0} for x in (two, one))
+            two, one = ({k: v for k, v in x.items() if k != "upsampling"} for x in (two, one))
         assert two == one, name
 
 

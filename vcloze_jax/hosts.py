@@ -9,8 +9,8 @@ disk, NFS, Lustre, Filestore, no bucket. If one is lost, the others end within a
 command goes on, on as many as there are.
 
 Each runs the same program, on its own devices of one mesh, and draws the grids that these hold; all
-compute previews and adapters, host 0 writes, and speaks for all. A process that is alone is host 0,
-and agrees with itself at no cost.
+compute previews, host 0 writes the run, and speaks for all. Of grids that are painted each decodes
+and writes its share. A process that is alone is host 0, and agrees with itself at no cost.
 """
 
 import os
@@ -75,6 +75,11 @@ def let_first_speak():
 def is_first():
     """Whether this is host 0, which writes."""
     return jax.process_index() == 0
+
+
+def pick_share(things):
+    """Those of a sequence that this host has to see to; each is one host's."""
+    return things[jax.process_index() :: jax.process_count()]
 
 
 def drawn_here(recipe, mesh):

@@ -159,10 +159,11 @@ class RunWriter:
 
     def paint(self, models, steps=None):
         """The query rows of the previews as these models paint them, as far as the run goes on, and
-        no further than so many Euler steps."""
+        no further than so many Euler steps. Nothing on a host that does not write them."""
         self.painter.models = models
         go_on = lambda every, _: takewhile(lambda _: not self.stopped(), every[:steps])  # noqa: E731
-        return [canvas.pixels for canvas in self.painter(self.specs, go_on)]
+        canvases = self.painter(self.specs, go_on)
+        return [canvas.pixels for canvas in canvases] if self.run.writes else []
 
     def save(self):
         """Begin to save, once the save before is complete: the adapter, then the step, so that a

@@ -33,6 +33,7 @@ from vcloze_jax.storage import digests
 from vcloze_jax.storage.digests import Damaged, describe_type
 
 KEPT = 2  # steps that stay, beside the one that is being written
+ROOM = 2**29  # bytes that orbax copies at a time, beside the largest array twice
 SAVING = ThreadPoolExecutor(1, "saving")
 for _name in "absl", "asyncio":  # where the disk is full, orbax logs a hundred lines per thread
     logging.getLogger(_name).setLevel(logging.CRITICAL)
@@ -105,7 +106,8 @@ def begin(folder: str | Path, step: int, state, export=lambda: None, *, keep: in
         with agreed():
             _reserve(draft, arrays.values())
         _room(draft).unlink()
-        written = _write_arrays(draft / "arrays", arrays)
+        with _frugal_context(arrays):  # hosts meet by their devices, and only here
+            written = ocp.save_async(draft / "arrays", arrays, overwrite=True)
     return SAVING.submit(_complete, draft, step, arrays, written, export, keep)
 
 
@@ -128,14 +130,16 @@ def _complete(draft: Path, step: int, arrays: dict, written, export, keep: int) 
                 _commit(draft, step, keep)
 
 
-def _write_arrays(path: Path, arrays: dict):
-    """Have orbax write them, every host what its devices are the first to hold. It returns once the
-    hosts have met; the `result()` of what it returns is there when all is written."""
-    context = ocp.Context()
+def _frugal_context(arrays: dict) -> ocp.Context:
+    """Settings of orbax with which a thread of its own copies some arrays at a time, for which they
+    stay as they are; else it would copy all of them before it begins."""
+    context, sizes = ocp.Context(), [x.size * x.dtype.itemsize for x in arrays.values()]
+    room = ROOM + 2 * max(sizes, default=0)  # it refuses what is larger than its limit
+    context.memory.transfer_concurrent_bytes = context.memory.read_concurrent_bytes = room
+    context.memory.is_prioritized_key_fn = lambda _: False
     # Or devices that hold the same would each write a part, cut by a program for every array.
     context.array.saving.use_replica_parallel = False
-    with context:
-        return ocp.save_async(path, arrays, overwrite=True)
+    return context
 
 
 def _commit(draft: Path, step: int, keep: int) -> None:
@@ -269,7 +273,7 @@ def _agree_on_damage(damage: str) -> None:
 
 def _load(path: Path, stored: dict, wanted: dict) -> dict:
     """Some arrays of a step whose files were checked, by name, as `wanted` says."""
-    context = ocp.Context()
+    context = _frugal_context(wanted)
     context.pytree.loading.partial_load = True
     with context:
         arrays = ocp.load(path / "arrays", wanted)
