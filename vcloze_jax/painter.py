@@ -161,7 +161,7 @@ class Painter:
         for canvas, latents in zip(members, on_host(x), strict=False):
             canvas.latents = latents[: len(canvas.latents)]
             canvas.seconds.update(seconds)
-            conditioning.check_finite(canvas.latents)  # all hosts know: each decodes its own
+            conditioning.check_painted(canvas.latents)  # all hosts know: each decodes its own
 
     def stack(self, batch, size):
         """Latents [B, size, 64], times [B, N + 1] and Context of a batch, on the host."""
