@@ -90,8 +90,7 @@ class Painter:
         for canvas in canvases:
             if canvas.spec.upsampling:
                 canvas.second_passes = list(map(start, second_passes(canvas.spec, canvas.targets)))
-        again = [second for canvas in canvases for second in canvas.second_passes]
-        self.run_pass(again, progress, watch)
+        self.run_pass([second for c in canvases for second in c.second_passes], progress, watch)
         return canvases
 
     def run_pass(self, canvases, progress, watch):

@@ -12,7 +12,7 @@ from flax import nnx
 
 from vcloze_jax import __version__
 from vcloze_jax.config import PRESETS, UserError
-from vcloze_jax.devices import cpu_mesh, kernel_on, put
+from vcloze_jax.devices import HOST, cpu_mesh, kernel_on, put
 from vcloze_jax.inputs.cachefolder import cache_folder
 from vcloze_jax.model.lora import fold, split
 from vcloze_jax.sharding import compute_dtype, on_host, shardings
@@ -93,7 +93,7 @@ def move_offloaded(tree, mesh):
 
     def place(path, sharding):
         waits = path[0].key in ("double", "single")
-        return sharding.with_memory_kind("pinned_host") if waits else sharding
+        return sharding.with_memory_kind(HOST) if waits else sharding
 
     layout = jax.tree_util.tree_map_with_path(place, shardings(tree, mesh, "flux/"))
     leaves, treedef = jax.tree.flatten(tree)
