@@ -11,10 +11,10 @@ VIEWS = ("edges", "fluent_3d")
 TIMELESS = dict(seconds=0, grids_per_second=0, tflops=0, mfu=0)
 
 
-def make_home(folder):
+def make_home(folder, preset=tiny.TINY):
     """weights/, of tiny random models, and grids.jsonl: three grids of two rows, their truth
     included."""
-    tiny.weights_folder(folder / "weights")
+    tiny.weights_folder(folder / "weights", preset=preset)
     pictures = ROOT / "examples/pictures"
     rows = [[f"{pictures}/{subject}_{view}.png" for view in VIEWS] for subject in SUBJECTS]
     grids = [{"image": [rows[i - 1], rows[i]], "task_prompt": "Draw."} for i in range(3)]

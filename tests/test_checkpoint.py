@@ -295,16 +295,25 @@ def test_disk_full(tmp_path, capfd):
 
 SAVER = """
 import itertools, sys
-import jax.numpy as jnp
+import jax, jax.numpy as jnp
+from vcloze_jax.devices import copy_to_hosts
 from vcloze_jax.storage import checkpoint
+next_step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+state = {"a": jnp.zeros((256, 256), int), "b": jnp.zeros((8,), int)}
 for step in itertools.count(1):
-    checkpoint.save(sys.argv[1], step, {"a": jnp.full((256, 256), step), "b": jnp.full((8,), step)})
+    state = next_step(state)
+    saving = checkpoint.begin(sys.argv[1], step, copy_to_hosts(state))
+    for _ in range(100):
+        state = next_step(state)
+    state = jax.tree.map(lambda x: x - 100, state)
+    saving.result()
     print(step, flush=True)
 """
 
 
 def test_kill(tmp_path):
-    """kill -9 at any moment of a save: what was reported as saved, or the next, restores whole."""
+    """kill -9 at any moment of a save, while the state is changed in its place: what was reported
+    as saved, or the next, restores whole, as it was when the save began."""
     like, rng = {"a": jnp.ones((256, 256), int), "b": jnp.ones((8,), int)}, random.Random(0)
     folders = [tmp_path / str(i) for i in range(3)]
     savers = [

@@ -204,7 +204,7 @@ def test_help(call, main):
         ("--data bad.json", "bad.json: line 1: image[0][1]: "),
         ("--tensorboard", "--tensorboard: pip install tensorboardX, please"),
         ("--profile 0", "argument --profile: '0' is no whole number from 1"),
-        ("--out gs://bucket/run", "--out gs:/bucket/run: no checkpoint can be kept where"),
+        ("--out gs://bucket/run", "--out gs:/bucket/run: an address, not a path; name a folder"),
         ("--out file", "file: not a run of train.py"),
         ("--out .", ".: not a run of train.py, and not empty"),
         ("--out odd", "odd: not a run of train.py, and not empty"),

@@ -20,6 +20,7 @@ import tiny
 from runs import ROOT, flags, make_home, metrics
 from safetensors.numpy import load_file
 
+import train
 from vcloze_jax import hosts
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs import cluster
@@ -155,6 +156,16 @@ def test_alone(monkeypatch):
         hosts.join_hosts()
 
 
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run"])
+def test_no_bucket(monkeypatch, call, address):
+    """An object store is refused by name on every host, before JAX: nothing there is renamed."""
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    code, _, error = call(train.main, f"--out {address}")
+    assert code == 2 and error.count("\n") == 1
+    assert f"--out {address.replace('//', '/')}: an address" in error and "no bucket" in error
+
+
 # --- whole runs ---
 
 
@@ -209,23 +220,81 @@ def test_two_hosts_are_one_process(home, alone, tmp_path):
     assert_equal(out, alone)
 
 
+# sample.py that tells which files it writes.
+TELLING = """
+import sys
+import sample
+from vcloze_jax import pipeline
+
+for name in ("save_png", "save_text"):
+    def tell(file, content, write=getattr(pipeline, name)):
+        print("wrote", file.name, file=sys.stderr)
+        write(file, content)
+    setattr(pipeline, name, tell)
+
+sample.cli.run(sample.main)
+"""
+
+
 @pytest.mark.slow
 def test_two_hosts_paint_as_one(home, tmp_path):
-    """Two hosts of one device paint the bytes that a process of two does; one writes and speaks."""
+    """Two hosts of one device paint the bytes that a process of two does; each decodes and writes
+    its own grids, also such as are enlarged, one record each; one speaks."""
     grid = json.loads((home / "grids.jsonl").read_text().splitlines()[0])
     grid["image"][-1][-1] = None
     spec = grid | {"num_inference_steps": 2, "resolution": 32}
-    (tmp_path / "grid.json").write_text(json.dumps(spec))
-    paint = "import sample; sample.cli.run(sample.main)"
+    again = spec | {"seed": 1, "upsampling": {"width": 48, "num_inference_steps": 3}}
+    (tmp_path / "grid.json").write_text(json.dumps([spec, again, spec | {"seed": 2}]))
     argv = [f"--weights={home / 'weights'}", "--mesh=2", f"--grid={tmp_path / 'grid.json'}"]
-    codes, outs, errors = ends(start_pair([*argv, f"--out={tmp_path / 'two'}"], (paint, paint)))
+    codes, outs, errors = ends(start_pair([*argv, f"--out={tmp_path / 'two'}"], (TELLING,) * 2))
     assert codes == [0, 0], errors
-    assert "1 grids painted" in outs[0] and "painted" not in outs[1]
-    argv = [sys.executable, "-c", paint, *argv, f"--out={tmp_path / 'one'}"]
-    assert subprocess.run(argv, cwd=ROOT).returncode == 0
-    for name in ("grid.png", "grid_target0.png"):
+    assert "3 grids painted" in outs[0] and "painted" not in outs[1]
+    wrote = [{x[6:] for x in e.splitlines() if x.startswith("wrote ")} for e in errors]
+    names = [{f"grid-{i}{end}" for end in (".png", "_target0.png", ".json")} for i in range(3)]
+    assert wrote == [names[0] | names[2], names[1]]
+    argv = [sys.executable, "-c", TELLING, *argv, f"--out={tmp_path / 'one'}"]
+    assert subprocess.run(argv, cwd=ROOT, capture_output=True).returncode == 0
+    for name in set.union(*names):
         two, one = ((tmp_path / out / name).read_bytes() for out in ("two", "one"))
+        if name.endswith(".json"):
+            two, one = (json.loads(x) | {"seconds": 0, "compiles": 0} for x in (two, one))
+            two, one = ({k: v for k, v in x.items() if k != "upsampling"} for x in (two, one))
         assert two == one, name
+
+
+# train.py whose previews are of one step: 57 blocks of eight threads take their time.
+BRIEF = """
+import train
+from vcloze_jax.runwriter import RunWriter
+
+RunWriter.preview = RunWriter.rehearse
+train.cli.run(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_the_whole_depth(tmp_path):
+    """A twin of FLUX.1-Fill, 19 + 38 blocks at a width of 96, on eight devices of two hosts, over
+    all axes of a mesh: it trains, saves, goes on from there, and paints. Each host digests what its
+    devices hold, so that an array has as many digests as parts."""
+    home, out = make_home(tmp_path, tiny.DEEP), tmp_path / "run"
+    argv = dict(mesh="data=2,fsdp=2,tensor=2", remat="light", save_every=1, preview_every=9)
+    for steps in (1, 2):
+        codes, outs, errors = ends(start_pair(flags(home, out, steps=steps, **argv), (BRIEF,) * 2))
+        assert codes == [0, 0], errors
+    assert [line["step"] for line in metrics(out)] == [1, 2]
+    assert all(np.isfinite(line["loss"]) for line in metrics(out))
+    stored = checkpoint.digests.check_files(out / "checkpoints/2")
+    kind, parts = stored["trainable/flux/single/linear1/lora_b"]
+    assert kind.startswith("float32[38, ") and len(parts) == 4  # over fsdp and tensor
+    spec = json.loads((out / "question.json").read_text())
+    (out / "question.json").write_text(json.dumps(spec | {"num_inference_steps": 2}))
+    paint = "import sample; sample.cli.run(sample.main)"
+    argv = [f"--weights={home / 'weights'}", f"--lora={out / 'lora.safetensors'}"]
+    argv += ["--mesh=fsdp=4,tensor=2", f"--grid={out / 'question.json'}", f"--out={tmp_path}"]
+    codes, outs, errors = ends(start_pair(argv, (paint, paint)))
+    assert codes == [0, 0] and "1 grids painted" in outs[0], errors
+    assert (tmp_path / "question_target0.png").is_file()
 
 
 # train.py, one of whose hosts does something to itself, or to its limits, after a step's metrics.
@@ -233,11 +302,13 @@ AFTER = """
 import os, resource, sys, time
 import train
 from vcloze_jax.runwriter import RunWriter
+from vcloze_jax.storage.checkpoint import SAVING
 
 action, write = sys.argv.pop(1), RunWriter.write
 
 def write_and_act(writer, sent, seconds):
     write(writer, sent, seconds)
+    SAVING.submit(int).result()  # what is being saved is whole then
     if sent.step == 3 and action == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, resource.RLIM_INFINITY))
     elif sent.step == 3:

@@ -3,8 +3,10 @@
 One run serves most of them: tiny random models, 6 steps on 2 virtual devices, saved every 2.
 """
 
+import errno
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -186,6 +188,7 @@ AFTER = """
 import os, sys, time
 import train
 from vcloze_jax.inputs.runfolder import Log
+from vcloze_jax.storage.checkpoint import SAVING
 
 step, number = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 write = Log.write
@@ -193,6 +196,7 @@ write = Log.write
 def write_and_act(log, record):
     write(log, record)
     if record["step"] == step:
+        SAVING.submit(int).result()  # what is being saved is whole then
         os.kill(os.getpid(), number)
         time.sleep(0.2)  # a step is shorter than a thread's turn
 
@@ -240,6 +244,23 @@ def test_killed_is_unbroken(unbroken, home, tmp_path, capsys):
     assert train.main(flags(home, out)) == 0
     assert "\nprograms compiled after step 5: none\n" in capsys.readouterr().out
     assert_same_run(out, unbroken)
+
+
+def test_a_save_that_fails_ends_the_run(home, tmp_path, monkeypatch):
+    """What goes wrong in a save that a run does not wait for ends it, at the latest where it saves
+    again; the step before stays, with the adapter that was learnt until then."""
+    out, check = tmp_path / "run", checkpoint.digests.check_files
+
+    def check_files(path):
+        if path.name == "4.tmp":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return check(path)
+
+    monkeypatch.setattr(checkpoint.digests, "check_files", check_files)
+    with pytest.raises(UserError, match="step 4 cannot be saved: No space left .*free some space"):
+        train.main(flags(home, out, steps=60))
+    assert os.listdir(out / "checkpoints") == ["2"] and len(metrics(out)) < 8
+    assert safe_open(out / "lora.safetensors", "numpy").metadata()["step"] == "2"
 
 
 def test_adapter_while_it_trains(unbroken, plain):

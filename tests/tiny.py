@@ -135,13 +135,19 @@ TINY = replace(
 )
 
 
-def weights_folder(folder, seed=0):
-    """A weights folder of random models of TINY's sizes, which compile fast; it says it is mini."""
+# The depth of FLUX.1-Fill, all 57 blocks, and its kinds of layers, at a width of 96.
+DEPTH = dict(width=96, heads=4, axes_dim=(4, 10, 10), double_blocks=19, single_blocks=38)
+DEEP = replace(TINY, flux=replace(TINY.flux, **DEPTH))
+
+
+def weights_folder(folder, seed=0, preset=TINY):
+    """A weights folder of random models of TINY's sizes, which compile fast, or of a preset's; it
+    says it is mini."""
     modules = {
-        name: filled_module(module, getattr(TINY, name), seed)
+        name: filled_module(module, getattr(preset, name), seed)
         for name, (module, _) in weights.MODELS.items()
     }
-    weights.save_pipeline(folder, TINY, modules, "float32")
+    weights.save_pipeline(folder, preset, modules, "float32")
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(places.MINI_FOLDER / name, folder / name)
     return folder

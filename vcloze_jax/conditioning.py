@@ -44,11 +44,15 @@ def to_model(pixels, dtype=jnp.float32):
     return (pixels.astype(jnp.float32) / 127.5 - 1).astype(dtype)
 
 
+def check_painted(x):
+    """Raise FloatingPointError for a picture or its latents, on the host, that hold NaN or inf."""
+    if not np.isfinite(x).all():
+        raise FloatingPointError("the painted picture is not finite; no picture is written")
+
+
 def to_pixels(x):
     """Decoded pictures -> uint8, rounded half to even. Raises FloatingPointError on NaN or inf."""
-    x = np.asarray(x, np.float32)
-    if not np.isfinite(x).all():
-        raise FloatingPointError("the decoded picture is not finite; no picture is written")
+    check_painted(x := np.asarray(x, np.float32))
     return np.rint(np.clip((x + 1) / 2, 0, 1) * 255).astype(np.uint8)
 
 

@@ -10,7 +10,7 @@ from functools import cache
 
 import jax
 import jaxlib
-from jax.sharding import AxisType
+from jax.sharding import AxisType, SingleDeviceSharding
 
 from vcloze_jax import hosts
 from vcloze_jax.config import UserError, flag
@@ -20,6 +20,7 @@ from vcloze_jax.model.ops import choose_kernel
 from vcloze_jax.sharding import AXES, compute_dtype, shardings
 
 MOST = 65_536  # devices on an axis
+HOST = "pinned_host"  # memory of a host that devices write by themselves
 SETTINGS = {  # of JAX, which variables of the environment may have set otherwise
     "jax_default_prng_impl": "threefry2x32",  # with these a seed would mean another noise
     "jax_threefry_partitionable": True,
@@ -123,6 +124,19 @@ def put(tree, mesh, root=""):
     """The tree's host arrays, each in its place on the mesh."""
     place = lambda x, where: jax.make_array_from_callback(x.shape, where, x.__getitem__)  # noqa: E731
     return jax.tree.map(place, tree, shardings(tree, mesh, root))
+
+
+def copy_to_hosts(tree):
+    """The arrays of a tree as they are now, split as they are, in the memory of their devices'
+    hosts. Nobody waits for it: a device copies an array before it changes it."""
+
+    def copy(x):
+        memory = lambda device: SingleDeviceSharding(device, memory_kind=HOST)  # noqa: E731
+        shards = [jax.device_put(s.data, memory(s.device)) for s in x.addressable_shards]
+        where = x.sharding.with_memory_kind(HOST)
+        return jax.make_array_from_single_device_arrays(x.shape, where, shards)
+
+    return jax.tree.map(lambda x: copy(x) if isinstance(x, jax.Array) else x, tree)
 
 
 def micro_size(recipe, mesh):

@@ -61,12 +61,14 @@ def tell_steps(on_step, painter):
 
 class Film:
     """Writes FOLDER/NAME_film.webp of each grid when its last step is done: the sheets of its first
-    pass, each of which a call returns. Give it as `on_step`."""
+    pass, each of which a call returns; of several hosts the first does. Give it as `on_step`."""
 
     def __init__(self, folder):
         self.folder, self.frames = Path(folder), defaultdict(list)
 
     def __call__(self, step):
+        if not is_first():
+            return None
         sheet = step.sheet()
         if step.second_pass:
             return sheet
@@ -74,7 +76,6 @@ class Film:
         if step.index == step.count - 1:
             *_, name, _ = output_names(step.spec.name, 0, film=True)
             frames = self.frames.pop(step.spec.name)
-            if is_first():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                save_film(self.folder / name, frames)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_film(self.folder / name, frames)
         return sheet

@@ -9,18 +9,20 @@ disk, NFS, Lustre, Filestore, no bucket. If one is lost, the others end within a
 command goes on, on as many as there are.
 
 Each runs the same program, on its own devices of one mesh, and draws the grids that these hold; all
-compute previews and adapters, host 0 writes, and speaks for all. A process that is alone is host 0,
-and agrees with itself at no cost.
+compute previews, host 0 writes the run, and speaks for all. Of grids that are painted each decodes
+and writes its share. A process that is alone is host 0, and agrees with itself at no cost.
 """
 
 import os
 import re
+import threading
+from collections import Counter
 from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax._src import distributed  # JAX has no public way to its key-value store
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -33,7 +35,9 @@ from vcloze_jax.inputs.terminal import tell_error
 from vcloze_jax.sharding import batch_sharding
 
 SILENCE = 45  # seconds without a sign of life, after which JAX ends the processes that are left
-LONGEST = 1000  # bytes of what a host tells the others
+LONGEST = 1000  # characters of what a host tells the others
+PATIENCE = 24 * 3600 * 1000  # milliseconds: JAX itself ends who waits for a host that is lost
+ASKED = Counter()  # how often a thread has told something
 STATUS = re.compile(r"[A-Z_]+: ")  # what XLA's errors begin with, of whatever class JAX makes them
 
 
@@ -73,6 +77,11 @@ def is_first():
     return jax.process_index() == 0
 
 
+def pick_share(things):
+    """Those of a sequence that this host has to see to; each is one host's."""
+    return things[jax.process_index() :: jax.process_count()]
+
+
 def drawn_here(recipe, mesh):
     """Which grids of a group this host draws, counted from 0: those that its devices will hold."""
     cuts = batch_sharding(mesh).addressable_devices_indices_map((recipe.micro_batch,)).values()
@@ -81,13 +90,16 @@ def drawn_here(recipe, mesh):
 
 
 def tell_all(text):
-    """A text of each host -> those of all, in order, on every host."""
+    """A text of each host -> those of all, in order, on every host. No device has a part in it, so
+    that a thread may ask while devices are at work; it is answered by threads of its name."""
     if jax.process_count() == 1:
         return [text]
-    said = np.frombuffer(text.encode()[:LONGEST].ljust(LONGEST), np.uint8)
-    return [
-        bytes(x).decode(errors="ignore").strip() for x in multihost_utils.process_allgather(said)
-    ]
+    store, thread = distributed.global_state.client, threading.current_thread().name
+    ASKED[thread] += 1
+    key = f"vcloze_jax/{thread}/{ASKED[thread]}"
+    store.key_value_set(f"{key}/{jax.process_index()}", text[:LONGEST])
+    hosts = range(jax.process_count())
+    return [store.blocking_key_value_get(f"{key}/{host}", PATIENCE) for host in hosts]
 
 
 @contextmanager

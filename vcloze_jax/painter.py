@@ -9,11 +9,13 @@ does not depend on the others.
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from vcloze_jax import conditioning, flow
 from vcloze_jax.grid import Spec, bucket
@@ -36,8 +38,14 @@ class Canvas:
     times: np.ndarray = None  # float32 [N + 1], of the Euler steps
     condition: np.ndarray = None  # float32 [S, 320]
     latents: np.ndarray = None  # float32 [S, 64], from the first time to t = 0
-    pixels: np.ndarray = None  # uint8 [h, C*w, 3], the painted query row
+    decode: Callable = None  # (grid, latents) -> uint8 [h, C*w, 3]
     second_passes: list["Canvas"] = field(default_factory=list)  # one a target, if asked for
+
+    @cached_property
+    def pixels(self):
+        """The painted query row, uint8 [h, C*w, 3], decoded by the hosts that ask for it."""
+        with timed(self.seconds, "decode"):
+            return self.decode(self.spec.grid, self.latents)
 
     @property
     def targets(self):
@@ -57,6 +65,7 @@ class Painter:
     def __init__(self, preset, models, read_texts, mesh):
         self.preset, self.models, self.read_texts, self.mesh = preset, models, read_texts, mesh
         self.shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.alone = Mesh(np.reshape(mesh.local_devices[0], (1, 1, 1)), mesh.axis_names)
         self.dtype = dtype = compute_dtype(mesh)
         self.encode_condition = jax.jit(partial(conditioning.encode_condition, dtype=dtype))
         self.encode_picture = jax.jit(partial(conditioning.encode_picture, dtype=dtype))
@@ -75,13 +84,13 @@ class Painter:
         """
         prompts = [spec.prompt for spec in specs]
         texts = self.read_texts(prompts + [s.content_prompt for s in specs if s.upsampling])
-        canvases = [Canvas(spec, *texts[spec.prompt]) for spec in specs]
+        start = lambda spec: Canvas(spec, *texts[spec.prompt], decode=self.decode)  # noqa: E731
+        canvases = list(map(start, specs))
         self.run_pass(canvases, progress, watch)
         for canvas in canvases:
-            asked = second_passes(canvas.spec, canvas.targets)
-            canvas.second_passes = [Canvas(spec, *texts[spec.prompt]) for spec in asked]
-        again = [second for canvas in canvases for second in canvas.second_passes]
-        self.run_pass(again, progress, watch)
+            if canvas.spec.upsampling:
+                canvas.second_passes = list(map(start, second_passes(canvas.spec, canvas.targets)))
+        self.run_pass([second for c in canvases for second in c.second_passes], progress, watch)
         return canvases
 
     def run_pass(self, canvases, progress, watch):
@@ -94,9 +103,6 @@ class Painter:
             label += ", upsampling" if members[0].spec.strength else ""
             steps = progress(range(len(members[0].times) - 1), label)
             self.denoise(members, copies, size, steps, watch)
-        for canvas in canvases:
-            with timed(canvas.seconds, "decode"):
-                canvas.pixels = self.decode(canvas.spec.grid, canvas.latents)
 
     def encode(self, canvas):
         """Condition, times and noise of one grid, whose rows are encoded at their exact width."""
@@ -108,13 +114,11 @@ class Painter:
             fill = np.float32(conditioning.GREY if second else conditioning.BLACK)
             tokens = [self.encode_condition(vae, r.pixels[None], r.mask[None], fill) for r in rows]
             canvas.condition = np.concatenate([t[0].astype(np.float32) for t in on_host(tokens)])
-            canvas.times = times = flow.schedule(
-                spec.num_inference_steps, spec.grid.tokens, self.preset.flow, spec.strength or 1.0
-            )
+            how = spec.grid.tokens, self.preset.flow, spec.strength or 1.0
+            canvas.times = times = flow.schedule(spec.num_inference_steps, *how)
             canvas.latents = initial_noise(spec)
             if second:
-                (row,) = rows
-                picture = on_host(self.encode_picture(vae, row.pixels[None]))[0].astype(np.float32)
+                picture = on_host(self.encode_picture(vae, rows[0].pixels[None])).astype("f4")[0]
                 canvas.latents = (1 - times[0]) * picture + times[0] * canvas.latents
 
     def batches(self, canvases):
@@ -156,6 +160,7 @@ class Painter:
         for canvas, latents in zip(members, on_host(x), strict=False):
             canvas.latents = latents[: len(canvas.latents)]
             canvas.seconds.update(seconds)
+            conditioning.check_painted(canvas.latents)  # all hosts know: each decodes its own
 
     def stack(self, batch, size):
         """Latents [B, size, 64], times [B, N + 1] and Context of a batch, on the host."""
@@ -177,22 +182,17 @@ class Painter:
         norms and attention see all of a picture, so that tiles would not give the same."""
         h, w = grid.query.height // 8, grid.query.width // 8
         last = latents[None, -(h * w // 4) :].astype(self.dtype)
-        with jax.set_mesh(self.mesh):  # under which `watch` decodes, too: else two programs
-            return conditioning.to_pixels(on_host(self.decode_row(self.models.vae, last, h, w))[0])
+        vae = jax.tree.map(lambda x: x.addressable_data(0), self.models.vae)  # each host has all
+        with jax.set_mesh(self.alone):
+            return conditioning.to_pixels(self.decode_row(vae, last, h, w)[0])
 
 
 def second_passes(spec, targets):
-    """The specs of the second pass over painted targets, if one is asked for."""
+    """The specs of the second pass that a spec asks for, over its painted targets."""
     up = spec.upsampling
-    if up is None:
-        return []
     how = dict(seed=spec.seed, latents=up.latents, strength=up.strength)
-    return [
-        Spec(
-            up.grid(target), spec.content_prompt, up.num_inference_steps, spec.guidance_scale, **how
-        )
-        for target in targets
-    ]
+    asked = spec.content_prompt, up.num_inference_steps, spec.guidance_scale
+    return [Spec(up.grid(target), *asked, **how) for target in targets]
 
 
 def initial_noise(spec):

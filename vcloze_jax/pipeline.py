@@ -8,6 +8,7 @@ painting.images[0].save("b.png")
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Never
@@ -23,13 +24,13 @@ from vcloze_jax.config import UserError
 from vcloze_jax.devices import kernel_on, make_mesh, parse_mesh
 from vcloze_jax.film import Step, tell_steps
 from vcloze_jax.grid import Spec, bucket
-from vcloze_jax.hosts import is_first
+from vcloze_jax.hosts import is_first, pick_share
 from vcloze_jax.inputs.pictures import save_png, save_text
 from vcloze_jax.inputs.sheet import cell_boxes, compose
 from vcloze_jax.inputs.spec import read_spec
 from vcloze_jax.inputs.specfiles import output_names, read_specs
 from vcloze_jax.inputs.world import describe_unlike_mini
-from vcloze_jax.painter import Painter
+from vcloze_jax.painter import Canvas, Painter
 from vcloze_jax.programs import spent
 from vcloze_jax.storage import adapters, places, weights
 from vcloze_jax.storage.models import LazyModels
@@ -39,12 +40,35 @@ PARTS = ("load", "text", "vae", "compile", "paint", "decode")  # of the seconds 
 
 @dataclass(frozen=True)
 class Painting:
-    """What came of one grid."""
+    """What came of one grid; its pictures are decoded when they are first asked for."""
 
-    images: list[Image.Image]  # the targets in column order, upsampled if that was asked for
-    grid: Image.Image  # all cells, the painted ones marked at their corners
-    record: dict  # the spec as resolved, prompt, sizes, boxes, tokens, seconds by part, versions
-    latents: np.ndarray  # float32 [S, 64], packed: all rows at t = 0, of the first pass
+    canvas: Canvas
+    painter: Painter
+    is_ours: bool  # of several hosts, which all painted it, one decodes and writes it
+
+    def decode(self):
+        """Decode its pictures now. Raises FloatingPointError."""
+        return self.images, self.grid
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        """The targets in column order, upsampled if that was asked for."""
+        return [Image.fromarray(target) for target in self.canvas.targets]
+
+    @cached_property
+    def grid(self) -> Image.Image:
+        """All cells, the painted ones marked at their corners."""
+        return Image.fromarray(compose(self.canvas.spec.grid, self.canvas.pixels))
+
+    @property
+    def latents(self) -> np.ndarray:
+        """float32 [S, 64], packed: all rows at t = 0, of the first pass."""
+        return self.canvas.latents
+
+    @property
+    def record(self) -> dict:
+        """The spec as resolved, prompt, sizes, boxes, tokens, seconds by part, versions."""
+        return describe(self.canvas, self.painter)
 
     @property
     def dropped(self):
@@ -72,9 +96,8 @@ class Painting:
 
     def save(self, folder, name):
         """Write NAME.png, NAME_target0.png … and last the record, NAME.json; each atomically, into
-        a folder that is made if need be. Of several hosts, which all painted it, the first
-        writes."""
-        if not is_first():
+        a folder that is made if need be; where another host writes it, nothing."""
+        if not self.is_ours:
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
         names = output_names(name, len(self.images))
@@ -164,20 +187,17 @@ class Pipeline:
         hooks = (steps_bar,) if progress else ()
         watch = tell_steps(on_step, self.painter) if on_step else None
         canvases = self.painter(found, *hooks, watch=watch)
-        return [self.present(canvas) for canvas in canvases]
+        ours = pick_share(range(len(canvases)))
+        paintings = [Painting(c, self.painter, i in ours) for i, c in enumerate(canvases)]
+        for i in ours:
+            paintings[i].decode()
+        return paintings
 
     def summary(self) -> str:
         """The weights that paint, and the adapters folded into them, a line each."""
         models = self.painter.models
         base = weights.summary(models.folder, self.painter.preset)
         return f"weights: {base}\n{places.describe_adapters(models.folder, models.loras)}"
-
-    def present(self, canvas) -> Painting:
-        """What a caller is given of a Canvas."""
-        sheet = compose(canvas.spec.grid, canvas.pixels)
-        images = [Image.fromarray(target) for target in canvas.targets]
-        record = describe(canvas, self.painter)
-        return Painting(images, Image.fromarray(sheet), record, canvas.latents)
 
 
 def count_unread(part, reason):

@@ -24,8 +24,7 @@ jax.monitoring.register_event_listener(_listen)
 
 @contextmanager
 def timed(seconds: Counter, part: str):
-    """Add the seconds inside to `part`, but those of compiling to "compile", so that a record can
-    tell compiling from computing."""
+    """Add the seconds inside to `part`, but those that compiling takes to "compile"."""
     start, before = time.perf_counter(), spent["seconds"]
     yield
     compiling = spent["seconds"] - before

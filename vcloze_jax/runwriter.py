@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from vcloze_jax import plan
 from vcloze_jax.data.sources import draw_of_shape, draw_validation
+from vcloze_jax.devices import copy_to_hosts
 from vcloze_jax.grid import Spec
 from vcloze_jax.hosts import Poll, agreed
 from vcloze_jax.inputs.cli import name_command
@@ -23,7 +24,7 @@ from vcloze_jax.painter import Painter
 from vcloze_jax.programs import spent
 from vcloze_jax.step import merge_models
 from vcloze_jax.storage import checkpoint
-from vcloze_jax.storage.models import save_trained
+from vcloze_jax.storage.models import ready_export
 from vcloze_jax.storage.textreader import TextMemory, TextReader
 from vcloze_jax.validation import Validation
 from vcloze_jax.watchers import Profile, tell_tensorboard
@@ -42,7 +43,7 @@ class RunWriter:
 
     def __init__(self, run, trainer, source, folder, *, tensorboard=False, profile=0):
         self.run, self.trainer, self.source, self.folder = run, trainer, source, folder
-        self.stop, self.code = Stop(), 0
+        self.stop, self.code, self.saving = Stop(), 0, None
         self.poll, self.any_host = Poll(trainer.mesh), Poll(trainer.mesh)
         if run.writes:
             self.log = Log(run.metrics, trainer.step)
@@ -67,13 +68,16 @@ class RunWriter:
         return self
 
     def __exit__(self, kind, *_):
-        self.ending.close()
-        if kind is FloatingPointError and self.trainer.step:
-            self.save()
+        with self.ending:
+            if kind is FloatingPointError and self.trainer.step:
+                self.save()
+            if kind in (None, FloatingPointError) or jax.process_count() == 1:
+                self.finish_saving()  # else another host may be lost
 
     def stopped(self):
-        """Whether a host was asked for a halt: all answer alike."""
-        self.code = self.poll(self.stop.code or 0)
+        """Whether a host was asked for a halt, or cannot save: all answer alike."""
+        failed = self.saving and self.saving.done() and self.saving.exception()
+        self.code = self.poll(self.stop.code or (2 if failed else 0))
         return bool(self.code)
 
     def prepare(self):
@@ -155,16 +159,26 @@ class RunWriter:
 
     def paint(self, models, steps=None):
         """The query rows of the previews as these models paint them, as far as the run goes on, and
-        no further than so many Euler steps."""
+        no further than so many Euler steps. Nothing on a host that does not write them."""
         self.painter.models = models
         go_on = lambda every, _: takewhile(lambda _: not self.stopped(), every[:steps])  # noqa: E731
-        return [canvas.pixels for canvas in self.painter(self.specs, go_on)]
+        canvases = self.painter(self.specs, go_on)
+        return [canvas.pixels for canvas in canvases] if self.run.writes else []
 
     def save(self):
-        """The adapter, then the checkpoint: a run whose last step is saved is complete."""
+        """Begin to save, once the save before is complete: the adapter, then the step, so that a
+        run whose last step is there is complete."""
+        self.finish_saving()
+        trainer, state = self.trainer, copy_to_hosts(self.trainer.state)
         with agreed():
-            save_trained(self.run, self.trainer, self.folder)
-        checkpoint.save(self.run.checkpoints, self.trainer.step, self.trainer.state)
+            export = ready_export(self.run, trainer, state, self.folder)
+        self.saving = checkpoint.begin(self.run.checkpoints, trainer.step, state, export)
+
+    def finish_saving(self):
+        """Wait for the save that was begun. Raises UserError if the disk refuses."""
+        saving, self.saving = self.saving, None
+        if saving:
+            saving.result()
 
     def conclude(self):
         """Say how the run ended -> the exit code."""

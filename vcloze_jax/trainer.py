@@ -57,11 +57,8 @@ class Trainer:
         init = partial(init_state, tx=tx, ema=recipe.ema)
         layout = shardings(jax.eval_shape(init, trainable), mesh)
         accumulate, update = make_step(tx, loss, layout, recipe.ema, recipe.skip_nonfinite)
-        self.jitted = {
-            "encode": jax.jit(partial(encode_batch, preset=preset, **statics)),
-            "accumulate": accumulate,
-            "update": update,
-        }
+        encode = jax.jit(partial(encode_batch, preset=preset, **statics))
+        self.jitted = {"encode": encode, "accumulate": accumulate, "update": update}
         self.row_encoder = tuple  # as they are; or Batch.rows -> Posteriors, remembered
         self.programs, self.micro = {}, recipe.micro_batch
         self.state = jax.jit(init, out_shardings=layout)(trainable)

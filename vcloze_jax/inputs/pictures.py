@@ -209,12 +209,19 @@ def save_bytes(path: str | Path, content: bytes) -> None:
             _draft(path).unlink()
 
 
+def check_no_address(folder: Path, flag: str = "--out") -> None:
+    """Raise UserError for an address, which would be made a folder of that name: what is written
+    is renamed when it is whole, and that a bucket cannot."""
+    if URL.search(str(folder)) and not folder.exists():
+        known = "a disk, NFS, Lustre, Filestore; no bucket"
+        raise UserError(f"{flag} {folder}: an address, not a path; name a folder here ({known})")
+
+
 def check_writable(folder: Path, name: str, flag: str = "--out") -> None:
     """Prove that a file `name` can be saved in a folder, which is made if need be, and leave
     nothing behind. Raises UserError naming the folder as that of `flag`."""
     file = folder / name
-    if URL.search(str(folder)) and not folder.exists():
-        raise UserError(f"{flag} {folder}: an address, not a path; choose a folder here")
+    check_no_address(folder, flag)
     made = [above for above in file.parents if not os.path.exists(above)]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

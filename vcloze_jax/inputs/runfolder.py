@@ -11,7 +11,12 @@ from pathlib import Path
 from vcloze_jax.config import PRESETS, Recipe, UserError
 from vcloze_jax.inputs.checks import parse_json
 from vcloze_jax.inputs.cluster import count_processes
-from vcloze_jax.inputs.pictures import check_writable, describe_error, save_text
+from vcloze_jax.inputs.pictures import (
+    check_no_address,
+    check_writable,
+    describe_error,
+    save_text,
+)
 
 FREE = tuple(f.name for f in fields(Recipe) if f.metadata["free"])
 OLDEST = {"preset", "data", "seed", "steps"}  # entries that every run has written
@@ -41,6 +46,7 @@ class RunFolder:
     def compare(self, recipe):
         """Raise UserError if this cannot be a run's folder, or is of another run, naming what
         differs; what `ORIGINS` names is compared by content, in `compare_origins`."""
+        check_no_address(self.path)
         if not self.writes:
             return
         if found := NOT_LITERAL.search(str(self.checkpoints.absolute())):

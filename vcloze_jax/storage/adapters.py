@@ -9,13 +9,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vcloze_jax.config import FluxConfig, UserError
-from vcloze_jax.hosts import is_first
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.ports import export
 from vcloze_jax.ports.adapters import Adapter, open_adapter, read_arrays
 from vcloze_jax.ports.tables import mmdit
 from vcloze_jax.ports.tables.namings import NAMINGS
-from vcloze_jax.sharding import on_host
 from vcloze_jax.storage import places
 from vcloze_jax.storage.preset import translate_errors
 from vcloze_jax.storage.weights import abstract, shapes
@@ -81,14 +79,10 @@ def fit(file: Path, adapter: dict, config: FluxConfig) -> FluxConfig:
 
 
 def save(file: Path, adapter: dict, dtype="float32", note: dict[str, str] | None = None):
-    """Write an adapter tree for `load_lora_weights` of diffusers: alpha = rank, biases on B; with a
-    `note` of ours in the header. A host that is alone never holds more of it than two layers, or
-    stacks; of several, the first holds all of it."""
+    """Write an adapter tree, all of which this host has, for `load_lora_weights` of diffusers:
+    alpha = rank, biases on B; with a `note` of ours in the header. What devices hold is fetched
+    layer by layer."""
     arrays = flatten_dict(adapter, sep="/")
-    if jax.process_count() > 1:  # it takes all hosts to bring them together; the first writes
-        arrays = {path: on_host(array) for path, array in arrays.items()}
-    if not is_first():
-        return
     fetch = lambda path: to_host(arrays[path]).astype(dtype, copy=False)  # noqa: E731
     norms = {path: fetch(path) for path in arrays if path.endswith("/scale")}
     read = partial(export.to_branches, arrays, fetch)

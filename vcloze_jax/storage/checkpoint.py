@@ -4,7 +4,8 @@ A step is a folder `FOLDER/STEP`; while it is written or removed its name ends i
 kill leaves no half step. Orbax itself does not notice a flipped bit and casts dtypes silently, so
 beside its files lies `digests`: the SHA-256 of every file, checked before orbax reads a byte of it,
 and type and SHA-256 of every array, checked against what the run needs and what orbax returns. No
-older step goes before the new one was read back from the disk.
+older step goes before the new one was read back from the disk. A thread does all of this; a run
+that goes on meanwhile gives it a copy of its state.
 
 Arrays are stored flat, by their path in the tree (`0/double/img/qkv/lora_a`): neither the mesh nor
 the tree's container types matter, `like` brings both. Several hosts share FOLDER; each writes,
@@ -17,6 +18,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +33,10 @@ from vcloze_jax.storage import digests
 from vcloze_jax.storage.digests import Damaged, describe_type
 
 KEPT = 2  # steps that stay, beside the one that is being written
+ROOM = 2**29  # bytes that orbax copies at a time, beside the largest array twice
+SAVING = ThreadPoolExecutor(1, "saving")
+for _name in "absl", "asyncio":  # where the disk is full, orbax logs a hundred lines per thread
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 def check_space(folder: str | Path, state) -> None:
@@ -80,11 +86,18 @@ def latest(folder: str | Path) -> int | None:
 
 
 def save(folder: str | Path, step: int, state, *, keep: int = KEPT) -> None:
-    """Write a tree of arrays as `step`, read it back, remove all but the last `keep` steps.
+    """`begin`, and wait for it."""
+    begin(folder, step, state, keep=keep).result()
+
+
+def begin(folder: str | Path, step: int, state, export=lambda: None, *, keep: int = KEPT) -> Future:
+    """Begin to save a tree of arrays as `step`: a thread writes it, reads it back, calls `export`,
+    so that what this makes is never older than a step, gives the step its name, and removes all but
+    the last `keep`. Meanwhile the arrays stay as they are, and no other step is saved.
 
     Steps after this one go too: the run went back to before them. Leaves are jax arrays of any
-    sharding, numpy arrays or numpy scalars. Raises UserError if the disk refuses, or does not hold
-    what was written; older steps stay.
+    sharding, numpy arrays or numpy scalars. Raises UserError, now or as the result, if the disk
+    refuses, or does not hold what was written; older steps stay.
     """
     folder = Path(folder).absolute()
     draft = folder / f"{step}.tmp"
@@ -93,7 +106,15 @@ def save(folder: str | Path, step: int, state, *, keep: int = KEPT) -> None:
         with agreed():
             _reserve(draft, arrays.values())
         _room(draft).unlink()
-        _write_arrays(draft / "arrays", arrays)
+        with _frugal_context(arrays):  # hosts meet by their devices, and only here
+            written = ocp.save_async(draft / "arrays", arrays, overwrite=True)
+    return SAVING.submit(_complete, draft, step, arrays, written, export, keep)
+
+
+def _complete(draft: Path, step: int, arrays: dict, written, export, keep: int) -> None:
+    """Wait until the arrays of a draft are `written`, and make a step of it."""
+    with _refusing(draft.parent, step):
+        written.result()
         with agreed():
             digests.write_digests(draft, arrays)
         with agreed():
@@ -103,21 +124,22 @@ def save(folder: str | Path, step: int, state, *, keep: int = KEPT) -> None:
             digests.flush(draft)
             digests.check_files(draft)
         with agreed():
+            export()
+        with agreed():
             if is_first():
                 _commit(draft, step, keep)
 
 
-def _write_arrays(path: Path, arrays: dict) -> None:
-    """Write them with orbax: every host what its devices are the first to hold."""
-    logging.disable(logging.ERROR)  # where the disk is full, orbax logs a hundred lines per thread
-    context = ocp.Context()
+def _frugal_context(arrays: dict) -> ocp.Context:
+    """Settings of orbax with which a thread of its own copies some arrays at a time, for which they
+    stay as they are; else it would copy all of them before it begins."""
+    context, sizes = ocp.Context(), [x.size * x.dtype.itemsize for x in arrays.values()]
+    room = ROOM + 2 * max(sizes, default=0)  # it refuses what is larger than its limit
+    context.memory.transfer_concurrent_bytes = context.memory.read_concurrent_bytes = room
+    context.memory.is_prioritized_key_fn = lambda _: False
     # Or devices that hold the same would each write a part, cut by a program for every array.
     context.array.saving.use_replica_parallel = False
-    try:
-        with context:
-            ocp.save(path, arrays, overwrite=True)
-    finally:
-        logging.disable(logging.NOTSET)
+    return context
 
 
 def _commit(draft: Path, step: int, keep: int) -> None:
@@ -251,7 +273,7 @@ def _agree_on_damage(damage: str) -> None:
 
 def _load(path: Path, stored: dict, wanted: dict) -> dict:
     """Some arrays of a step whose files were checked, by name, as `wanted` says."""
-    context = ocp.Context()
+    context = _frugal_context(wanted)
     context.pytree.loading.partial_load = True
     with context:
         arrays = ocp.load(path / "arrays", wanted)

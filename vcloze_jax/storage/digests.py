@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from vcloze_jax.hosts import pick_share
 from vcloze_jax.sharding import on_host
 from vcloze_jax.storage.adapters import to_host
 
@@ -110,11 +111,6 @@ def digest_file(path: Path) -> str:
 def walk_files(path: Path) -> list[Path]:
     """All files of a step but digests, in one order."""
     return sorted(f for f in (path / "arrays").rglob("*") if f.is_file())
-
-
-def pick_share(things: list) -> list:
-    """Those that this host has to see to."""
-    return things[jax.process_index() :: jax.process_count()]
 
 
 def flush(path: Path) -> None:

@@ -12,10 +12,10 @@ from flax import nnx
 
 from vcloze_jax import __version__
 from vcloze_jax.config import PRESETS, UserError
-from vcloze_jax.devices import cpu_mesh, kernel_on, put
+from vcloze_jax.devices import HOST, cpu_mesh, kernel_on, put
 from vcloze_jax.inputs.cachefolder import cache_folder
 from vcloze_jax.model.lora import fold, split
-from vcloze_jax.sharding import compute_dtype, shardings
+from vcloze_jax.sharding import compute_dtype, on_host, shardings
 from vcloze_jax.step import purpose_key
 from vcloze_jax.storage import adapters, places, weights
 from vcloze_jax.storage.preset import read_config, read_text_length
@@ -93,7 +93,7 @@ def move_offloaded(tree, mesh):
 
     def place(path, sharding):
         waits = path[0].key in ("double", "single")
-        return sharding.with_memory_kind("pinned_host") if waits else sharding
+        return sharding.with_memory_kind(HOST) if waits else sharding
 
     layout = jax.tree_util.tree_map_with_path(place, shardings(tree, mesh, "flux/"))
     leaves, treedef = jax.tree.flatten(tree)
@@ -184,17 +184,22 @@ def load_start(preset):
     return adapter
 
 
-def save_trained(run, trainer, folder):
-    """Write what a Trainer has learnt so far: RUN/lora.safetensors, or with rank 0 and at the end
-    RUN/weights, whose tokenizers are those of `folder`."""
+def ready_export(run, trainer, state, folder):
+    """What writes RUN/lora.safetensors of a Trainer's `state` on the host, at any later time; with
+    rank 0 RUN/weights is written now, at the end of the run, with the tokenizers of `folder`. Hosts
+    call it together: what is written in one piece is in none of them."""
     recipe = trainer.recipe
-    if recipe.rank:
-        what = f"average {recipe.ema:g}" if recipe.ema else "last"
-        note = {"step": str(trainer.step), "weights": what}
-        adapters.save(run.path / "lora.safetensors", trainer.learnt["flux"], note=note)
-    elif trainer.step == recipe.steps:
+    if not recipe.rank and trainer.step == recipe.steps:
         models, out = trainer.models(), run.path / "weights"
         parts = {name: getattr(models, name) for name in weights.MODULES}
         weights.save_pipeline(out, trainer.preset, parts)
         for name in ("tokenizer", "tokenizer_2") if run.writes else ():
             shutil.copytree(folder / name, out / name, dirs_exist_ok=True)
+    adapter = (state.average or state.trainable).get("flux")
+    if jax.process_count() > 1 and recipe.rank:
+        adapter = jax.tree.map(on_host, trainer.learnt["flux"])
+    if not (recipe.rank and run.writes):
+        return lambda: None
+    what = f"average {recipe.ema:g}" if recipe.ema else "last"
+    note = {"step": str(trainer.step), "weights": what}
+    return partial(adapters.save, run.path / "lora.safetensors", adapter, note=note)
