@@ -4,6 +4,7 @@ import json
 import os
 import unicodedata
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -226,6 +227,31 @@ def test_wrong_folders_are_named(tmp_path):
         FolderSamples(tmp_path)
 
 
+@pytest.mark.parametrize("place", [".", "in", "more/of"])
+@pytest.mark.parametrize("name", ["prompt.json", "metadata.jsonl", "pairs.jsonl"])
+def test_texts_are_not_lost_beside_pairs(tmp_path, place, name):
+    """A file that says something of pairs, whatever its name and wherever it lies in the folder
+    (ControlNet's fill50k, `datasets`), is named with what reads it; one that says nothing is not
+    in the way, nor is what is beside each picture."""
+    for side in ("in", "out", place):
+        (tmp_path / side).mkdir(parents=True, exist_ok=True)
+    for file in ("in/a.png", "out/a.png"):
+        (tmp_path / file).touch()
+        (tmp_path / file).with_suffix(".json").write_text(json.dumps({"caption": "a fox"}))
+    (tmp_path / "config.json").write_text(json.dumps({"steps": 3}, indent=1))
+    (tmp_path / "plain.jsonl").write_text(json.dumps({"source": "in/a.png", "target": "out/a.png"}))
+    assert len(FolderSamples(tmp_path)) == 1
+
+    told = {"source": "in/a.png", "target": "out/a.png", "prompt": "a fox"}
+    (tmp_path / place / name).write_text("\n".join([json.dumps(told)] * 2))
+    where = str(Path(place) / name)
+    with pytest.raises(UserError, match=f"{where}: its texts are not read.*; give that file as"):
+        FolderSamples(tmp_path)
+    (tmp_path / place / name).rename(tmp_path / place / "metadata.csv")
+    with pytest.raises(UserError, match="metadata.csv: its texts are not read.* into NAME.txt"):
+        FolderSamples(tmp_path)
+
+
 # --- mistakes ---
 
 
@@ -337,6 +363,18 @@ def test_a_table_is_refused_by_name(tmp_path, suffix):
     (tmp_path / f"mine.{suffix}").write_text("source,target\n0.png,1.png\n")
     with pytest.raises(UserError, match=rf"mine.{suffix}: is a table; .*orient='records'"):
         open_own(str(tmp_path / f"mine.{suffix}"), FIXED)
+
+
+@pytest.mark.parametrize("orient", ["columns", "index"])
+def test_a_table_in_one_object_is_refused_by_name(lines, orient):
+    """What pandas' to_json writes unless told otherwise is a table, too, and no pair with a fault
+    in one of its keys."""
+    rows = {"source": ["0.png", "1.png"], "target": ["1.png", "0.png"]}
+    table = {key: dict(enumerate(column)) for key, column in rows.items()}
+    if orient == "index":
+        table = {i: {key: column[i] for key, column in rows.items()} for i in range(2)}
+    with pytest.raises(UserError, match="line 1: is a table; .*orient='records'"):
+        lines(table)
 
 
 def test_only_regular_files_are_opened(lines, tmp_path):

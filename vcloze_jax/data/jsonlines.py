@@ -67,6 +67,10 @@ SOURCE = "a source image"
 CONDITIONS = {"cond1": "a condition image", "cond2": "another condition image"}  # else SOURCE
 LIST = re.compile(rb"(\xef\xbb\xbf)?\s*\[")  # how a file begins that is one JSON list
 TABLES = ".csv", ".tsv"
+TABLE = (
+    "is a table; write each row as a JSON object, a line each, as pandas' to_json does with "
+    "orient='records', lines=True"
+)
 
 
 class OwnSample(NamedTuple):
@@ -85,8 +89,7 @@ class LineSamples(Sequence):
         with error_context(path), check_file(path).open("rb") as file:
             self.path, self.folder = path, path.parent
             if path.suffix.lower() in TABLES:
-                remedy = "write each row as a JSON object, a line each, as pandas' to_json does"
-                raise UserError(f"is a table; {remedy} with orient='records', lines=True")
+                raise UserError(TABLE)
             self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self.unit = "item" if LIST.match(self.content) else "line"
             if self.unit == "item":
@@ -139,6 +142,8 @@ def parse_line(line: bytes) -> dict:
 def read_line(table: dict) -> OwnSample:
     """One line's object, a grid or a pair in any of the `SPELLINGS`. Raises UserError."""
     table = {key: value for key, value in table.items() if value is not None}
+    if table and all(value and isinstance(value, dict) for value in table.values()):
+        raise UserError(TABLE)  # by columns, as to_json writes it unless told otherwise
     for target, spelling in SPELLINGS.items():
         columns = [key for key in spelling.conditions if key in table]
         if target in table and columns:

@@ -17,6 +17,7 @@ from vcloze_jax.inputs.pictures import check_file
 
 # What holds the texts of a folder of `datasets`, which are lost where its pictures pair by name.
 TEXTS_OF_OTHERS = "metadata.jsonl", "metadata.csv", "metadata.parquet"
+LINES = ".json", ".jsonl"  # what lines of pairs are in, whatever its name: fill50k's prompt.json
 # Names of the two sides of a folder of pairs: of ai-toolkit, SimpleTuner, diffusers, pix2pix.
 SIDES = (
     ("in", "out"),
@@ -41,9 +42,7 @@ class FolderSamples(Sequence):
     def __init__(self, path: Path):
         self.path = self.folder = path
         with error_context(path):
-            if others := [name for name in TEXTS_OF_OTHERS if (path / name).exists()]:
-                remedy = "put what it says of NAME into NAME.txt, and move it away"
-                raise UserError(f"{others[0]}: its texts are not read beside pairs; {remedy}")
+            check_texts(path)
             names, inside = find_sides(path)
             sides = [list_pictures(path, side, inside) for side in names]
             check_partners(names, sides)
@@ -73,6 +72,29 @@ class FolderSamples(Sequence):
 def read_samples(path: Path) -> LineSamples | FolderSamples:
     """The samples of a file or a folder. Raises UserError."""
     return FolderSamples(path) if path.is_dir() else LineSamples(path)
+
+
+def check_texts(folder: Path) -> None:
+    """Raise UserError for a file, anywhere in a folder, whose texts would be lost beside pairs."""
+    for place, names in walk_places(folder):
+        stems = {Path(name).stem for name in names if Path(name).suffix.lower() in SUFFIXES}
+        for name in names:
+            file, remedy = place / name, "put what it says of NAME into NAME.txt"
+            if file.suffix.lower() in LINES and file.stem not in stems and tells_pairs(file):
+                remedy = "give that file as --data"
+            elif name not in TEXTS_OF_OTHERS:
+                continue
+            lost = f"{file.relative_to(folder)}: its texts are not read beside pairs"
+            raise UserError(f"{lost}; {remedy}, or move it away")
+
+
+def tells_pairs(file: Path) -> bool:
+    """Whether a file is of pairs, the first of which has a text."""
+    try:
+        first = LineSamples(file)[0]
+    except (UserError, OSError):
+        return False
+    return first.phrases is not None and any(first.texts.values())
 
 
 def check_partners(names: tuple[str, str], sides: list[dict[str, str]]) -> None:
@@ -123,11 +145,15 @@ def list_pictures(folder: Path, side: str, inside: bool) -> dict[str, str]:
 
 def walk_pictures(root: Path) -> Iterator[Path]:
     """The pictures in a folder and those in it, in the order of their names."""
+    for place, names in walk_places(root):
+        yield from (place / name for name in names if Path(name).suffix.lower() in SUFFIXES)
+
+
+def walk_places(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and those in it, each with its files, in the order of their names."""
     for place, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith(NOT_OURS))
-        for name in sorted(files):
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
-                yield Path(place, name)
+        yield Path(place), sorted(name for name in files if not name.startswith("."))
 
 
 def list_texts(folder: Path, name: str, pair: list[str]) -> Iterator[Path]:
