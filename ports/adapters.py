@@ -152,7 +152,8 @@ def recognise_naming(source) -> Naming:
     namings = [naming._replace(prefixes=(prefix,)) for naming, prefix in namings]
     counts = [count_keys(source, naming) for naming in namings]
     if not max(counts):
-        keys = list_faults([f"{key}{describe_key(key)}" for key in source.header]) or "none"
+        telling = list(filter(describe_key, source.header)) or source.header
+        keys = list_faults([f"{key}{describe_key(key)}" for key in telling]) or "none"
         kind = describe_header(source.header)
         other = f", seems to be {kind}" if kind and "adapter" not in kind else ""
         raise PortError(f"is no adapter of FLUX in a naming that is known{other}; it holds {keys}")

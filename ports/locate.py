@@ -7,6 +7,7 @@ may hold several models, each under a prefix of its own, as ComfyUI's checkpoint
 """
 
 import re
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -58,8 +59,20 @@ def locate(folder: Path, part: Part) -> tuple[SafetensorsFile, Table]:
         others.append(f"{file.name} is {describe_start(file) or UNKNOWN}")
     more = f"; {list_faults(others)}" if others else ""
     place = f"{part.folder}/{part.stem}.safetensors"
-    more += say_fetch(folder)
+    more += find_astray(folder, part) + say_fetch(folder)
     raise PortError(f"holds no {part.name}: no {place}, and no single file of one{more}")
+
+
+def find_astray(folder: Path, part: Part) -> str:
+    """A model's single file in a folder of another name, as ComfyUI's own folder has it, and what
+    to do about it, as the tail of a message; "" where there is none."""
+    for file in sorted(folder.glob("[!.]*/[!.]*")):
+        if file.suffix.lower() in OPENED and file.is_file():
+            with suppress(PortError, OSError):
+                if recognise_table(part, open_part(file, part)):
+                    there = file.relative_to(folder)
+                    return f"; {there} is one: move or link it into the weights folder itself"
+    return ""
 
 
 def open_part(path: Path, part: Part) -> SafetensorsFile:

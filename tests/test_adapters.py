@@ -284,6 +284,14 @@ KOHYA = {
         lambda d: {"lora_unet_down_blocks_0_attn1_to_q.lora_down.weight": np.ones((3, 3))},
         ["no adapter of FLUX", "for Stable Diffusion"],
     ),
+    "LyCORIS": (  # its many alphas, of float32, stand first in its header
+        lambda d: {
+            f"lycoris_transformer_blocks_{i}_attn_to_q.{leaf}": np.ones(2, dtype)
+            for i in range(12)
+            for leaf, dtype in (("alpha", np.float32), ("lokr_w1", np.float16))
+        },
+        ["no adapter of FLUX", "to_q.lokr_w1 (of LoKr", "fold it", "and 11 others likewise"],
+    ),
     "layer of a million": (
         other(**{K.replace("0", "1000000") + ".lora_down.weight": (11, 16)}),
         ["lora_unet_double_blocks_1000000_img_attn_qkv.lora_down.weight [11, 16] is unknown"],

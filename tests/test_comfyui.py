@@ -72,6 +72,23 @@ def test_a_part_that_is_missing(bfl, tmp_path):
     assert "flux1-fill-dev.safetensors is a transformer in BFL's naming" in message
 
 
+@pytest.mark.parametrize("field, place", [("flux", "diffusion_models"), ("t5", "clip [v2]")])
+def test_a_file_in_a_folder_of_another_name(bfl, tmp_path, field, place):
+    """In ComfyUI's own folder single files lie a folder deeper: the one that is missing is named,
+    and does what is missing where the message has it moved to."""
+    folder = folders.copy(bfl, tmp_path)
+    inside = f"{PARTS[field].folder}/{PARTS[field].stem}.safetensors"
+    home, there = folder / SINGLES.get(field, inside), folder / place / "model.safetensors"
+    there.parent.mkdir()
+    (there.parent / "another.safetensors").write_bytes(b"broken")
+    home.rename(there)
+    message = refusal(folder)
+    assert f"holds no {PARTS[field].name}: " in message
+    assert f"; {place}/model.safetensors is one: move or link it" in message
+    (folder / there.name).symlink_to(there)
+    same(tensors(folder, PRESET), tensors(bfl, PRESET))
+
+
 def eight_bits(tensors, scale):
     """Matrices in float8, times a scale."""
     there = {}

@@ -465,8 +465,16 @@ def test_what_is_no_picture_of_ours_says_what_it_is(tmp_path, start):
 def test_a_picture_that_shows_nothing_is_refused(tmp_path):
     """Law: what would silently be white or black is told: alpha that is 0 everywhere, as in bitmaps
     that do not use it, and levels of 8 to 14 bits saved with 16, as depth in millimetres has them.
-    A mask that is clear is an empty mask."""
+    White strokes on clear are not seen on white. A mask that is clear is an empty mask."""
     file = tmp_path / "a.png"
+    strokes = Image.new("LA", (4, 2), (255, 0))
+    strokes.paste((250, 255), (2, 0, 4, 2))
+    strokes.save(file)
+    with pytest.raises(UserError, match="a.png' is white where it is not clear.*; lay it over"):
+        open_picture(file)
+    assert to_mask(open_picture(file, "black")).sum() == 4
+    strokes.convert("L").save(file)  # an empty sheet is one
+    assert pixels(file).min() >= 250
     picture = quadrants().convert("RGBA")
     picture.putalpha(0)
     picture.save(file)

@@ -163,7 +163,7 @@ class RunWriter:
         self.painter.models = models
         go_on = lambda every, _: takewhile(lambda _: not self.stopped(), every[:steps])  # noqa: E731
         canvases = self.painter(self.specs, go_on)
-        return [canvas.pixels for canvas in canvases] if self.run.writes else []
+        return [canvas.pixels if self.run.writes else None for canvas in canvases]
 
     def save(self):
         """Begin to save, once the save before is complete: the adapter, then the step, so that a

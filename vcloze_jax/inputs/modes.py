@@ -13,6 +13,7 @@ PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a tag of TIFF, and what it says of an X-ra
 KIND, REDUCED = 254, 1  # another, and the bit of it that says: a smaller copy of a later page
 BANDS = {"L": 1, "LA": 1, "RGB": 3, "RGBA": 3}  # modes and how many of their bands are colours
 DARK = 2**14  # a white of 16 bits below this is that of 8, 10, 12 or 14, or a depth in millimetres
+FAINT = 248  # levels from this on are not told from white by eye
 
 
 def to_upright_rgb(picture: Image.Image, ground: str) -> Image.Image:
@@ -75,10 +76,15 @@ def _to_rgb(picture: Image.Image, ground: str) -> Image.Image:
         return _from_deep_grey(picture, ground).convert("RGB")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        if ground == "white" and not picture.getchannel("A").getbbox():
+        alpha = picture.getchannel("A")
+        if ground == "white" and not alpha.getbbox():
             raise UserError("is clear everywhere: nothing of it is seen; save it without alpha")
         sheet = Image.new("RGB", picture.size, ground)
-        sheet.paste(picture, mask=picture.getchannel("A"))
+        sheet.paste(picture, mask=alpha)
+        least = min(low for low, _ in sheet.getextrema())
+        if ground == "white" and least >= FAINT and alpha.getextrema()[0] == 0:
+            reason = "is white where it is not clear, and what is clear becomes white"
+            raise UserError(f"{reason}: nothing of it is seen; lay it over another colour")
         return sheet
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
