@@ -308,7 +308,9 @@ def test_fuzz(file, tmp_path):
 
 def test_no_other_unpickler():
     """The one Unpickler of ours is the one above; nothing else unpickles or evaluates."""
-    bad = re.compile(r"pickle\.(load|Unpickler\()|allow_pickle=True|(?<!\.)\b(eval|exec)\(|os\.system")
+    bad = re.compile(
+        r"pickle\.(load|Unpickler\()|allow_pickle=True|(?<!\.)\b(eval|exec)\(|os\.system"
+    )
     for file in (*ROOT.glob("ports/**/*.py"), *ROOT.glob("vcloze_jax/**/*.py"), *ROOT.glob("*.py")):
         assert not bad.search(text := file.read_text()), file
         assert "Unpickler" not in text or file.name == "torchfile.py", file
