@@ -13,7 +13,8 @@ then ratios. Ceilings first: a product of 8192² in both, attention alone in our
     offload  a forward pass, the blocks in host memory as sample.py --offload has them
     again    the same programs out of the compile cache: what a second start waits for
     eager/B, compile/B
-             diffusers' forward pass and 30 steps, B its attention backend: the peer is the fastest
+             diffusers' forward pass, its blocks compiled or not, B its attention backend: the peer
+             is the fastest; compiled, 30 steps too
     train/B  diffusers + peft with gradient checkpointing, blocks compiled
     parity   one double and two single blocks of full width, the same weights in both
 """

@@ -3,39 +3,22 @@
 import io
 import os
 import random
-import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from picturefiles import BLUE, RED, pixels, png, quadrants
+from PIL import Image
 
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs import pictures as images
 from vcloze_jax.inputs.pictures import (
-    PictureSize,
     measure_picture,
     open_picture,
     quiet_decoders,
     save_png,
     save_text,
-    to_mask,
 )
-
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-
-
-def quadrants(scale=16):
-    """Red and green above, blue and white below; 3:2, so that a turn shows in the size."""
-    corners = np.array([[RED, GREEN, GREEN], [BLUE, WHITE, WHITE]], np.uint8)
-    return Image.fromarray(corners.repeat(scale, 0).repeat(scale, 1))
-
-
-def pixels(path):
-    """What a file shows; the size that its header tells is that."""
-    picture = open_picture(path)
-    assert measure_picture(path) == PictureSize(*picture.size)
-    return np.asarray(picture)
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "bmp", "tiff", "gif", "ppm"])
@@ -45,14 +28,6 @@ def test_lossless_formats_come_out_exactly(tmp_path, suffix):
     opened = open_picture(tmp_path / f"a.{suffix}")
     assert opened.mode == "RGB"
     assert np.array_equal(np.asarray(opened), np.asarray(quadrants()))
-
-
-@pytest.mark.parametrize("mode", ["RGB", "CMYK", "L"])
-def test_jpeg_modes(tmp_path, mode):
-    """Law: JPEG of any colour model comes out as RGB of the same colours (within its loss)."""
-    grey = Image.new("RGB", (32, 16), (90, 90, 90))
-    grey.convert(mode).save(tmp_path / "a.jpg", quality=95, progressive=True)
-    assert np.abs(pixels(tmp_path / "a.jpg").astype(int) - 90).max() <= 2  # two levels of JPEG loss
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
@@ -75,79 +50,6 @@ def test_exif_turn(tmp_path, turn, suffix):
     assert np.array_equal(pixels(tmp_path / f"a.{suffix}"), np.asarray(quadrants()))
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "tRNS"])
-def test_alpha_lies_over_white(tmp_path, mode):
-    """Law: a transparent pixel is white, whatever colour hides under it; an opaque one is kept."""
-    if mode == "P":
-        picture = Image.new("P", (4, 2), 0)
-        picture.putpalette([*BLUE, 0, 0, 0])
-        picture.paste(1, (2, 0, 4, 2))
-        options = {"transparency": 0}
-    elif mode == "tRNS":
-        picture, options = Image.new("RGB", (4, 2), BLUE), {"transparency": BLUE}
-        picture.paste((0, 0, 0), (2, 0, 4, 2))
-    else:
-        picture, options = Image.new("RGBA", (4, 2), (0, 0, 0, 0)), {}
-        picture.paste((0, 0, 0, 255), (2, 0, 4, 2))
-        picture = picture.convert(mode)
-    picture.save(tmp_path / "a.png", **options)
-    expected = np.array([[WHITE] * 2 + [(0, 0, 0)] * 2] * 2)
-    assert np.array_equal(pixels(tmp_path / "a.png"), expected)
-
-
-@pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
-def test_deep_grey_keeps_its_range(tmp_path, suffix):
-    """Law: 16-bit grey is scaled (v / 257, rounded), not cut at 255."""
-    ramp = np.array([[0, 128, 257, 32768, 65535]], np.uint16)
-    Image.fromarray(ramp).save(tmp_path / f"a.{suffix}")
-    assert pixels(tmp_path / f"a.{suffix}")[0, :, 0].tolist() == [0, 0, 1, 128, 255]
-
-
-@pytest.mark.parametrize("case", ["photo", "hole", "labels", "stroke"])
-def test_colours_are_no_mask(tmp_path, case):
-    """Law: a mask is white and black. Of a photo, of one with a clear hole where it is to be
-    painted (as others' editors have it), of a picture of labels or of coloured strokes some part or
-    other would be bright: they are refused, as a mask alone."""
-    clear = (0, 0, 0, 0)
-    picture = Image.new(
-        "RGBA", (32, 32), (250, 200, 40, 255) if case in ("photo", "hole") else clear
-    )
-    if case == "photo":
-        picture.paste((90, 20, 120, 255), (0, 0, 32, 16))
-    elif case == "hole":
-        picture.paste(clear, (8, 8, 24, 24))
-    else:
-        picture.paste(
-            (192, 128, 128, 255) if case == "labels" else (250, 220, 40, 255), (8, 8, 24, 24)
-        )
-    picture.save(tmp_path / "a.png")
-    assert open_picture(tmp_path / "a.png").size == (32, 32)
-    with pytest.raises(UserError, match=r"holds colours, as #\w{6} at \d, \d; paint white what"):
-        to_mask(open_picture(tmp_path / "a.png", "black"))
-
-
-def test_a_jpeg_may_be_a_mask(tmp_path):
-    """Law: what JPEG makes of white on black, in colour and at its worst, is no colour."""
-    strokes = np.zeros((64, 64, 3), np.uint8)
-    strokes[20:40, 10:50] = 255
-    for subsampling in (0, 2):
-        file = tmp_path / "a.jpg"
-        Image.fromarray(strokes).save(file, quality=5, subsampling=subsampling)
-        mask = to_mask(open_picture(file, "black"))
-        assert (mask != (strokes[..., 0] > 0)).sum() < 64
-
-
-@pytest.mark.parametrize("dtype, most", [(np.uint8, 255), (np.uint16, 65535)])
-def test_a_negative_is_turned_over(tmp_path, dtype, most):
-    """Law: a TIFF whose 0 is white, as of an X-ray, is shown as its maker sees it, at any depth."""
-    stored = np.array([[0, most]], dtype)
-    Image.fromarray(stored).save(tmp_path / "a.tiff", tiffinfo={262: 0})
-    with Image.open(tmp_path / "a.tiff") as picture:
-        assert picture.tag_v2[262] == 0
-    expected = stored if dtype == np.uint8 else most - stored  # Pillow turns 8 bits as it writes
-    assert pixels(tmp_path / "a.tiff")[0, :, 0].tolist() == (expected[0] // (most // 255)).tolist()
-
-
 def test_one_bit_palette_and_first_frame(tmp_path):
     """Law: 1-bit is black and white; of an animation the first frame counts."""
     Image.fromarray(np.array([[True, False]])).save(tmp_path / "bit.png")
@@ -158,47 +60,6 @@ def test_one_bit_palette_and_first_frame(tmp_path):
             tmp_path / name, save_all=True, append_images=frames[1:], **{"lossless": True}
         )
         assert (pixels(tmp_path / name) == RED).all(), name
-
-
-def png(width, height, body=b"", bits=8, kind=2, **chunks):
-    """A PNG that claims a size and holds `body` as its data, behind other chunks."""
-
-    def chunk(kind, data):
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
-    chunks = {"IHDR": header} | chunks | {"IDAT": body, "IEND": b""}
-    parts = (chunk(name.encode(), data) for name, data in chunks.items())
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
-GREY, RGB, GREY_ALPHA, RGBA = 0, 2, 4, 6  # kinds of PNG
-
-
-@pytest.mark.parametrize(
-    "kind, values, chunks, expected",
-    [
-        (RGB, [65535, 32768, 0, 257, 514, 1028], {}, [(255, 128, 0), (1, 2, 4)]),
-        (RGBA, [65535, 32768, 0, 65535, 0, 0, 0, 0], {}, [(255, 128, 0), WHITE]),
-        (GREY_ALPHA, [32768, 65535, 0, 0], {}, [(128, 128, 128), WHITE]),
-        (GREY, [65535, 7], {"tRNS": struct.pack(">H", 7)}, [WHITE, WHITE]),
-        (GREY, [0, 7], {"tRNS": struct.pack(">H", 7)}, [(0, 0, 0), WHITE]),
-    ],
-)
-def test_deep_png(tmp_path, kind, values, chunks, expected):
-    """Law: 16 bits per channel keep their range in every kind of PNG, clear pixels are white."""
-    body = zlib.compress(b"\0" + struct.pack(f">{len(values)}H", *values))
-    (tmp_path / "a.png").write_bytes(png(2, 1, body, 16, kind, **chunks))
-    assert [tuple(p) for p in pixels(tmp_path / "a.png")[0].tolist()] == expected
-
-
-def test_cmyk_ink(tmp_path):
-    """Law: ink is ink: full cyan is cyan, none is white."""
-    ink = Image.fromarray(np.array([[[255, 0, 0, 0], [0, 0, 0, 0]]], np.uint8), "CMYK")
-    ink.save(tmp_path / "a.tif")
-    assert pixels(tmp_path / "a.tif")[0].tolist() == [[0, 255, 255], [255, 255, 255]]
 
 
 def encoded(fmt, **options):
@@ -299,102 +160,6 @@ def test_metadata_fails_no_other_format(tmp_path, suffix):
         assert (pixels(tmp_path / f"a.{suffix}") == 90).all()
 
 
-def test_floats_are_read_as_an_array_is(tmp_path):
-    """Law: a grey of floats in [0, 1] is one of 8 bits, as an array of a program is; a picture
-    whose white is not known is refused, not guessed."""
-    ramp = np.array([[0, 0.5, 1]], np.float32)
-    Image.fromarray(ramp).save(tmp_path / "a.tiff")
-    assert pixels(tmp_path / "a.tiff")[0, :, 0].tolist() == [0, 128, 255]
-    assert to_mask(open_picture(tmp_path / "a.tiff", "black")).tolist() == [[False, True, True]]
-    signed = np.full((2, 2), 9, np.int32)
-    refused = {
-        "not in .0, 1.; scale them": ramp * 255,
-        "has signed levels, or 32 bits, .*; save it in 8": signed,
-    }
-    for message, array in (refused | {"not in .0, 1.": ramp * np.nan}).items():
-        Image.fromarray(array).save(tmp_path / "a.tiff")
-        with pytest.raises(UserError, match=message):
-            open_picture(tmp_path / "a.tiff")
-
-
-def with_swapped_primaries():
-    """sRGB's profile with red's and blue's place in it exchanged."""
-    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    entries = {bytes(profile[i : i + 4]): i for i in range(132, 132 + 12 * profile[131], 12)}
-    red, blue = (slice(entries[name] + 4, entries[name] + 12) for name in (b"rXYZ", b"bXYZ"))
-    profile[red], profile[blue] = profile[blue], profile[red]
-    text = profile.find("sRGB".encode("utf-16-be"))  # in its description
-    profile[text : text + 8] = "odd!".encode("utf-16-be")
-    return bytes(profile)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
-def test_a_profile_says_what_colours_are(tmp_path, mode):
-    """Law: what a file's profile says of its numbers is obeyed, whatever its mode, and alpha stays;
-    sRGB's own and a broken one leave every bit, and a mask's levels are no colours."""
-    file, swapped = tmp_path / "a.png", Image.fromarray(np.asarray(quadrants())[..., ::-1])
-    options = {"icc_profile": with_swapped_primaries()}
-    quadrants().convert(mode).save(file, **options)
-    opened = open_picture(file)
-    assert np.abs(np.asarray(opened).astype(int) - np.asarray(swapped)).max() <= 1
-    again = np.asarray(images.copy_picture(opened))  # it is of sRGB now
-    np.testing.assert_array_equal(again, np.asarray(opened))
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    for profile in (srgb, b"no profile"):
-        quadrants().convert(mode).save(file, icc_profile=profile)
-        np.testing.assert_array_equal(pixels(file), np.asarray(quadrants()))
-    grey = Image.new("L", (2, 1), 127)
-    grey.save(file, icc_profile=options["icc_profile"])  # of three channels, for one
-    assert (np.asarray(open_picture(file, "black")) == 127).all()
-    assert (pixels(file) == 127).all()
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
-def test_a_linear_png_is_shown_as_a_display_does(tmp_path, mode):
-    """Law: levels that a PNG says to be linear in light are made those of sRGB, and alpha is not;
-    those that grow as sRGB's, or beside a profile, and those of a mask stay."""
-    file, picture = tmp_path / "a.png", Image.new("RGB", (2, 1), (55, 55, 55)).convert(mode)
-    picture.save(file)
-    plain = file.read_bytes()
-
-    def read(gamma, *more, ground="white"):
-        body = struct.pack(">I", gamma)
-        added = struct.pack(">I", 4) + b"gAMA" + body
-        added += struct.pack(">I", zlib.crc32(b"gAMA" + body))
-        file.write_bytes(plain[:33] + added + b"".join(more) + plain[33:])
-        return set(np.asarray(open_picture(file, ground)).ravel().tolist())
-
-    assert read(100000) == {128}  # 0.216 of light
-    assert read(100000, ground="black") == {55} and read(45455) == {55}
-    srgb = struct.pack(">I", 1) + b"sRGB\0" + struct.pack(">I", zlib.crc32(b"sRGB\0"))
-    assert read(100000, srgb) == {55}
-
-
-@pytest.mark.parametrize("kind", [2, 6])
-def test_dark_colours_of_16_bits_are_refused(tmp_path, kind):
-    """Law: as of a grey, levels of up to 14 bits in 16 are all but black; black itself may be."""
-    for level, refused in ((0, False), (6000, True), (40000, False)):
-        values = np.full((1, 2, 3 if kind == 2 else 4), level, ">u2")
-        values[..., 3:] = 65535
-        body = zlib.compress(b"\0" + values.tobytes())
-        (tmp_path / "a.png").write_bytes(png(2, 1, body, 16, kind))
-        if refused:
-            with pytest.raises(UserError, match="16 bits, and its brightest level is .* of 65535"):
-                open_picture(tmp_path / "a.png")
-        else:
-            assert (pixels(tmp_path / "a.png") == level // 256).all()
-
-
-def test_a_preview_is_not_the_picture(tmp_path):
-    """Law: a camera's raw file is a TIFF that begins with a small copy, which is refused."""
-    kind = {254: 1}
-    quadrants().save(
-        tmp_path / "a.tiff", tiffinfo=kind, save_all=True, append_images=[quadrants(64)]
-    )
-    with pytest.raises(UserError, match="a.tiff' begins with a preview, as cameras' raw files do"):
-        measure_picture(tmp_path / "a.tiff")
-
-
 def test_only_regular_files_are_opened(tmp_path):
     """Law: pipes, devices, folders, URLs and odd names are refused at once; nothing hangs."""
     os.mkfifo(tmp_path / "pipe.png")
@@ -462,35 +227,6 @@ def test_what_is_no_picture_of_ours_says_what_it_is(tmp_path, start):
         open_picture(tmp_path / "a.jpg")
 
 
-def test_a_picture_that_shows_nothing_is_refused(tmp_path):
-    """Law: what would silently be white or black is told: alpha that is 0 everywhere, as in bitmaps
-    that do not use it, and levels of 8 to 14 bits saved with 16, as depth in millimetres has them.
-    White strokes on clear are not seen on white. A mask that is clear is an empty mask."""
-    file = tmp_path / "a.png"
-    strokes = Image.new("LA", (4, 2), (255, 0))
-    strokes.paste((250, 255), (2, 0, 4, 2))
-    strokes.save(file)
-    with pytest.raises(UserError, match="a.png' is white where it is not clear.*; lay it over"):
-        open_picture(file)
-    assert to_mask(open_picture(file, "black")).sum() == 4
-    strokes.convert("L").save(file)  # an empty sheet is one
-    assert pixels(file).min() >= 250
-    picture = quadrants().convert("RGBA")
-    picture.putalpha(0)
-    picture.save(file)
-    with pytest.raises(UserError, match="a.png' is clear everywhere.*; save it without alpha"):
-        open_picture(file)
-    assert not to_mask(open_picture(file, "black")).any()
-    for most in (255, 5999, 16383):
-        Image.fromarray(np.array([[0, most]], np.uint16)).save(file)
-        with pytest.raises(
-            UserError, match=f"16 bits, and its brightest level is {most} of .*; str"
-        ):
-            open_picture(file)
-    Image.fromarray(np.zeros((1, 2), np.uint16)).save(file)
-    assert not pixels(file).any()
-
-
 @pytest.mark.filterwarnings("error")
 def test_damaged_pictures_never_raise_anything_else(tmp_path, capfd):
     """Law: random damage gives a picture or a UserError, no warning and nothing on stderr."""
@@ -509,35 +245,6 @@ def test_damaged_pictures_never_raise_anything_else(tmp_path, capfd):
         except UserError as error:
             assert "\n" not in str(error)
     assert capfd.readouterr().err == ""
-
-
-def test_mask_threshold(tmp_path):
-    """Law: grey of 128 and more is generated, less is kept; the mask keeps its size [h, w]."""
-    Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8)).save(tmp_path / "m.png")
-    mask = to_mask(open_picture(tmp_path / "m.png"))
-    assert mask.dtype == bool and mask.tolist() == [[False, False, True, True]]
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "tRNS"])
-def test_nothing_is_drawn_where_a_mask_is_clear(tmp_path, mode):
-    """Law: of strokes on a clear ground only the strokes are marked, whatever colour is under it;
-    half a stroke counts from half its white."""
-    levels = np.array([[255, 255, 255, 0]], np.uint8)
-    alpha = np.array([[0, 255, 255, 255]], np.uint8)
-    if mode in ("RGBA", "LA"):
-        alpha[0, 1] = 100
-        picture = Image.merge("LA", [Image.fromarray(levels), Image.fromarray(alpha)])
-        picture, options = picture.convert(mode), {}
-    elif mode == "P":
-        picture, options = Image.fromarray(np.array([[0, 1, 2, 3]], np.uint8), "P"), {}
-        picture.putpalette([255] * 3 + [90] * 3 + [255] * 3 + [0] * 3)
-        options = {"transparency": 0}
-    else:
-        picture = Image.fromarray(np.array([[9, 0, 65535, 1]], np.uint16))
-        options = {"transparency": 9}
-    picture.save(tmp_path / "m.png", **options)
-    mask = to_mask(open_picture(tmp_path / "m.png", "black"))
-    assert mask.tolist() == [[False, False, True, False]]
 
 
 def test_save_round_trip_leaves_nothing_else(tmp_path):

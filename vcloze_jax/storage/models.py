@@ -26,14 +26,13 @@ class LazyModels:
     """The models of a weights folder, each put on the mesh when it is first asked for.
 
     MMDiT and autoencoder stay there. The text encoders, half as large as the MMDiT and needed for
-    a moment, are loaded whenever they are asked for, and live no longer than they are held.
+    a moment, are loaded whenever they are asked for, and live no longer than they are held. With
+    `offload` the MMDiT's blocks wait in host memory, from where mmdit.near fetches them.
     """
 
     def __init__(self, folder, preset, loras, mesh, offload=False):
         self.folder, self.preset, self.loras, self.mesh = folder, preset, loras, mesh
-        self.offload = (
-            offload  # the MMDiT's blocks wait in host memory, where mmdit.near finds them
-        )
+        self.offload = offload
 
     @cached_property
     def flux(self):
@@ -195,10 +194,12 @@ def ready_export(run, trainer, state, folder):
         weights.save_pipeline(out, trainer.preset, parts)
         for name in ("tokenizer", "tokenizer_2") if run.writes else ():
             shutil.copytree(folder / name, out / name, dirs_exist_ok=True)
-    adapter = (state.average or state.trainable).get("flux")
-    if jax.process_count() > 1 and recipe.rank:
+    if not recipe.rank:
+        return lambda: None
+    adapter = (state.average or state.trainable)["flux"]
+    if jax.process_count() > 1:
         adapter = jax.tree.map(on_host, trainer.learnt["flux"])
-    if not (recipe.rank and run.writes):
+    if not run.writes:
         return lambda: None
     what = f"average {recipe.ema:g}" if recipe.ema else "last"
     note = {"step": str(trainer.step), "weights": what}
