@@ -2,9 +2,7 @@
 
 import json
 import os
-import unicodedata
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from PIL import Image
 from vcloze_jax.config import MINI, UserError
 from vcloze_jax.data.jsonlines import SPELLINGS, read_line
 from vcloze_jax.data.owndata import ASKED, open_own
-from vcloze_jax.data.pairfolders import SIDES, FolderSamples
 from vcloze_jax.data.sources import draw_of_shape
 
 PAIR = {"image": [["0.png", "1.png"], ["0.png", "1.png"]]}
@@ -150,106 +147,6 @@ def test_a_pair_is_a_row(lines):
     example = only(lines(pair))
     assert example.grid.shape == ((64, 128),) and example.grid.targets == [1]
     assert example.prompt.endswith("Do it. The last image of the last row depicts: a fox")
-
-
-# --- folders of pairs ---
-
-
-@pytest.mark.parametrize("form", ["{side}/{name}.png", "{name}_{side}.jpg"])
-@pytest.mark.parametrize("sides", SIDES)
-def test_folders(tmp_path, form, sides):
-    """Both forms of a folder, by name, with the texts that there are; other files do not matter."""
-    if form.startswith("{name}") and sides[0].endswith(f"_{sides[1]}"):
-        pytest.skip("one is an end of the other")
-    for side, level in zip(sides, (0, 200), strict=True):
-        for i, name in enumerate(("b", "a.x")):
-            file = tmp_path / form.format(side=side, name=name)
-            file.parent.mkdir(exist_ok=True)
-            Image.new("RGB", (64, 64), (60 * i, level, 0)).save(file, quality=100)
-    (tmp_path / "a.x.txt").write_text(" an\n apple ")
-    (tmp_path / "notes.md").write_text("nothing")
-    (tmp_path / f".hidden_{sides[0]}.png").write_text("nothing")
-    samples = FolderSamples(tmp_path)
-    assert [samples.name(i) for i in range(len(samples))] == [
-        f"{tmp_path}: {n}" for n in ("a.x", "b")
-    ]
-    assert [sample.texts["content_prompt"] for sample in samples] == ["an apple", None]
-    source = open_own(str(tmp_path), FIXED)
-    assert [shape.rows for shape in source.shapes()] == [1, 2] and source.pairs
-    query = source.example(np.random.default_rng(0), source.shapes()[0], [0]).grid.query
-    assert abs(query.pixels[0, 0].astype(int) - [60, 0, 0]).max() < 4
-    assert abs(query.pixels[0, -1].astype(int) - [60, 200, 0]).max() < 4
-
-
-@pytest.mark.parametrize("form", ["{side}/{name}.png", "{name}_{side}.png"])
-def test_folders_as_systems_make_them(tmp_path, form):
-    """Whatever the case of the two names, and the Unicode form of a picture's: macOS decomposes
-    accents. Folders lie in folders; what a system leaves beside pictures is none; kohya's texts
-    end in .caption; Windows has a byte order mark before them."""
-    for side, code in (("In", "NFD"), ("OUT", "NFC")):
-        for name in ("caf\u00e9", "more/b.x"):
-            file = tmp_path / form.format(side=side, name=unicodedata.normalize(code, name))
-            for place in (
-                file,
-                file.parent / "@eaDir" / file.name,
-                file.with_name(f"._{file.name}"),
-            ):
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.touch()
-            file.with_suffix(".caption").write_text(f"\ufeff{name}", "utf-8")
-    (tmp_path / "out").touch()
-    if "_" in form:  # beside the target's picture, as beside the other, it is that of NAME
-        for file in list(tmp_path.rglob("*.caption")):
-            file.rename(file.with_name(file.name.replace("_OUT", "").replace("_In", "")))
-    samples = FolderSamples(tmp_path)
-    assert [pair[0] for pair in samples.pairs] == ["caf\u00e9", "more/b.x"]
-    assert [sample.texts["content_prompt"] for sample in samples] == ["caf\u00e9", "more/b.x"]
-
-
-def test_wrong_folders_are_named(tmp_path):
-    """What has no partner, what has two, and a folder without pairs are one line of an error."""
-    (tmp_path / "in").mkdir()
-    with pytest.raises(UserError, match="no pair in it: neither in/NAME.png"):
-        FolderSamples(tmp_path)
-    (tmp_path / "out").mkdir()
-    for name in ("in/a.png", "in/b.png", "out/a.jpg"):
-        (tmp_path / name).touch()
-    with pytest.raises(UserError, match="b: there is its 'in' picture alone; add 'out'"):
-        FolderSamples(tmp_path)
-    (tmp_path / "out" / "B.jpg").touch()
-    with pytest.raises(UserError, match="out/B.jpg and in/b.png: write their names alike"):
-        FolderSamples(tmp_path)
-    (tmp_path / "in" / "a.webp").touch()
-    with pytest.raises(UserError, match="in/a.webp: in/a.png has the same name; remove one"):
-        FolderSamples(tmp_path)
-    (tmp_path / "metadata.jsonl").touch()
-    with pytest.raises(UserError, match="metadata.jsonl: its texts are not read beside pairs"):
-        FolderSamples(tmp_path)
-
-
-@pytest.mark.parametrize("place", [".", "in", "more/of"])
-@pytest.mark.parametrize("name", ["prompt.json", "metadata.jsonl", "pairs.jsonl"])
-def test_texts_are_not_lost_beside_pairs(tmp_path, place, name):
-    """A file that says something of pairs, whatever its name and wherever it lies in the folder
-    (ControlNet's fill50k, `datasets`), is named with what reads it; one that says nothing is not
-    in the way, nor is what is beside each picture."""
-    for side in ("in", "out", place):
-        (tmp_path / side).mkdir(parents=True, exist_ok=True)
-    for file in ("in/a.png", "out/a.png"):
-        (tmp_path / file).touch()
-        (tmp_path / file).with_suffix(".json").write_text(json.dumps({"caption": "a fox"}))
-    (tmp_path / "config.json").write_text(json.dumps({"steps": 3}, indent=1))
-    (tmp_path / "plain.jsonl").write_text(json.dumps({"source": "in/a.png", "target": "out/a.png"}))
-    assert len(FolderSamples(tmp_path)) == 1
-
-    told = {"source": "in/a.png", "target": "out/a.png", "prompt": "a fox"}
-    (tmp_path / place / name).write_text("\n".join([json.dumps(told)] * 2))
-    where = str(Path(place) / name)
-    with pytest.raises(UserError, match=f"{where}: its texts are not read.*; give that file as"):
-        FolderSamples(tmp_path)
-    (tmp_path / place / name).rename(tmp_path / place / "metadata.csv")
-    with pytest.raises(UserError, match="metadata.csv: its texts are not read.* into NAME.txt"):
-        FolderSamples(tmp_path)
 
 
 # --- mistakes ---

@@ -3,6 +3,7 @@
 As data/jsonlines.py has them of a file; a folder may have folders in it.
 """
 
+import codecs
 import hashlib
 import os
 import unicodedata
@@ -11,8 +12,15 @@ from pathlib import Path
 
 from vcloze_jax import prompts
 from vcloze_jax.config import UserError
-from vcloze_jax.data.jsonlines import KEYS, SOURCE, LineSamples, OwnSample
-from vcloze_jax.inputs.checks import describe_error, error_context, fold_name
+from vcloze_jax.data.jsonlines import INSTRUCTION, KEYS, SOURCE, LineSamples, OwnSample
+from vcloze_jax.inputs.checks import (
+    check_text,
+    describe_error,
+    error_context,
+    fold_name,
+    parse_json,
+    read_key,
+)
 from vcloze_jax.inputs.pictures import check_file
 
 # What holds the texts of a folder of `datasets`, which are lost where its pictures pair by name.
@@ -29,15 +37,17 @@ SIDES = (
     ("A", "B"),
 )
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
-TEXTS = ".txt", ".caption"  # kohya's, too
+TEXTS = ".txt", ".caption", ".json"  # kohya's, too; img2dataset's
+CAPTIONS = "caption", "prompt", "text", "description"  # keys of a JSON beside a picture
+INSTRUCTIONS = "instruction", "edit_prompt", "edit"  # others, which say what to do
 NOT_OURS = ".", "@", "__"  # how files and folders begin that a system makes: macOS's, a NAS's
-MAX_TEXT = 2**16  # bytes of a pair's text
+MAX_TEXT, MAX_TABLE = 2**16, 2**22  # bytes of a pair's text, and of a JSON that may hold one
 
 
 class FolderSamples(Sequence):
     """The pairs of a folder: in/NAME.png and out/NAME.png, or NAME_in.png and NAME_out.png, or with
-    others of `SIDES`, in whatever case, each with what NAME.txt says of its target, if there is
-    one. NAME may have folders in it. Raises UserError naming a file."""
+    others of `SIDES`, in whatever case, each with what NAME.txt or NAME.json says of its target, if
+    there is one. NAME may have folders in it. Raises UserError naming a file."""
 
     def __init__(self, path: Path):
         self.path = self.folder = path
@@ -52,7 +62,8 @@ class FolderSamples(Sequence):
                     "no pair in it: neither in/NAME.png and out/NAME.png nor NAME_in.png and "
                     f"NAME_out.png; other names of the two: {known}"
                 )
-        self.pairs = [(name, *(side[name] for side in sides)) for name in sorted(sides[0])]
+            self.pairs = [(name, *(side[name] for side in sides)) for name in sorted(sides[0])]
+            check_astray(path, self.pairs)
         self.digest = hashlib.sha256(repr(self.pairs).encode()).hexdigest()
 
     def __len__(self):
@@ -64,7 +75,8 @@ class FolderSamples(Sequence):
 
     def __getitem__(self, i: int) -> OwnSample:
         name, *pair = self.pairs[i]
-        text = next(map(read_text, list_texts(self.path, name, pair)), None)
+        texts = map(read_text, list_texts(self.path, name, pair))
+        text = next((text for text in texts if text is not None), None)
         phrases = [SOURCE, prompts.PHRASES["image"]]
         return OwnSample([pair], dict.fromkeys(KEYS[1:]) | {"content_prompt": text}, phrases)
 
@@ -76,16 +88,33 @@ def read_samples(path: Path) -> LineSamples | FolderSamples:
 
 def check_texts(folder: Path) -> None:
     """Raise UserError for a file, anywhere in a folder, whose texts would be lost beside pairs."""
+    stems = {file.stem for file in walk_pictures(folder)}
     for place, names in walk_places(folder):
-        stems = {Path(name).stem for name in names if Path(name).suffix.lower() in SUFFIXES}
         for name in names:
             file, remedy = place / name, "put what it says of NAME into NAME.txt"
-            if file.suffix.lower() in LINES and file.stem not in stems and tells_pairs(file):
+            lines = file.suffix.lower() in LINES and file.stem not in stems
+            if lines and tells_pairs(file):
                 remedy = "give that file as --data"
-            elif name not in TEXTS_OF_OTHERS:
+            elif name not in TEXTS_OF_OTHERS and not (lines and tells_names(file, stems)):
                 continue
             lost = f"{file.relative_to(folder)}: its texts are not read beside pairs"
             raise UserError(f"{lost}; {remedy}, or move it away")
+
+
+def check_astray(folder: Path, pairs: list[tuple[str, str, str]]) -> None:
+    """Raise UserError for a text of a pair's name in a folder where none is looked for."""
+    homes = {os.path.dirname(path) for pair in pairs for path in pair}
+    stems = {os.path.basename(path).rpartition(".")[0] for pair in pairs for path in pair[1:]}
+    stems |= {os.path.basename(name) for name, *_ in pairs}
+    for place, names in walk_places(folder):
+        here = str(place.relative_to(folder))
+        if here in homes or (here == "." and "" in homes):
+            continue
+        for name in names:
+            stem, suffix = os.path.splitext(unicodedata.normalize("NFC", name))
+            if stem in stems and suffix in TEXTS[:2]:
+                lost = f"{here}/{name}: its text is not read there"
+                raise UserError(f"{lost}; put it beside its picture, or move it away")
 
 
 def tells_pairs(file: Path) -> bool:
@@ -95,6 +124,20 @@ def tells_pairs(file: Path) -> bool:
     except (UserError, OSError):
         return False
     return first.phrases is not None and any(first.texts.values())
+
+
+def tells_names(file: Path, stems: set[str]) -> bool:
+    """Whether a file is one object with a text for pictures by their names: kohya's meta_cap.json,
+    {"in/a": {"caption": …}}, DiffusionDB's, {"a.png": {"p": …}}, or {"a.png": text}."""
+    try:
+        table = parse_json(file.read_bytes().removeprefix(codecs.BOM_UTF8))
+    except (UserError, OSError):
+        return False
+    named = table.items() if isinstance(table, dict) else ()
+    return any(
+        {Path(name).name, Path(name).stem} & stems and isinstance(value, dict | list | str)
+        for name, value in named
+    )
 
 
 def check_partners(names: tuple[str, str], sides: list[dict[str, str]]) -> None:
@@ -157,20 +200,42 @@ def walk_places(root: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def list_texts(folder: Path, name: str, pair: list[str]) -> Iterator[Path]:
-    """The files that say something of a pair: beside its folders, or beside either picture."""
+    """The files that say something of a pair: beside its folders, or beside either picture, then
+    also by the picture's own name. The target's comes first."""
     for form in dict.fromkeys((name, unicodedata.normalize("NFD", name))):
-        for place in (folder / form, *((folder / path).parent / Path(form).name for path in pair)):
+        pictures = [folder / path for path in reversed(pair)]
+        places = [folder / form, *(picture.parent / Path(form).name for picture in pictures)]
+        for place in dict.fromkeys((*places, *(picture.with_suffix("") for picture in pictures))):
             for suffix in TEXTS:
                 if (file := place.with_name(place.name + suffix)).exists():
                     yield file
 
 
-def read_text(file: Path) -> str:
-    """What a pair's text file says, on one line. Raises UserError naming it."""
+def read_text(file: Path) -> str | None:
+    """What a pair's text file says, on one line; None of a JSON that says nothing of a picture.
+    Raises UserError naming it."""
+    inside = file.suffix == ".json"
+    limit = MAX_TABLE if inside else MAX_TEXT
     with error_context(repr(str(file))):
-        if check_file(file).stat().st_size > MAX_TEXT:
-            raise UserError(f"more than {MAX_TEXT} bytes; this is no caption")
+        if check_file(file).stat().st_size > limit:
+            raise UserError(f"more than {limit} bytes; this is no caption")
         try:
-            return " ".join(file.read_text("utf-8-sig").split())
+            if inside:
+                text = read_caption(parse_json(file.read_bytes().removeprefix(codecs.BOM_UTF8)))
+            else:
+                text = file.read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot be read: {describe_error(error)}; save it as UTF-8") from None
+    return text and " ".join(text.split())
+
+
+def read_caption(table) -> str | None:
+    """What the JSON beside a picture says of it. Raises UserError naming a key."""
+    there = table.items() if isinstance(table, dict) else ()
+    said = {k: v for k, v in there if k in CAPTIONS + INSTRUCTIONS and v is not None}
+    if len(said) > 1:
+        raise UserError(f"{' and '.join(said)}: keep one")
+    for key in said:
+        text = read_key(said, key, None, check_text)
+        return INSTRUCTION + text if text and key in INSTRUCTIONS else text
+    return None
