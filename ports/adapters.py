@@ -22,6 +22,7 @@ from vcloze_jax.ports import engine, torchfile
 from vcloze_jax.ports.diagnose import (
     PortError,
     describe_header,
+    describe_holder,
     describe_key,
     list_faults,
     with_shape,
@@ -34,7 +35,7 @@ from vcloze_jax.ports.loraconfig import (
     unscale_bias,
 )
 from vcloze_jax.ports.tables import Leaf, Piece, lay_out, mmdit, split_name
-from vcloze_jax.ports.tables.namings import DIFFERENCE, NAMINGS, Naming
+from vcloze_jax.ports.tables.namings import DIFFERENCE, DOTS, NAMINGS, Naming
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 PICKLE = rb"PK\x03\x04|\x80[\x00-\x05]"
@@ -116,8 +117,7 @@ def check_adapter(source, shapes=None) -> Adapter:
     """The adapter of an open source, as `open_adapter` says."""
     naming = recognise_naming(source)
     shapes = infer_shapes(source, naming) if shapes is None else shapes
-    kernels = [p for p in shapes if p.endswith("/kernel")]
-    kernels = [lay_out(naming.modules, path, shapes[path]) for path in kernels]
+    kernels = [lay_out(naming.modules, p, x) for p, x in shapes.items() if p.endswith("/kernel")]
     kernels = [lay_out(naming.modules, kernel.path, kernel.matrix) for kernel in kernels]
     linear = [(kernel, find_factors(source, naming, kernel)) for kernel in kernels]
     norms, config = find_norms(source, naming, shapes), read_lora_config(source)
@@ -156,6 +156,7 @@ def recognise_naming(source) -> Naming:
         keys = list_faults([f"{key}{describe_key(key)}" for key in telling]) or "none"
         kind = describe_header(source.header)
         other = f", seems to be {kind}" if kind and "adapter" not in kind else ""
+        other += describe_holder(source.header, DOTS)
         raise PortError(f"is no adapter of FLUX in a naming that is known{other}; it holds {keys}")
     return namings[counts.index(max(counts))]
 

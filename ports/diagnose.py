@@ -114,6 +114,16 @@ def describe_key(key: str) -> str:
     return next((f" ({meaning})" for sign, meaning in STRANGE if re.search(sign, key)), "")
 
 
+def describe_holder(keys, known: tuple[str, ...]) -> str:
+    """What stands before the names of FLUX's layers in an adapter's keys, where that is none of the
+    known prefixes, and what to do about it; "" elsewhere."""
+    blocks = r"((single_)?transformer_blocks|double_blocks|single_blocks)\.\d"
+    found = (re.match(rf"(.+?\.)(?={blocks})", key) for key in keys)
+    odd = next((match[1] for match in found if match and match[1] not in known), "")
+    remedy = "rename its keys to begin with transformer., if it is FLUX's"
+    return odd and f": nobody calls the transformer {odd[:-1]}; {remedy}"
+
+
 def misshapen(key: str, shape, expected) -> str:
     """The fault of a tensor that has another shape than the one expected."""
     hint = next((f" ({hint})" for sign, hint in HINTS if re.search(sign, key)), "")

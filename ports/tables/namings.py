@@ -56,8 +56,11 @@ DIFFERENCE = ".diff_b"  # of a bias of the base, read in place of one on B, and 
 DOWN = ".lora_down.weight", ".lora_up.weight", DIFFERENCE, ".alpha"
 DOTTED = ".lora.down.weight", ".lora.up.weight", None, ".alpha"
 LAYER_DOWN = ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight", None, ".alpha"
-DOTS = "transformer.", "diffusion_model.", ""
-BARE = "", "diffusion_model.", "transformer."
+# What stands before modules where a trainer holds the transformer under a name of its own.
+HOLDERS = "model.", "model.diffusion_model.", "diffusion_model.model.", "unet.", "dit.", "flux."
+HOLDERS += "pipe.dit.", "pipe.transformer.", "pipeline.transformer.", "net.", "denoiser."
+DOTS = "transformer.", "diffusion_model.", "", *HOLDERS
+BARE = "", "diffusion_model.", "transformer.", *HOLDERS
 UNET = ("lora_unet_",)
 FLAT = "lora_transformer_", "lora_unet_", "lycoris_"  # of OneTrainer, InvokeAI, SimpleTuner
 

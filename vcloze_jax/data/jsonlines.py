@@ -18,6 +18,7 @@ from vcloze_jax import prompts
 from vcloze_jax.config import UserError
 from vcloze_jax.data.spans import scan_objects
 from vcloze_jax.inputs.checks import (
+    WRAPPED,
     check_keys,
     check_text,
     check_type,
@@ -66,6 +67,8 @@ INSTRUCTION = prompts.EDITING_PREFIXES[1]
 SOURCE = "a source image"
 CONDITIONS = {"cond1": "a condition image", "cond2": "another condition image"}  # else SOURCE
 LIST = re.compile(rb"(\xef\xbb\xbf)?\s*\[")  # how a file begins that is one JSON list
+# … and one that holds such a list, after a few words about it.
+LIST_WITHIN = re.compile(rb'(\xef\xbb\xbf)?\s*\{[^][{}]*"(?!image")(?P<key>\w+)"\s*:\s*\[\s*\{')
 TABLES = ".csv", ".tsv"
 TABLE = (
     "is a table; write each row as a JSON object, a line each, as pandas' to_json does with "
@@ -91,6 +94,8 @@ class LineSamples(Sequence):
             if path.suffix.lower() in TABLES:
                 raise UserError(TABLE)
             self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if found := LIST_WITHIN.match(self.content):
+                raise UserError(f"{found['key'].decode(errors='replace')!r}: {WRAPPED}")
             self.unit = "item" if LIST.match(self.content) else "line"
             if self.unit == "item":
                 spans = [span for span, _ in scan_objects(self.content)]

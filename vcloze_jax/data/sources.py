@@ -3,6 +3,7 @@
 A new source of data is one file and one row of `SOURCES`.
 """
 
+import re
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from vcloze_jax.config import Recipe, UserError
 from vcloze_jax.grid import PATCH, Grid
+from vcloze_jax.inputs.checks import explain_missing
 
 
 class Example(NamedTuple):
@@ -107,12 +109,18 @@ def open_source(recipe: Recipe) -> Source:
         if form.partition(":")[:2] == (kind, colon):
             return resolve_name(opener)(part, recipe)
     if not recipe.data or not Path(recipe.data).exists():
-        known = ", ".join(SOURCES)
-        raise UserError(
-            f"--data {recipe.data}: no such data; use {known}, a JSON-lines file or a folder of "
-            "pairs"
-        )
+        known = f"use {', '.join(SOURCES)}, a JSON-lines file or a folder of pairs"
+        remedy = recipe.data and explain_absent(recipe.data)
+        raise UserError(f"--data {recipe.data}: no such data; {remedy or known}")
     return resolve_name(OWN)(recipe.data, recipe)
+
+
+def explain_absent(data: str) -> str:
+    """What helps where data are not there that seem to be elsewhere; "" where nothing tells."""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", data) and not Path(data).parent.exists():
+        fetch = f"hf download {data} --repo-type dataset --local-dir {Path(data).name}"
+        return f"of Hugging Face they are fetched first: {fetch}"
+    return explain_missing(data)
 
 
 # What a generator draws. NumPy pads seeds with zeros, so that (seed, 7) and (seed, 7, 0) would be

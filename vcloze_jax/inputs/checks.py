@@ -64,7 +64,10 @@ INSTEAD = (
     (r".?['\u2018\u2019\u201c\u201d]", 'a quote that JSON does not know; write "'),
     (r".?(True|False|None)\b", "a word of Python; write true, false or null"),
 )
+URL = re.compile(r"(^|/)([a-z][a-z0-9+.-]+:/|data:[a-z]+/)", re.IGNORECASE)  # // may be / in a path
 DASHES = re.compile(r"(^| )[\u2010-\u2015]")  # that word processors make of --
+# What a list of grids is that stands under a key.
+WRAPPED = "a list of objects within an object; give the list itself as the file, [{…}, {…}]"
 LONGEST = 300  # characters of a foreign message, or of a name
 
 
@@ -107,6 +110,10 @@ def explain_missing(path: str | Path) -> str:
     """Why a file that is not there looks as if it were, and what helps; "" where nothing tells."""
     path = Path(path)
     folder, name = path.parent, path.name
+    if URL.search(str(path)):
+        return "it is a URL, an address: download it first, and give the file's path"
+    if name == "-":
+        return "what another program says is not read; save it, and give the file's path"
     if os.path.islink(path) and os.path.lexists(os.path.realpath(path)):
         return "links lead round in a circle; remove one"
     if os.path.islink(path):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vcloze_jax.config import PRESETS, UserError
 from vcloze_jax.inputs.cachefolder import cache_folder
-from vcloze_jax.inputs.checks import DASHES, describe_with_file
+from vcloze_jax.inputs.checks import DASHES, describe_error, describe_with_file
 from vcloze_jax.inputs.signals import leave, watch_signals
 from vcloze_jax.inputs.terminal import guard_streams, tell_error
 from vcloze_jax.storage.places import (
@@ -24,6 +24,12 @@ from vcloze_jax.storage.places import (
 )
 
 DOWNLOAD = "fetch --weights OWNER/NAME from Hugging Face, where it is not in its cache"
+# Variables that change where and how fast JAX computes, and what it tells, and never fail by that.
+HARMLESS = re.compile(
+    "JAX_(PLATFORMS|NUM_CPU_DEVICES|ENABLE_X64|DEFAULT_MATMUL_PRECISION|TRACEBACK_FILTERING|"
+    "COMPILATION_CACHE_DIR|PERSISTENT_CACHE_.*|COORDINATOR_.*|CPU_.*|LOG.*|.*VISIBLE_DEVICES)"
+)
+UNSET = "", "0", "false", "no", "off"  # as JAX reads a switch
 AT_END = []  # functions to call before the process ends by itself
 
 
@@ -206,7 +212,7 @@ def exit_code(main):
         tell_error(error)
         return 1
     except Exception as error:
-        if said := describe_variable(error):
+        if said := describe_variable(error) or describe_changed_jax(error):
             tell_error(said)
             return 2
         traceback.print_exc()
@@ -221,3 +227,17 @@ def describe_variable(error):
         return ""
     name, value = found["name"] or found["switch"], found["value"] or found["truth"] or ""
     return f"{name.upper()}={value}: a variable of the environment that JAX cannot read; unset it"
+
+
+def describe_changed_jax(error):
+    """What JAX was told by the environment that may be why it raises what nobody expects, as
+    JAX_NO_EXECUTION or JAX_REMAT3 make it; "" where it was told nothing of that kind."""
+    odd = {k: v for k, v in sorted(os.environ.items()) if k.startswith("JAX_")}
+    odd = [
+        f"{k}={v}" for k, v in odd.items() if not HARMLESS.fullmatch(k) and v.lower() not in UNSET
+    ]
+    told = " and ".join(odd)
+    reason = f"{type(error).__name__}: {describe_error(error)}"
+    return (
+        told and f"{told}: a variable of the environment may be why JAX fails; unset it ({reason})"
+    )

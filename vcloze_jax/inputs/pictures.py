@@ -19,7 +19,13 @@ import numpy as np
 from PIL import Image
 
 from vcloze_jax.config import UserError
-from vcloze_jax.inputs.checks import describe_error, describe_foreign, explain_missing, shorten
+from vcloze_jax.inputs.checks import (
+    URL,
+    describe_error,
+    describe_foreign,
+    explain_missing,
+    shorten,
+)
 from vcloze_jax.inputs.modes import MAX_PIXELS, to_upright_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -27,8 +33,8 @@ TURNS = b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"  # keywords of text t
 LARGE = 2**20  # bytes of such text
 EXIF = {"exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow keeps what may turn a picture
 TURNED = 0x0112, range(5, 9)  # EXIF's orientation, and those that swap width and height
+STREAM = re.compile("/dev/(stdin|fd/)")
 COLOURED = 64  # from the least of RGB to the most, more than JPEG makes of a grey
-URL = re.compile(r"(^|/)([a-z][a-z0-9+.-]+:/|data:[a-z]+/)", re.IGNORECASE)
 
 
 class PictureError(UserError):
@@ -49,11 +55,13 @@ def check_file(path: str | Path) -> Path:
     Raises PictureError naming the file: missing, empty, a URL, a folder, a pipe, a device.
     """
     name = repr(shorten(str(path)))
+    if STREAM.match(str(path)):
+        raise PictureError(
+            f"{name} is what another program says; save it, and give the file's path"
+        )
     try:
         found = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        if URL.search(str(path)):
-            raise PictureError(f"{name} is a URL; save it and give the file's path") from None
         remedy = explain_missing(path) or "check the path"
         raise PictureError(f"{name} cannot be opened: {describe_error(error)}; {remedy}") from None
     if not stat.S_ISREG(found.st_mode):

@@ -207,8 +207,11 @@ def _open_cell(cell, folder: Path, read) -> tuple:
         return None, None
     if isinstance(cell, str | os.PathLike | Image.Image) or hasattr(cell, "__array__"):
         return _open_picture(cell, "white", folder, read)
-    if not isinstance(cell, dict) or cell.keys() != {"image", "mask"}:
+    if not isinstance(cell, dict) or not {"image"} <= cell.keys() <= {"image", "mask"}:
         raise UserError('a cell is a path, null or {"image": path, "mask": path}')
+    if cell.get("mask") is None:  # as programs write what has none
+        whole = cell if cell["image"] is not None else {}
+        return read_key(whole, "image", (None, None), _open_picture, "white", folder, read)
     path, picture = read_key(cell, "image", None, _open_picture, "white", folder, read)
     mask_path, mask = read_key(cell, "mask", None, _open_mask, folder)
     return {"image": path, "mask": mask_path}, (picture, mask)

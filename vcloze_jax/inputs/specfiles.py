@@ -14,6 +14,7 @@ import numpy as np
 from vcloze_jax.config import Preset, UserError
 from vcloze_jax.grid import Spec
 from vcloze_jax.inputs.checks import (
+    WRAPPED,
     check_integer,
     check_type,
     describe_error,
@@ -70,6 +71,7 @@ def read_specs(sources: list, preset: Preset, changes: dict | None = None) -> li
         path = Path(source)
         with error_context(path):
             content = parse_json(_read_bytes(path))
+            _refuse_wrapped(content)
             if content == []:
                 raise UserError("an empty list; give at least one spec")
             _check_count(len(specs) + (len(content) if isinstance(content, list) else 1))
@@ -163,6 +165,16 @@ def _write_cell(file, pixels, mask):
 def _spec_of(table: dict) -> dict:
     """The spec of a record; any other table is one itself."""
     return check_type(table["spec"], dict) if {"spec", "boxes"} <= table.keys() else table
+
+
+def _refuse_wrapped(content) -> None:
+    """Raise UserError for specs that stand within an object, which is none itself."""
+    there = content.items() if isinstance(content, dict) and "image" not in content else ()
+    for key, value in there:
+        if isinstance(value, dict) and "image" in value and _spec_of(content) is content:
+            raise UserError(f"{key!r}: holds the spec; give what stands under it as the file")
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            raise UserError(f"{key!r}: {WRAPPED}")
 
 
 def _is_record(file: Path) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vcloze_jax.config import FLUX_FILL, PRESETS, UserError
 from vcloze_jax.inputs.checks import describe_error, explain_missing
-from vcloze_jax.inputs.pictures import URL
+from vcloze_jax.ports.tables import mmdit
 
 MINI_FOLDER = (
     Path(__file__).parents[1] / "mini"
@@ -16,6 +16,8 @@ MINI_FOLDER = (
 MINI_LORA = MINI_FOLDER / "lora.safetensors"
 DIGESTED = ".safetensors", ".sft", ".bin", ".json", ".model"
 LARGE, HEADER, BLOCK = 2**26, 2**20, 2**16  # bytes
+# Fields of a FluxConfig that tell presets from each other.
+TELLING = "heads", "axes_dim", "double_blocks", "single_blocks", "text_width", "vec_width"
 BLOCKS = 64  # of a large file, beside its header
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -120,8 +122,6 @@ def suggest_adapter(file):
     if HUB_ID.fullmatch(name := str(file)):
         fetch = f"hf download {name} --local-dir {Path(name).name}"
         return f"; of Hugging Face it is fetched first: {fetch}"
-    if URL.search(name):
-        return "; it is an address: fetch the file first"
     stem, colon, tail = name.rpartition(":")
     if colon and Path(stem).exists():
         number = re.fullmatch(r"[-+.\deE]+", tail)
@@ -130,15 +130,31 @@ def suggest_adapter(file):
 
 
 def named_preset(folder):
-    """The preset that FOLDER/vcloze.json names, without it FLUX.1-Fill's. Raises UserError."""
+    """The preset that FOLDER/vcloze.json names, without it that of the transformer's sizes, or else
+    FLUX.1-Fill's. Raises UserError."""
     file = Path(folder) / "vcloze.json"
     if not file.is_file():
-        return FLUX_FILL
+        return recognise_preset(Path(folder))
     try:
         return PRESETS[json.loads(file.read_bytes())["preset"]]
     except (OSError, ValueError, KeyError, TypeError):
         names = ", ".join(PRESETS)
         raise UserError(f'{file}: must say {{"preset": NAME}} with a name of {names}') from None
+
+
+def recognise_preset(folder):
+    """The preset whose sizes the transformer's config.json says, as where diffusers saved it again,
+    which leaves vcloze.json behind; FLUX.1-Fill's where it says others, or is not there."""
+    try:
+        entries = json.loads((folder / mmdit.PART.folder / "config.json").read_bytes())
+        sizes = {ours: entries.get(theirs) for theirs, ours in mmdit.PART.config.items()}
+    except (OSError, ValueError, AttributeError):  # who reads all of it says what is wrong
+        return FLUX_FILL
+    told = [json.dumps(sizes[name]) for name in TELLING]
+    known = (
+        p for p in PRESETS.values() if told == [json.dumps(getattr(p.flux, n)) for n in TELLING]
+    )
+    return next(known, FLUX_FILL)
 
 
 def digest_files(path):
