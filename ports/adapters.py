@@ -25,6 +25,7 @@ from vcloze_jax.ports.diagnose import (
     describe_holder,
     describe_key,
     list_faults,
+    read_start,
     with_shape,
 )
 from vcloze_jax.ports.loraconfig import (
@@ -107,9 +108,8 @@ def open_adapter(path: Path, shapes: dict[str, tuple[int, ...]] | None = None) -
     shape, or if its config says what cannot be honoured.
     """
     path = find_adapter(path)
-    with open(path, "rb") as file:
-        start = file.read(9)
-    pickled = re.match(PICKLE, start) and start[8:] != b"{"  # with which a JSON header begins
+    start = read_start(path)
+    pickled = re.match(PICKLE, start) and start[8:9] != b"{"  # with which a JSON header begins
     return check_adapter((torchfile.TorchFile if pickled else engine.SafetensorsFile)(path), shapes)
 
 

@@ -18,6 +18,8 @@ MAGIC = (
     (rb"\x89HDF", "an HDF5 file"),
     (rb"version https://git-lfs", "a pointer of git-lfs, not the file itself: run git lfs pull"),
     (rb"\s*<", "a web page: the download failed"),
+    (rb"(?s)\x1f\x8b|.{257}ustar", "an archive: unpack it"),
+    (rb"\s*[{\[]", "a JSON file"),
 )
 
 # What a safetensors file is, by the first of these patterns that begins one of its keys; a key is
@@ -56,12 +58,19 @@ STRANGE = (
         "a DoRA, whose norms are no sum of W and B A; fold it with PEFT",
     ),
     (
-        r"lokr_|hada_|oft_|lora_mid",
-        "of LoKr, LoHa, OFT or LoCon, which are no product of two matrices; fold it into weights, "
-        "or train a LoRA",
+        r"lokr_|hada_|oft_|lora_mid|\.ia3_|\.vera_|\.[ab][12]\.weight$",
+        "of LoKr, LoHa, OFT, LoCon, IA3, VeRA or GLoRA, which are no product of two matrices; fold "
+        "it into weights, or train a LoRA",
     ),
     (r"\.diff_b$|\.diff$", "a difference of weights, which is no LoRA"),
     (r"lora_unet_(input|output|middle|down|up|mid)_", "for Stable Diffusion"),
+    (r"ip_adapter", "an IP-Adapter, which reads a picture of its own; it is no LoRA"),
+    (r"\.[ab]_to_(qkv|out)", "DiffSynth-Studio's naming; convert it with its tools"),
+    (r"to_qkv_mlp_proj|double_stream_modulation", "of FLUX.2"),
+    (r"distilled_guidance_layer", "of Chroma"),
+    (r"(self|cross)_attn\.[qkv]\.", "of Wan"),
+    (r"\.img_attn_qkv|img_mlp\.fc", "of HunyuanVideo"),
+    (r"\.img_mlp\.net|\.img_mod\.1", "of Qwen-Image"),
     (r"\.processor\.", "XLabs' naming; convert it with diffusers"),
     (r"init_lora_weights", "which changes the base too; let PEFT convert it when it saves"),
 )
@@ -76,10 +85,17 @@ class PortError(Exception):
     """A file that does not fit: one line that names up to ten of its keys."""
 
 
+def read_start(path: Path) -> bytes:
+    """The first bytes of a file. PortError for a pipe, which would be waited for."""
+    if path.is_fifo():
+        raise PortError(f"{path.name} is a pipe; save what comes out of it, and give that file")
+    with open(path, "rb") as file:
+        return file.read(262)
+
+
 def describe_start(path: Path) -> str:
     """What a file is by its first bytes, or nothing where that is not known."""
-    with open(path, "rb") as file:
-        start = file.read(32)
+    start = read_start(path)
     if start[8:9] == b"{":  # safetensors, whatever the eight bytes of its header's length look like
         return ""
     return next((kind for sign, kind in MAGIC if re.match(sign, start)), "")

@@ -59,6 +59,8 @@ def locate(folder: Path, part: Part) -> tuple[SafetensorsFile, Table]:
         others.append(f"{file.name} is {describe_start(file) or UNKNOWN}")
     more = f"; {list_faults(others)}" if others else ""
     place = f"{part.folder}/{part.stem}.safetensors"
+    if list_variants(folder.parent / part.folder):
+        more += f"; give the folder above it, {folder.parent}"
     more += find_astray(folder, part) + say_fetch(folder)
     raise PortError(f"holds no {part.name}: no {place}, and no single file of one{more}")
 

@@ -253,6 +253,15 @@ SPOILED = {
         lambda d: {"double_blocks.0.processor.qkv_lora1.down.weight": np.ones((3, 3))},
         ["no adapter of FLUX", "XLabs"],
     ),
+    "IA3": (lambda d: {f"{Q}.ia3_l": np.ones((1, 3))}, ["fold it into weights"]),
+    "FLUX.2": (
+        lambda d: {"single_transformer_blocks.0.attn.to_qkv_mlp_proj.lora_A.weight": np.ones(3)},
+        ["no adapter of FLUX", "(of FLUX.2)"],
+    ),
+    "Wan": (
+        lambda d: {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": np.ones((3, 3))},
+        ["no adapter of FLUX", "(of Wan)"],
+    ),
     "empty": (lambda d: {}, ["no adapter of FLUX"]),
     "everything unknown": (
         lambda d: {f"{k}_": x for k, x in d.items()},

@@ -6,6 +6,7 @@ Beside the files of pictures, specs, adapters and weights, each of which has tes
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +22,7 @@ from vcloze_jax.data.sources import open_source
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.specfiles import read_specs
 from vcloze_jax.storage import adapters, places
+from vcloze_jax.storage.preset import load_preset
 
 ROOT = Path(__file__).parents[1]
 SPEC = {"image": [["a.png", "a.png"], ["a.png", None]]}
@@ -41,7 +43,7 @@ def spec(name, content):
 
 # --- what is no file ---
 
-ADDRESS = "download it first, and give the file's path"
+ADDRESS = "download it first, and give its path"
 ELSEWHERE = {
     "https://a.org/mine.jsonl": ADDRESS,
     "s3://bucket/mine": ADDRESS,
@@ -134,6 +136,36 @@ def test_adapters_of_other_holders(tmp_path, prefix):
     words = f"calls the transformer odd.{prefix[:-1]}; rename its keys to begin with transformer."
     with pytest.raises(UserError, match=words):
         adapters.check(file, lorafiles.PLAIN)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "lora.safetensors is a pipe; save what comes out of it"),
+        (b"output/lora".ljust(257, b"\0") + b"ustar" + bytes(250), "is an archive: unpack it"),
+        (b"\x1f\x8b\x08" + bytes(99), "is an archive: unpack it"),
+        (b'{"r": 16}', "is a JSON file"),
+    ],
+)
+def test_what_is_no_adapter_says_what_it_is(tmp_path, content, words):
+    """A pipe is not waited for, and Replicate's archive is no file to fetch again."""
+    file = tmp_path / "lora.safetensors"
+    os.mkfifo(file) if content is None else file.write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        adapters.check(file, lorafiles.PLAIN)
+
+
+def test_weights_that_are_elsewhere(folder):
+    """The folder of one model of a pipeline, and a hub's page, are told with what would do."""
+    shutil.copytree(places.MINI_FOLDER / "transformer", folder / "mini/transformer")
+    (folder / "mini/vae").mkdir()
+    (folder / "mini/vae/diffusion_pytorch_model.safetensors").touch()
+    with pytest.raises(
+        UserError, match="holds no autoencoder.*; give the folder above it, .*mini$"
+    ):
+        load_preset(folder / "mini/transformer")
+    with pytest.raises(UserError, match="an address is not read; give .* the id OWNER/NAME alone"):
+        places.find_weights("huggingface.co/fox/FLUX")
 
 
 # --- the environment ---

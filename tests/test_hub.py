@@ -74,7 +74,7 @@ def test_addresses_and_revisions_are_refused(cache, name):
 
 def test_a_file_of_a_folder_is_not_called_broken(saved):
     """A JSON file given for its folder is told so, not that it is a broken file of tensors."""
-    with pytest.raises(UserError, match="of a kind that is not known; give the folder that holds"):
+    with pytest.raises(UserError, match="a JSON file; give the folder that holds"):
         weights.checked_preset(saved / "model_index.json")
 
 

@@ -171,6 +171,10 @@ BAD = [  # beside what test_spec.py says of JSON and of cells: a line is read by
     ({"input_images": [], "output_image": "0.png"}, "input_images: 0 pictures, must be 1 to 3"),
     ({"input_images": ["0.png"], "output_image": "0.png", "x": 1}, "'x': unknown.* input_images"),
     (PAIR | {"prompt": "x"}, "'prompt': unknown key"),
+    (
+        {"source": {"bytes": None, "path": "0.png"}, "target": "1.png"},
+        "source: a picture as `datas",
+    ),
     ({"source": "0.png", "target": "1.png", "txt": "x"}, "'txt': unknown key.*'text'"),
     ({"source": "0.png", "target": "1.png", "text": "", "prompt": ""}, "text and prompt: keep one"),
     ({"source": [["0.png"]], "target": "1.png"}, "source: must be a string, not a list"),

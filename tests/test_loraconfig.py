@@ -277,7 +277,7 @@ def test_a_folder_is_known_by_all_its_tensors(tmp_path):
         ("there.safetensors:0.5", "training takes no :SCALE"),
         ("there.safetensors:0,5", "SCALE is a number, as in :0.5"),
         ("there", "there is 'there.safetensors'"),
-        ("https:/civitai.com/models/1", "it is a URL, an address: download it first"),
+        ("https:/civitai.com/models/1", "it is a URL: download it first"),
         ("There.safetensors", "there is 'there.safetensors'"),
     ],
 )

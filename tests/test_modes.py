@@ -129,9 +129,12 @@ def test_floats_are_read_as_an_array_is(tmp_path):
     assert pixels(tmp_path / "a.tiff")[0, :, 0].tolist() == [0, 128, 255]
     assert to_mask(open_picture(tmp_path / "a.tiff", "black")).tolist() == [[False, True, True]]
     signed = np.full((2, 2), 9, np.int32)
+    Image.new("L", (2, 2), 220).save(tmp_path / "a.tiff", tiffinfo={339: 2})  # of 8 bits, too
+    with pytest.raises(UserError, match="has signed levels, whose white is not known; save it in"):
+        open_picture(tmp_path / "a.tiff")
     refused = {
         "not in .0, 1.; scale them": ramp * 255,
-        "has signed levels, or 32 bits, .*; save it in 8": signed,
+        "has signed levels, whose white is .*; save it in 8": signed,
     }
     for message, array in (refused | {"not in .0, 1.": ramp * np.nan}).items():
         Image.fromarray(array).save(tmp_path / "a.tiff")

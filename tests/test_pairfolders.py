@@ -1,6 +1,7 @@
 """Laws of the user's own folders of pairs: a pair is a sample with its text, or an error."""
 
 import json
+import os
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
@@ -196,3 +197,41 @@ def test_texts_elsewhere_are_not_lost(folder, name):
     say(folder / name, "a fox")
     with pytest.raises(UserError, match=f"{name}: its text is not read there; put it beside"):
         FolderSamples(folder)
+
+
+@pytest.mark.parametrize("suffix", [".heic", ".AVIF", ".npy", ".mp4"])
+def test_pictures_that_are_not_read_are_named(folder, suffix):
+    """Law: a pair is never left out without a word because of the kind of its files."""
+    for side in ("in", "out"):
+        (folder / side / f"b{suffix}").touch()
+    with pytest.raises(UserError, match=f"in/b{suffix}: pictures of that kind are not read; conv"):
+        FolderSamples(folder)
+
+
+def test_links_to_folders_are_followed(folder):
+    """Law: nor because its folders are links; one that leads back is passed over, and a pipe that
+    looks like a file of texts is not waited for."""
+    for side in ("in", "out"):
+        (folder / "else" / side).mkdir(parents=True)
+        (folder / "else" / side / "b.png").touch()
+        (folder / side / "more").symlink_to(f"../else/{side}")
+    (folder / "in" / "loop").symlink_to("..")
+    os.mkfifo(folder / "meta.json")
+    assert [pair[0] for pair in FolderSamples(folder).pairs] == ["a", "more/b"]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("train/in/a.png", "give the folder in it that has both, .*/train$"),
+        ("data/train-0.parquet", "data/train-0.parquet is not read: unpack it, or write lines"),
+        ("0001.tar", "0001.tar is not read: unpack it"),
+    ],
+)
+def test_a_folder_without_pairs_says_what_it_is(tmp_path, name, message):
+    """Where the pairs are one folder deeper, or the data is in other files, the line says so."""
+    for file in (tmp_path / name, tmp_path / "train/out/a.png"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    with pytest.raises(UserError, match=f"no pair in it: .*{message}"):
+        FolderSamples(tmp_path)

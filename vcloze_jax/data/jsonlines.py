@@ -147,6 +147,9 @@ def parse_line(line: bytes) -> dict:
 def read_line(table: dict) -> OwnSample:
     """One line's object, a grid or a pair in any of the `SPELLINGS`. Raises UserError."""
     table = {key: value for key, value in table.items() if value is not None}
+    for key, value in table.items():
+        if isinstance(value, dict) and "path" in value and "bytes" in value:
+            raise UserError(f"{key}: a picture as `datasets` writes it; write its path alone")
     if table and all(value and isinstance(value, dict) for value in table.values()):
         raise UserError(TABLE)  # by columns, as to_json writes it unless told otherwise
     for target, spelling in SPELLINGS.items():

@@ -37,6 +37,8 @@ SIDES = (
     ("A", "B"),
 )
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".exr", ".npy", ".mp4", ".mov")
+OF_OTHERS = ".parquet", ".arrow", ".tar", ".zip"  # what data sets are in that are no folders
 TEXTS = ".txt", ".caption", ".json"  # kohya's, too; img2dataset's
 CAPTIONS = "caption", "prompt", "text", "description"  # keys of a JSON beside a picture
 INSTRUCTIONS = "instruction", "edit_prompt", "edit"  # others, which say what to do
@@ -58,9 +60,10 @@ class FolderSamples(Sequence):
             check_partners(names, sides)
             if not sides[0]:
                 known = ", ".join(f"{a} and {b}" for a, b in SIDES[1:])
+                known = describe_unpaired(path) or f"other names of the two: {known}"
                 raise UserError(
                     "no pair in it: neither in/NAME.png and out/NAME.png nor NAME_in.png and "
-                    f"NAME_out.png; other names of the two: {known}"
+                    f"NAME_out.png; {known}"
                 )
             self.pairs = [(name, *(side[name] for side in sides)) for name in sorted(sides[0])]
             check_astray(path, self.pairs)
@@ -130,7 +133,7 @@ def tells_names(file: Path, stems: set[str]) -> bool:
     """Whether a file is one object with a text for pictures by their names: kohya's meta_cap.json,
     {"in/a": {"caption": …}}, DiffusionDB's, {"a.png": {"p": …}}, or {"a.png": text}."""
     try:
-        table = parse_json(file.read_bytes().removeprefix(codecs.BOM_UTF8))
+        table = parse_json(check_file(file).read_bytes().removeprefix(codecs.BOM_UTF8))
     except (UserError, OSError):
         return False
     named = table.items() if isinstance(table, dict) else ()
@@ -149,6 +152,17 @@ def check_partners(names: tuple[str, str], sides: list[dict[str, str]]) -> None:
         if path := near.get(fold_name(name)):
             raise UserError(f"{sides[here][name]} and {path}: write their names alike")
         raise UserError(f"{name}: there is its {side!r} picture alone; add {missing!r}")
+
+
+def describe_unpaired(folder: Path) -> str:
+    """What a folder without pairs seems to be, and what helps; "" where nothing tells."""
+    for place, names in walk_places(folder):
+        if odd := [name for name in names if name.endswith(OF_OTHERS)]:
+            remedy = "unpack it, or write lines of pairs, a JSON object each"
+            return f"{(place / odd[0]).relative_to(folder)} is not read: {remedy}"
+        if place != folder and find_sides(place)[1]:
+            return f"give the folder in it that has both, {place}"
+    return ""
 
 
 def find_sides(folder: Path) -> tuple[tuple[str, str], bool]:
@@ -173,29 +187,35 @@ def list_pictures(folder: Path, side: str, inside: bool) -> dict[str, str]:
     """{NAME: path in the folder} of the pictures of one side of the pairs; a NAME is composed, as
     Linux and Windows have it and macOS has not. Raises UserError for two of one name."""
     found, root = {}, folder / side if inside else folder
-    for file in walk_pictures(root):
+    for file in walk_pictures(root, SUFFIXES + UNREAD):
         name = unicodedata.normalize("NFC", str(file.relative_to(root).with_suffix("")))
         path, length = str(file.relative_to(folder)), len(side) + 1
         if not inside:
             if name[-length:].casefold() != f"_{side}".casefold():
                 continue
             name = name[:-length]
+        if file.suffix.lower() in UNREAD:
+            raise UserError(f"{path}: pictures of that kind are not read; convert it to PNG")
         if name in found:
             raise UserError(f"{path}: {found[name]} has the same name; remove one")
         found[name] = path
     return found
 
 
-def walk_pictures(root: Path) -> Iterator[Path]:
+def walk_pictures(root: Path, suffixes=SUFFIXES) -> Iterator[Path]:
     """The pictures in a folder and those in it, in the order of their names."""
     for place, names in walk_places(root):
-        yield from (place / name for name in names if Path(name).suffix.lower() in SUFFIXES)
+        yield from (place / name for name in names if Path(name).suffix.lower() in suffixes)
 
 
 def walk_places(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """A folder and those in it, each with its files, in the order of their names."""
-    for place, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith(NOT_OURS))
+    """A folder and those in it, links to others too, each with its files, in the order of their
+    names; a link that leads back to where it lies is passed over."""
+    for place, folders, files in os.walk(root, followlinks=True):
+        here = f"{os.path.realpath(place)}/"
+        links = {name for name in folders if os.path.islink(os.path.join(place, name))}
+        back = {n for n in links if here.startswith(f"{os.path.realpath(os.path.join(place, n))}/")}
+        folders[:] = sorted(n for n in folders if n not in back and not n.startswith(NOT_OURS))
         yield Path(place), sorted(name for name in files if not name.startswith("."))
 
 

@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import unquote
 
 from vcloze_jax.config import UserError
 
@@ -37,7 +38,11 @@ BINARY = {
 # What is given for a picture, whatever its name, by how it begins, and what helps.
 FOREIGN = {
     rb".{4}ftyp(hei|hev|mif|msf|avi)": "HEIC or AVIF, as telephones have them; convert it",
-    rb"\xff\x0a|.{4}JXL ": "JPEG XL; convert it",
+    rb".{4}ftyp|\x1aE\xdf\xa3": "a film; save the frame that is meant",
+    rb"\xff\x0a|.{4}JXL |.{4}jP  |\xff\x4f\xff\x51": "JPEG XL or 2000; convert it",
+    rb"PK\x03\x04|\x1f\x8b": "an archive; unpack it",
+    rb"\x93NUMPY": "an array; save it as a picture, or give it in a program",
+    rb"%PDF": "PDF; save the page that is meant as a picture",
     rb"(\xef\xbb\xbf)?\s*<(svg|\?xml)": "SVG, which has no pixels; convert it",
     rb"\s*<": "a web page: the download failed; fetch it again",
     rb"version https://git-lfs": "a pointer of git-lfs, not the file; run git lfs pull",
@@ -64,7 +69,10 @@ INSTEAD = (
     (r".?['\u2018\u2019\u201c\u201d]", 'a quote that JSON does not know; write "'),
     (r".?(True|False|None)\b", "a word of Python; write true, false or null"),
 )
-URL = re.compile(r"(^|/)([a-z][a-z0-9+.-]+:/|data:[a-z]+/)", re.IGNORECASE)  # // may be / in a path
+URL = re.compile(r"(^|/)([a-z][a-z0-9+.-]+:(?=/)|data:(?=[a-z]+/))", re.IGNORECASE)
+# What helps where it begins so; else it is downloaded.
+ADDRESSES = {"file:": "write the path alone", "data:": "save it in a file, and give its path"}
+TYPES = {dict: "an object", list: "a list", str: "a string"}
 DASHES = re.compile(r"(^| )[\u2010-\u2015]")  # that word processors make of --
 # What a list of grids is that stands under a key.
 WRAPPED = "a list of objects within an object; give the list itself as the file, [{…}, {…}]"
@@ -89,7 +97,7 @@ def describe_syntax(error: json.JSONDecodeError) -> str:
     line = f"line {error.lineno}, " if "\n" in error.doc[: error.pos] + error.doc.rstrip() else ""
     what = next((words for start, words in EXPECTED.items() if error.msg.startswith(start)), "")
     if "should" in what:
-        before, rest = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
+        before, rest = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip(" \t\r\n")
         found = (words for sign, words in INSTEAD if re.match(sign, before[-1:] + rest))
         what += f", not {next(found, ascii(rest[:1]))}"
     return f" at {line}column {error.colno}: {what}"
@@ -110,8 +118,9 @@ def explain_missing(path: str | Path) -> str:
     """Why a file that is not there looks as if it were, and what helps; "" where nothing tells."""
     path = Path(path)
     folder, name = path.parent, path.name
-    if URL.search(str(path)):
-        return "it is a URL, an address: download it first, and give the file's path"
+    if found := URL.search(str(path)):
+        remedy = ADDRESSES.get(found[2].lower(), "download it first, and give its path")
+        return f"it is a URL: {remedy}"
     if name == "-":
         return "what another program says is not read; save it, and give the file's path"
     if os.path.islink(path) and os.path.lexists(os.path.realpath(path)):
@@ -128,6 +137,8 @@ def explain_missing(path: str | Path) -> str:
         return "what is to be painted is null, without quotes"
     if "\\" in name:
         return "write / instead of \\"
+    if (plain := unquote(name)) != name and path.with_name(plain).exists():
+        return f"there is {plain!r}; write the name as it is there"
     with suppress(OSError, ValueError):
         alike = [near for near in os.listdir(folder) if fold_name(near) == fold_name(name)]
         form = unicodedata.normalize("NFC", name)
@@ -172,6 +183,8 @@ def parse_json(content: bytes):
         raise UserError(kind)
     try:
         text = content.decode()
+        if "\0" in text:
+            raise UserError("holds zero bytes, as UTF-16 and archives do; save it as text in UTF-8")
         if text.startswith("\ufeff"):
             raise UserError("begins with a byte order mark; save it as UTF-8 without one")
         return json.loads(text, object_pairs_hook=_unite_pairs, parse_int=_parse_int)
@@ -222,11 +235,16 @@ def suggest_name(name: str, known: Iterable[str]) -> str:
 
 def check_type(value, kind: type):
     """An object (dict), a list or a string."""
-    names = {dict: "an object", list: "a list", str: "a string"}
     if not isinstance(value, kind):
-        found = names.get(type(value)) or json.dumps(value, default=repr)
-        raise UserError(f"must be {names[kind]}, not {found}")
+        raise UserError(
+            f"must be {TYPES[kind]}, not {TYPES.get(type(value)) or describe_value(value)}"
+        )
     return value
+
+
+def describe_value(value) -> str:
+    """A value as JSON has it, on one line."""
+    return shorten(json.dumps(value, default=repr))
 
 
 def check_text(value) -> str:
@@ -252,21 +270,21 @@ def resolve_path(value, folder: Path) -> str:
 def check_integer(value, low: int, high: int) -> int:
     """An integer of low … high, NumPy's included; no boolean."""
     if not _is_a(numbers.Integral, value) or not low <= value <= high:
-        raise UserError(f"must be an integer in {low} ... {high}")
+        raise UserError(f"must be an integer in {low} ... {high}, not {describe_value(value)}")
     return int(value)
 
 
 def check_number(value, low: float, high: float) -> float:
     """A number of low … high, integers and NumPy's included; no boolean, no NaN."""
     if not _is_a(numbers.Real, value) or not low <= value <= high:  # NaN fails both
-        raise UserError(f"must be a number in {low} ... {high}")
+        raise UserError(f"must be a number in {low} ... {high}, not {describe_value(value)}")
     return float(value)
 
 
 def check_share(value) -> float:
     """A number above 0, at most 1."""
     if not _is_a(numbers.Real, value) or not 0 < value <= 1:
-        raise UserError("must be a number above 0, at most 1")
+        raise UserError(f"must be a number above 0, at most 1, not {describe_value(value)}")
     return float(value)
 
 

@@ -10,6 +10,7 @@ from vcloze_jax.config import UserError
 
 MAX_PIXELS = 2**26  # 8192 x 8192, 256 MiB as Pillow holds it
 PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a tag of TIFF, and what it says of an X-ray
+SAMPLES, SIGNED = 339, 2  # another, and what it says of levels below 0
 KIND, REDUCED = 254, 1  # another, and the bit of it that says: a smaller copy of a later page
 BANDS = {"L": 1, "LA": 1, "RGB": 3, "RGBA": 3}  # modes and how many of their bands are colours
 DARK = 2**14  # a white of 16 bits below this is that of 8, 10, 12 or 14, or a depth in millimetres
@@ -27,6 +28,8 @@ def to_upright_rgb(picture: Image.Image, ground: str) -> Image.Image:
     if getattr(picture, "tag_v2", {}).get(KIND, 0) & REDUCED:
         remedy = "open it where it was made, and save it as PNG or JPEG"
         raise UserError(f"begins with a preview, as cameras' raw files do; {remedy}")
+    if SIGNED in getattr(picture, "tag_v2", {}).get(SAMPLES, ()):
+        raise UserError("has signed levels, whose white is not known; save it in 8 bits")
     deep = any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))  # raw mode
     picture.load()
     with suppress(Exception):  # EXIF that cannot be read says nothing

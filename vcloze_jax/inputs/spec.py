@@ -16,6 +16,7 @@ from vcloze_jax.config import Preset, UserError
 from vcloze_jax.grid import PATCH, Spec, Upsampling
 from vcloze_jax.inputs.cells import Cell, build_grid, floor, row_size
 from vcloze_jax.inputs.checks import (
+    TYPES,
     check_integer,
     check_keys,
     check_number,
@@ -23,6 +24,7 @@ from vcloze_jax.inputs.checks import (
     check_text,
     check_type,
     describe_error,
+    describe_value,
     error_context,
     read_key,
     resolve_path,
@@ -60,6 +62,8 @@ ANSWERS = {
     "upsampling_height": 'say "upsampling": {"height": …}',
     "upsampling_strength": 'say "upsampling": {"strength": …}',
     "num_images_per_prompt": "a call paints one; paint([{…}]), a file or --images paints several",
+    "mask_image": 'a cell that is masked is {"image": path, "mask": path}',
+    "lora": "give adapters as --lora FILE:SCALE",
     "images": "say image, the rows of cells; or num_images_per_prompt, a number, in a file",
     "steps": "say num_inference_steps",
     "generator": "say seed, an integer; or latents, the noise itself",
@@ -187,8 +191,11 @@ def open_cells(rows: list, folder: Path, read=open_picture) -> tuple[list, list]
     with error_context("image"):
         check_type(rows, list)
     for r, row in enumerate(rows):
-        with error_context(f"image[{r}]"):
-            check_type(row, list)
+        if not isinstance(row, list):
+            found = TYPES.get(type(row)) or describe_value(row)
+            raise UserError(
+                f"image[{r}]: must be a list, a row of cells as [path, null], not {found}"
+            )
     if (count := sum(cell is not None for row in rows for cell in row)) > MAX_PICTURES:
         raise UserError(f"image: {count} pictures of at most {MAX_PICTURES}; use fewer cells")
     for r, row in enumerate(rows):

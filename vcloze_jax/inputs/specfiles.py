@@ -173,7 +173,8 @@ def _refuse_wrapped(content) -> None:
     for key, value in there:
         if isinstance(value, dict) and "image" in value and _spec_of(content) is content:
             raise UserError(f"{key!r}: holds the spec; give what stands under it as the file")
-        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = value if isinstance(value, list) else ()
+        if any(isinstance(item, dict) and "image" in item for item in items):
             raise UserError(f"{key!r}: {WRAPPED}")
 
 

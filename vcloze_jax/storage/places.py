@@ -29,7 +29,9 @@ def find_weights(weights, download=False) -> Path:
     path = Path(weights)
     if (path / "snapshots").is_dir():
         return find_snapshot(path)
-    if not path.exists() and (odd := re.search(r"^[a-z]+:/|@", str(weights))):
+    if not path.exists() and (
+        odd := re.search(r"^[a-z]+:/|^(www\.)?huggingface\.co/|@", str(weights))
+    ):
         kind = "a revision" if odd[0] == "@" else "an address"
         raise UserError(f"{weights}: {kind} is not read; give a folder, or the id OWNER/NAME alone")
     if path.exists():
