@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import lorafiles
+import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -74,6 +75,17 @@ def test_data_of_a_hub(folder):
         open_source(replace(MINI.recipe, data="fox/pairs"))
 
 
+def test_a_side_of_a_folder_of_pairs(folder):
+    """One of the two folders of pairs is told with the one that holds both."""
+    for side in ("in", "out"):
+        Path(f"pairs/{side}").mkdir(parents=True)
+        shutil.copy("a.png", f"pairs/{side}/a.png")
+    with pytest.raises(
+        UserError, match="pairs/in: no pair in it.*; give the folder above it, pairs"
+    ):
+        open_source(replace(MINI.recipe, data="pairs/in"))
+
+
 # --- specs ---
 
 
@@ -88,6 +100,25 @@ def test_no_mask_is_none(folder, cell):
         assert other.resolved == plain.resolved
         assert (other.grid.rows[0].pixels == plain.grid.rows[0].pixels).all()
         assert other.grid.targets == plain.grid.targets
+
+
+class OnGPU:
+    """As torch's tensor there."""
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
+
+
+def test_pictures_of_a_program(folder):
+    """What a program gives is a picture, one axis of a channel more or less, or a UserError that
+    names the cell."""
+    red = Image.open("a.png")
+    grey = np.full((64, 64, 1), 90, np.uint8)
+    (spec_,) = read_specs([{"image": [[grey, red], [red, None]]}], MINI)
+    assert (spec_.grid.rows[0].pixels[:, :64] == 90).all()
+    for cell, words in ((Image.new("RGB", (0, 9)), "has no pixels"), (OnGPU(), "Tensor.cpu")):
+        with pytest.raises(UserError, match=rf"image\[0\]\[0\]: .*{words}"):
+            read_specs([{"image": [[cell, red], [red, None]]}], MINI)
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -171,10 +202,10 @@ def test_weights_that_are_elsewhere(folder):
 # --- the environment ---
 
 
-@pytest.mark.parametrize("name", ["JAX_NO_EXECUTION", "JAX_REMAT3", "JAX_DISABLE_JIT"])
-def test_variables_that_change_jax(monkeypatch, capfd, name):
-    """A variable that makes JAX fail at work is told in one line, whatever it does; one that only
-    says where to compute, or is off, hides no traceback."""
+@pytest.mark.parametrize("name", ["JAX_NO_EXECUTION", "JAX_REMAT3", "TQDM_MININTERVAL"])
+def test_variables_that_make_libraries_fail(monkeypatch, capfd, name):
+    """A variable that makes a library fail at work is told in one line, whatever it does; one that
+    only says where to compute, or is off, hides no traceback."""
 
     def main(argv):
         raise NotImplementedError("for vmap support\nimplement `batch`")

@@ -196,6 +196,7 @@ def test_only_regular_files_are_opened(tmp_path):
         ("fox.png", "$HOME/fox.png", "variables are not filled in"),
         ("fox.png", "%HOME%/fox.png", "variables are not filled in"),
         ("a fox.png", "a%20fox.png", "there is 'a fox.png'"),
+        ("fox.png", "wolf*.png", "nothing fits the pattern"),
         ("fox.png", "-", "what another program says is not read"),
         ("fox.png", "file:///fox.png", "it is a URL: write the path alone"),
         ("fox.png", "data:image/png;base64,iVBO", "it is a URL: save it in a file"),

@@ -274,6 +274,7 @@ def test_a_folder_is_known_by_all_its_tensors(tmp_path):
     "name, remedy",
     [
         ("fox/FLUX.1-style", "hf download fox/FLUX.1-style --local-dir FLUX.1-style"),
+        ("fox/style/a.safetensors", "hf download fox/style a.safetensors --local-dir ."),
         ("there.safetensors:0.5", "training takes no :SCALE"),
         ("there.safetensors:0,5", "SCALE is a number, as in :0.5"),
         ("there", "there is 'there.safetensors'"),

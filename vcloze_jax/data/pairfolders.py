@@ -156,6 +156,8 @@ def check_partners(names: tuple[str, str], sides: list[dict[str, str]]) -> None:
 
 def describe_unpaired(folder: Path) -> str:
     """What a folder without pairs seems to be, and what helps; "" where nothing tells."""
+    if folder.name.casefold() in sum(SIDES, ()) and find_sides(folder.parent)[1]:
+        return f"give the folder above it, {folder.parent}"
     for place, names in walk_places(folder):
         if odd := [name for name in names if name.endswith(OF_OTHERS)]:
             remedy = "unpack it, or write lines of pairs, a JSON object each"

@@ -133,6 +133,8 @@ def explain_missing(path: str | Path) -> str:
         return "~ stands for no home here; write the path in full"
     if re.search(r"\$\w|\$\{|%\w+%", str(path)):
         return "variables are not filled in here; write the path in full"
+    if re.search(r"[*?]", str(path)):
+        return "nothing fits the pattern, or a quote kept the shell from filling it in"
     if name in ("null", "None"):
         return "what is to be painted is null, without quotes"
     if "\\" in name:

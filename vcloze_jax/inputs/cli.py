@@ -24,9 +24,10 @@ from vcloze_jax.storage.places import (
 )
 
 DOWNLOAD = "fetch --weights OWNER/NAME from Hugging Face, where it is not in its cache"
-# Variables that change where and how fast JAX computes, and what it tells, and never fail by that.
+# Variables of libraries that change where and how fast they compute, and what they tell, and that
+# never make them fail.
 HARMLESS = re.compile(
-    "JAX_(PLATFORMS|NUM_CPU_DEVICES|ENABLE_X64|DEFAULT_MATMUL_PRECISION|TRACEBACK_FILTERING|"
+    "TQDM_DISABLE|JAX_(PLATFORMS|NUM_CPU_DEVICES|ENABLE_X64|DEFAULT_MATMUL_PRECISION|TRACEBACK_FILTERING|"
     "COMPILATION_CACHE_DIR|PERSISTENT_CACHE_.*|COORDINATOR_.*|CPU_.*|LOG.*|.*VISIBLE_DEVICES)"
 )
 UNSET = "", "0", "false", "no", "off"  # as JAX reads a switch
@@ -212,7 +213,7 @@ def exit_code(main):
         tell_error(error)
         return 1
     except Exception as error:
-        if said := describe_variable(error) or describe_changed_jax(error):
+        if said := describe_variable(error) or describe_odd_variables(error):
             tell_error(said)
             return 2
         traceback.print_exc()
@@ -229,15 +230,15 @@ def describe_variable(error):
     return f"{name.upper()}={value}: a variable of the environment that JAX cannot read; unset it"
 
 
-def describe_changed_jax(error):
-    """What JAX was told by the environment that may be why it raises what nobody expects, as
-    JAX_NO_EXECUTION or JAX_REMAT3 make it; "" where it was told nothing of that kind."""
-    odd = {k: v for k, v in sorted(os.environ.items()) if k.startswith("JAX_")}
+def describe_odd_variables(error):
+    """What JAX or tqdm was told by the environment that may be why it raises what nobody expects,
+    as JAX_NO_EXECUTION or JAX_REMAT3 make it; "" where they were told nothing of that kind."""
+    odd = {k: v for k, v in sorted(os.environ.items()) if k.startswith(("JAX_", "TQDM_"))}
     odd = [
         f"{k}={v}" for k, v in odd.items() if not HARMLESS.fullmatch(k) and v.lower() not in UNSET
     ]
     told = " and ".join(odd)
     reason = f"{type(error).__name__}: {describe_error(error)}"
     return (
-        told and f"{told}: a variable of the environment may be why JAX fails; unset it ({reason})"
+        told and f"{told}: a variable of the environment may be why this fails; unset it ({reason})"
     )

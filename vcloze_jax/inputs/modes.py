@@ -23,6 +23,8 @@ def to_upright_rgb(picture: Image.Image, ground: str) -> Image.Image:
     Raises DecompressionBombError above `MAX_PIXELS`, UserError for what would be all white or
     black, and whatever a decoder raises.
     """
+    if not picture.width or not picture.height:
+        raise UserError("has no pixels")
     if picture.width * picture.height > MAX_PIXELS:
         raise Image.DecompressionBombError
     if getattr(picture, "tag_v2", {}).get(KIND, 0) & REDUCED:

@@ -123,8 +123,9 @@ def copy_picture(picture: Image.Image, ground: str = "white") -> Image.Image:
 
 
 def picture_of_array(x: np.ndarray) -> Image.Image:
-    """A picture or mask in memory, [h, w], [h, w, 3] or [h, w, 4]: uint8, bool, or float in [0, 1],
+    """A picture or mask in memory, [h, w], or [h, w, 1], 3 or 4: uint8, bool, or float in [0, 1],
     which is rounded to 8 bits, half to even. Raises UserError that says what it is instead."""
+    x = x[..., 0] if x.ndim == 3 and x.shape[2] == 1 else x
     if x.dtype == bool:
         x = x.astype(np.float32)
     if np.issubdtype(x.dtype, np.floating):

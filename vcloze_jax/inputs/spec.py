@@ -226,7 +226,11 @@ def _open_cell(cell, folder: Path, read) -> tuple:
 
 def _open_picture(picture, ground: str, folder: Path, read=open_picture) -> tuple:
     if hasattr(picture, "__array__") and not isinstance(picture, Image.Image):
-        picture = picture_of_array(np.asarray(picture))
+        try:
+            array = np.asarray(picture)
+        except Exception as error:  # of whose array it is, as of a tensor on a GPU
+            raise UserError(f"cannot be an array of NumPy: {describe_error(error)}") from None
+        picture = picture_of_array(array)
     if isinstance(picture, Image.Image):
         return f"{picture.width}x{picture.height}, {IN_MEMORY}", copy_picture(picture, ground)
     path = resolve_path(picture, folder)

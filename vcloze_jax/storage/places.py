@@ -20,6 +20,7 @@ LARGE, HEADER, BLOCK = 2**26, 2**20, 2**16  # bytes
 TELLING = "heads", "axes_dim", "double_blocks", "single_blocks", "text_width", "vec_width"
 BLOCKS = 64  # of a large file, beside its header
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_FILE = re.compile(rf"({HUB_ID.pattern})/([\w./-]+)")  # of a repository
 
 
 def find_weights(weights, download=False) -> Path:
@@ -123,6 +124,9 @@ def suggest_adapter(file):
     """What helps where --lora names a file that is not there, as the tail of a message, or ""."""
     if HUB_ID.fullmatch(name := str(file)):
         fetch = f"hf download {name} --local-dir {Path(name).name}"
+        return f"; of Hugging Face it is fetched first: {fetch}"
+    if (within := HUB_FILE.fullmatch(name)) and not Path(within[1]).parent.exists():
+        fetch = f"hf download {within[1]} {within[2]} --local-dir ."
         return f"; of Hugging Face it is fetched first: {fetch}"
     stem, colon, tail = name.rpartition(":")
     if colon and Path(stem).exists():
