@@ -276,3 +276,80 @@ def test_nothing_is_drawn_where_a_mask_is_clear(tmp_path, mode):
     picture.save(tmp_path / "m.png", **options)
     mask = to_mask(open_picture(tmp_path / "m.png", "black"))
     assert mask.tolist() == [[False, False, True, False]]
+
+
+DISPLAY_P3 = 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000  # as cHRM has it
+# What CSS Color 4 says of sRGB's red, green, blue and white in color(display-p3 …), in 8 bits.
+QUADRANTS_IN_P3 = [[(234, 51, 35), (117, 251, 76)], [(0, 0, 245), WHITE]]
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"cICP": bytes([12, 13, 0, 1])},
+        {"cICP": bytes([12, 13, 0, 1]), "iCCP": b"p\0\0" + zlib.compress(with_swapped_primaries())},
+        {"cICP": bytes([12, 13, 0, 1]), "tEXt": b"workflow\0" + b"{}" * 2**21, "zTXt": b"k\0\7"},
+        {"gAMA": struct.pack(">I", 45455), "cHRM": struct.pack(">8I", *DISPLAY_P3)},
+    ],
+    ids=["cICP", "before a profile", "beside broken text", "cHRM"],
+)
+def test_primaries_say_what_colours_are(tmp_path, said, alpha):
+    """Law: a PNG that gives its colours by numbers, and not by a profile, as phones' Display P3, is
+    read as its maker sees it, alpha too; a mask's levels are no colours."""
+    stored = np.array(QUADRANTS_IN_P3, np.uint8)
+    body = np.dstack([stored, np.full((2, 2), 255, np.uint8)]) if alpha else stored
+    body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in body))
+    file = tmp_path / "a.png"
+    file.write_bytes(png(2, 2, body, kind=6 if alpha else 2, **said))
+    expected = np.asarray(quadrants(1))[:, :2].astype(int)
+    assert np.abs(pixels(file) - expected).max() <= 3  # half a level, where sRGB is steepest
+    np.testing.assert_array_equal(np.asarray(open_picture(file, "black")), stored)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"cICP": bytes([1, 13, 0, 1])},
+        {"cICP": bytes([1, 1, 0, 1])},  # frames of a video
+        {"cICP": bytes([2, 2, 0, 1])},
+        {"cICP": bytes([12, 13, 0])},
+        {"cICP": bytes([1, 13, 0, 1]), "gAMA": struct.pack(">I", 100000)},
+        {"cHRM": struct.pack(">8I", *DISPLAY_P3)},  # without gAMA it says nothing
+        {"gAMA": struct.pack(">I", 45455), "cHRM": bytes(32)},
+        {"gAMA": struct.pack(">I", 45455), "cHRM": struct.pack(">8I", *[30000] * 8)},
+        {"sRGB": b"\0", "gAMA": struct.pack(">I", 45455), "cHRM": struct.pack(">8I", *DISPLAY_P3)},
+    ],
+)
+def test_what_says_srgb_or_nothing_leaves_every_bit(tmp_path, said):
+    """Law: numbers of sRGB, of a video that is looked at like it, or broken ones change nothing."""
+    stored = np.array(QUADRANTS_IN_P3, np.uint8)
+    body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in stored))
+    (tmp_path / "a.png").write_bytes(png(2, 2, body, **said))
+    np.testing.assert_array_equal(pixels(tmp_path / "a.png"), stored)
+
+
+@pytest.mark.parametrize(
+    "numbers, message",
+    [
+        ((9, 16, 0, 1), r"a.png' is of HDR \(PQ, says its cICP\); save it in SDR, as sRGB"),
+        ((9, 18, 0, 1), r"a.png' is of HDR \(HLG"),
+        ((1, 13, 0, 0), r"a.png' has colours that are not read \(cICP 1, 13, 0, 0\); save it as"),
+        ((10, 13, 0, 1), "colours that are not read"),
+        ((1, 13, 1, 1), "colours that are not read"),
+    ],
+)
+def test_colours_of_no_known_white_are_refused(tmp_path, numbers, message):
+    """Law: HDR has no white that were sRGB's, and numbers that are not known are not guessed."""
+    body = zlib.compress(bytes(4))
+    for others in ({}, {"zTXt": b"k\0\7"}):  # broken
+        (tmp_path / "a.png").write_bytes(png(1, 1, body, cICP=bytes(numbers), **others))
+        with pytest.raises(UserError, match=message):
+            open_picture(tmp_path / "a.png")
+
+
+def test_a_linear_curve_is_read_of_cicp_too(tmp_path):
+    """Law: cICP's linear levels are those of gAMA 1."""
+    body = zlib.compress(b"\0\x37\x37\x37")
+    (tmp_path / "a.png").write_bytes(png(1, 1, body, cICP=bytes([1, 8, 0, 1])))
+    assert (pixels(tmp_path / "a.png") == 128).all()
