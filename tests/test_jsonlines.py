@@ -1,4 +1,4 @@
-"""Laws of the user's own files: a line or a pair is a sample, or an error that names it."""
+"""Laws of the user's own files: a line is a sample, or an error that names it."""
 
 import json
 import os
