@@ -44,7 +44,7 @@ def main(argv):
     from vcloze_jax import plan
     from vcloze_jax.film import Film
     from vcloze_jax.pipeline import Pipeline
-    from vcloze_jax.programs import spent  # JAX from here on
+    from vcloze_jax.programs import tally  # JAX from here on
 
     if args.plan:
         print(plan.describe_sampling(args, preset, specs))
@@ -59,7 +59,7 @@ def main(argv):
         painting.save(args.out, spec.name)
         for sentence in painting.remarks:
             print(f"{spec.name}: {sentence}")
-    print(f"{len(specs)} grids painted, {spent['compiled']} programs compiled: {args.out}/")
+    print(f"{len(specs)} grids painted, {tally['compiled']} programs compiled: {args.out}/")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from vcloze_jax.devices import cpu_mesh
 from vcloze_jax.inputs.specfiles import read_specs
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.pipeline import load_painter
-from vcloze_jax.programs import spent
+from vcloze_jax.programs import tally
 from vcloze_jax.storage import adapters, weights
 
 
@@ -57,10 +57,10 @@ def test_split_evenly(painters, tmp_path, monkeypatch):
     batch = jobs(tmp_path, *(BLANK | {"seed": seed} for seed in range(5)))
     alone = [painter([one])[0] for one in batch]
     monkeypatch.setattr("vcloze_jax.painter.BATCH_TOKENS", 4 * TOKENS)
-    labels, before = [], spent["programs"]
+    labels, before = [], tally["programs"]
     together = painter(batch, lambda steps, label: labels.append(label) or steps)
     assert labels == [f"{n} x {2 * TOKENS} tokens" for n in (2, 2, 1)]
-    assert spent["programs"] - before <= 3  # a batch of two: modulations, those of a step, the step
+    assert tally["programs"] - before <= 3  # a batch of two: modulations, those of a step, the step
     for one, painted in zip(alone, together, strict=True):
         assert tiny.relative(painted.latents, one.latents) < 1e-5
 
@@ -99,12 +99,12 @@ def test_compiles(painters, tmp_path):
     more than its modulations."""
     painter = painters[1]
     painter(jobs(tmp_path, BLANK | {"content_prompt": f"{tmp_path}"}))  # which nothing remembers
-    before = spent["programs"]
+    before = tally["programs"]
     painter(
         jobs(
             tmp_path, BLANK | {"seed": 5, "guidance_scale": 2, "content_prompt": f"{tmp_path} owl"}
         )
     )
-    assert spent["programs"] == before
+    assert tally["programs"] == before
     painter(jobs(tmp_path, BLANK | {"num_inference_steps": 3}))
-    assert spent["programs"] - before <= 2  # the modulations, and those of a step
+    assert tally["programs"] - before <= 2  # the modulations, and those of a step

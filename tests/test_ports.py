@@ -179,9 +179,9 @@ def test_meaning_of_the_rows():
         there["final_layer.adaLN_modulation.1.bias"], mine["final/mod/bias"]
     )
     np.testing.assert_array_equal(there["single_blocks.2.linear1.weight"], kernel[2].T)
-    conv = arrays("vae", PRESET.vae)["decoder/up/0/sample/conv/kernel"]
+    conv = arrays("vae", PRESET.vae)["decoder/up/0/resize/conv/kernel"]
     ((_, value), *_) = engine.export_arrays(
-        vae.DIFFUSERS, [("decoder/up/0/sample/conv/kernel", conv)]
+        vae.DIFFUSERS, [("decoder/up/0/resize/conv/kernel", conv)]
     )
     assert value[3, 5, 1, 2] == conv[1, 2, 5, 3]
 

@@ -31,7 +31,7 @@ from vcloze_jax.inputs.spec import read_spec
 from vcloze_jax.inputs.specfiles import output_names, read_specs
 from vcloze_jax.inputs.world import describe_unlike_mini
 from vcloze_jax.painter import Canvas, Painter
-from vcloze_jax.programs import spent
+from vcloze_jax.programs import tally
 from vcloze_jax.storage import adapters, places, weights
 from vcloze_jax.storage.models import LazyModels
 
@@ -227,7 +227,7 @@ def describe(canvas, painter):
         "sizes": [[width // grid.columns, height] for height, width in grid.shape],
         "boxes": cell_boxes(grid),
         **describe_pass(canvas, preset),
-        "compiles": spent["compiled"],
+        "compiles": tally["compiled"],
         "attention": kernel_on(painter.mesh, preset),
         "weights": str(models.folder),
         "adapters": places.describe_adapters(models.folder, models.loras),

@@ -21,7 +21,7 @@ from vcloze_jax.inputs.sheet import compose_columns, stack_sheets
 from vcloze_jax.inputs.signals import Stop
 from vcloze_jax.inputs.specfiles import write_spec
 from vcloze_jax.painter import Painter
-from vcloze_jax.programs import spent
+from vcloze_jax.programs import tally
 from vcloze_jax.step import merge_models
 from vcloze_jax.storage import checkpoint
 from vcloze_jax.storage.models import ready_export
@@ -95,7 +95,7 @@ class RunWriter:
         else:
             self.rehearse()
         print(
-            f"{spent['programs']} programs in {spent['seconds']:.0f} s; a micro-batch takes "
+            f"{tally['programs']} programs in {tally['seconds']:.0f} s; a micro-batch takes "
             f"{plan.si(largest, 'B')} beside weights and state"
         )
         self.ending.enter_context(self.stop)
@@ -103,7 +103,7 @@ class RunWriter:
     def write(self, sent, seconds):
         """The metrics of a step, into the log, the bar, and to whoever listens to JAX."""
         if self.first is None:
-            self.first, self.programs = sent.step, spent["programs"]
+            self.first, self.programs = sent.step, tally["programs"]
         if not self.run.writes:
             return
         speed = self.measure([tokens for _, tokens in sent.shapes], seconds)
@@ -184,7 +184,7 @@ class RunWriter:
         """Say how the run ended -> the exit code."""
         recipe, step = self.trainer.recipe, self.trainer.step
         if self.first:
-            count = spent["programs"] - self.programs
+            count = tally["programs"] - self.programs
             print(f"programs compiled after step {self.first}: {count or 'none'}")
         if step < recipe.steps:
             print(f"{self.run.path}: stopped at step {step}, saved; the same command resumes")
