@@ -39,7 +39,8 @@ def show(name, pixels, times=1):
 # %%
 names, pictures = read_nodes("held_out")  # mini saw none of them; uint8 [subjects, nodes, h, w, 3]
 subjects, kinds = ("peacock", "hut", "rocket"), ("fluent_3d", "gray")
-rows, columns = [names.index(name) for name in subjects], [NODES.index(kind) for kind in kinds]
+rows = [names.index(name) for name in subjects]
+columns = [NODES.index(kind) for kind in kinds]
 cells = pictures[np.ix_(rows, columns)]  # 3 2 h w 3
 truth = cells[-1, -1].copy()
 cells[-1, -1] = 0

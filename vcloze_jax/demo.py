@@ -45,7 +45,9 @@ class Page:
 
     def lay_out_grid(self):
         """All cells that a grid may have, those of one example and a query to be seen."""
-        gr, self.cells, self.examples = self.gr, {}, []
+        gr = self.gr
+        self.cells = {}
+        self.examples = []
         # What is dropped is read by ours, not by Gradio, which paints black what is clear, and has
         # no line for what is no picture. A subclass would have it write a file beside this one.
         gr.Image.preprocess = lambda _, dropped: dropped and dropped.path
@@ -195,7 +197,8 @@ class Page:
         if len(examples) > MOST or len(query) > MOST:
             most = f"{MOST} rows of examples and {MOST} columns"
             return {self.told: f"error: {Path(file).name}: more than {most}; use sample.py"}
-        update, laid = self.gr.update, self.show_shape(len(examples) + 1, len(query))
+        update = self.gr.update
+        laid = self.show_shape(len(examples) + 1, len(query))
         # As pictures: of files Gradio shows only those in folders that it was told of.
         examples = [[open_picture(file) for file in row] for row in examples]
         for r, row in [*enumerate(examples), (MOST, query)]:

@@ -219,7 +219,10 @@ def load_painter(named, lora, mesh, offload=False):
 
 def describe(canvas, painter):
     """All that made a picture, as JSON."""
-    spec, grid, preset, models = canvas.spec, canvas.spec.grid, painter.preset, painter.models
+    spec = canvas.spec
+    grid = spec.grid
+    preset = painter.preset
+    models = painter.models
     is_mini = models.folder == places.MINI_FOLDER
     record = {
         "spec": spec.resolved,

@@ -105,7 +105,8 @@ class Studio:
             return None
         if not isinstance(cell, dict):
             return shutil.copyfile(cell, f"{stem}{Path(cell).suffix}")
-        picture, strokes = cell["background"], [np.asarray(x)[..., 3] > 0 for x in cell["layers"]]
+        picture = cell["background"]
+        strokes = [np.asarray(x)[..., 3] > 0 for x in cell["layers"]]
         if picture is None or picture.mode == "RGBA" and not picture.getchannel("A").getbbox():
             return None
         if known := self.marked.get(picture.convert("RGB").tobytes()):

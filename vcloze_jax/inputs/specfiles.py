@@ -154,7 +154,8 @@ def _write_cell(file, pixels, mask):
     """One cell as a spec in the folder above has it, its picture and what is masked in files."""
     if mask.all():
         return None
-    name, mask_file = f"{file.parent.name}/{file.name}", file.with_stem(f"{file.stem}_mask")
+    name = f"{file.parent.name}/{file.name}"
+    mask_file = file.with_stem(f"{file.stem}_mask")
     save_png(file, pixels)
     if not mask.any():
         return name
