@@ -22,6 +22,7 @@ def parse(argv):
     add_spec_flags(p)
     p.add_argument("--out", type=cli.path, default=Path("outputs"), metavar="DIR")
     p.add_argument("--film", action="store_true", help="NAME_film.webp, too: all steps of a grid")
+    p.add_argument("--dial", action="store_true", help="record how far examples and noise move it")
     p.add_argument("--list-tasks", action="store_true", help='names for "task" in a spec')
     p.add_argument("--check", action="store_true", help="validate everything, paint nothing")
     p.add_argument("--offload", action="store_true", help="slower; FLUX paints on 24 GB")
@@ -36,8 +37,7 @@ def main(argv):
     args = parse(argv)
     preset = cli.read_preset(args)
     if args.list_tasks:
-        print(describe_tasks(preset))
-        return
+        return print(describe_tasks(preset))
     specs = read_specs(args.grid, preset, read_changes(args))
     check_outputs(args.out, specs, args.film)
 
@@ -47,14 +47,13 @@ def main(argv):
     from vcloze_jax.programs import tally  # JAX from here on
 
     if args.plan:
-        print(plan.describe_sampling(args, preset, specs))
-        return
+        return print(plan.describe_sampling(args, preset, specs))
     pipeline = Pipeline.load(cli.fetch_weights(args), args.lora, args.mesh, args.offload)
     print(pipeline.summary())
     if args.check:
         return
     on_step = Film(args.out) if args.film else None
-    paintings = pipeline.paint(specs, progress=True, on_step=on_step)
+    paintings = pipeline.paint(specs, progress=True, on_step=on_step, dial=args.dial)
     for spec, painting in zip(specs, paintings, strict=True):
         painting.save(args.out, spec.name)
         for sentence in painting.remarks:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from paintspecs import BLANK, PARTLY, ROCKET, SMALL, TOKENS, names, pixels
+from paintspecs import BLANK, PARTLY, POODLE, ROCKET, SMALL, TOKENS, names, pixels
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -19,6 +19,7 @@ import sample
 from vcloze_jax.config import UserError
 from vcloze_jax.data.graph import NODES
 from vcloze_jax.data.graphemoji import read_nodes
+from vcloze_jax.inputs.measures import rmse
 from vcloze_jax.inputs.specfiles import read_specs
 
 ROOT = Path(__file__).parents[1]
@@ -128,6 +129,23 @@ def test_wrong_flags(run, flags, message):
     """A number that cannot be is told with its flag, before anything is painted."""
     with pytest.raises(UserError, match=message):
         run({"fox": BLANK, "owl": BLANK}, "out", *flags.split())
+
+
+def test_dial(run):
+    """The dial's numbers are those of the changed specs, as of another seed, painted by itself.
+    It changes no picture, and the record is otherwise the same."""
+    two = {"image": [POODLE, ROCKET, [POODLE[0], None]], "seed": 7}
+    plain, dialled = run({"fox": two}), run({"fox": two}, "dialled", "--dial")
+    was, same = (pixels(out / "fox_target0.png") for out in (plain, dialled))
+    assert np.array_equal(was, same)
+    record, other = (json.loads((out / "fox.json").read_text()) for out in (dialled, plain))
+    moves = record.pop("dial")
+    assert record.keys() == other.keys() and record["spec"] == other["spec"]
+    ways = "in reverse order", "without example 1", "without example 2", "without examples"
+    assert [*moves] == [*ways, "seed 8", "seed 9", "seed 10"]
+    out = run({"fox": two | {"seed": 8}}, "other")
+    moved = rmse(pixels(out / "fox_target0.png") / 255, was / 255)
+    assert moves["seed 8"] == pytest.approx(moved, abs=1e-3) and moved > 0
 
 
 def test_boxes(run):

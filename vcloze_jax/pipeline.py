@@ -22,6 +22,7 @@ from tqdm import tqdm
 from vcloze_jax import __version__
 from vcloze_jax.config import UserError
 from vcloze_jax.devices import kernel_on, make_mesh, parse_mesh
+from vcloze_jax.dial import measure_moves
 from vcloze_jax.film import Step, tell_steps
 from vcloze_jax.grid import Spec, bucket
 from vcloze_jax.hosts import is_first, pick_share
@@ -45,6 +46,7 @@ class Painting:
     canvas: Canvas
     painter: Painter
     is_ours: bool  # of several hosts, which all painted it, one decodes and writes it
+    moves: dict | None = None  # {change: RMSE to what was painted without it}, if asked for
 
     def decode(self):
         """Decode its pictures now. Raises FloatingPointError."""
@@ -68,7 +70,8 @@ class Painting:
     @property
     def record(self) -> dict:
         """The spec as resolved, prompt, sizes, boxes, tokens, seconds by part, versions."""
-        return describe(self.canvas, self.painter)
+        moves = {} if self.moves is None else {"dial": self.moves}
+        return describe(self.canvas, self.painter) | moves
 
     @property
     def dropped(self):
@@ -176,10 +179,13 @@ class Pipeline:
         *,
         progress: bool = False,
         on_step: Callable[[Step], None] | None = None,
+        dial: bool = False,
     ) -> list[Painting]:
         """Paint specs as batches, in order. Each is a Spec, what a spec's file would hold (where
         cells may be pictures, too), or the path of a file of specs or of a record; those that ask
-        for several pictures give as many paintings. Raises as a call does."""
+        for several pictures give as many paintings. The `dial` paints each again with its examples
+        in another order, one left out or all, and from other noises: how far it moves is in its
+        record. Raises as a call does."""
         found = []
         for spec in specs:
             read = isinstance(spec, Spec)
@@ -188,7 +194,11 @@ class Pipeline:
         watch = tell_steps(on_step, self.painter) if on_step else None
         canvases = self.painter(found, *hooks, watch=watch)
         ours = pick_share(range(len(canvases)))
-        paintings = [Painting(c, self.painter, i in ours) for i, c in enumerate(canvases)]
+        moves = measure_moves(self.painter, canvases, *hooks) if dial else [None] * len(canvases)
+        paintings = [
+            Painting(canvas, self.painter, i in ours, moved)
+            for i, (canvas, moved) in enumerate(zip(canvases, moves, strict=True))
+        ]
         for i in ours:
             paintings[i].decode()
         return paintings
