@@ -20,11 +20,13 @@ from vcloze_jax.inputs.runfolder import Log
 from vcloze_jax.inputs.sheet import compose_columns, stack_sheets
 from vcloze_jax.inputs.signals import Stop
 from vcloze_jax.inputs.specfiles import write_spec
+from vcloze_jax.inputs.world import describe_unlike_mini
 from vcloze_jax.painter import Painter
 from vcloze_jax.programs import tally
 from vcloze_jax.step import merge_models
 from vcloze_jax.storage import checkpoint
 from vcloze_jax.storage.models import ready_export
+from vcloze_jax.storage.places import MINI_FOLDER
 from vcloze_jax.storage.textreader import TextMemory, TextReader
 from vcloze_jax.validation import Validation
 from vcloze_jax.watchers import Profile, tell_tensorboard
@@ -94,6 +96,9 @@ class RunWriter:
             self.preview()
         else:
             self.rehearse()
+        if self.folder == MINI_FOLDER:
+            for sentence in filter(None, dict.fromkeys(map(describe_unlike_mini, self.specs))):
+                print(f"warning: {sentence}")
         print(
             f"{tally['programs']} programs in {tally['seconds']:.0f} s; a micro-batch takes "
             f"{plan.si(largest, 'B')} beside weights and state"
