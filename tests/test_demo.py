@@ -249,7 +249,7 @@ def test_in_a_browser(page, tmp_path):
     wait(lambda: is_marked(page, "cell_4_1"))
     for label, value in {"num_inference_steps": 2, "seed": -1}.items():
         page.get_by_label(label).fill(str(value))
-    assert paint() == "error: seed: must be an integer in 0 ... 4294967295"
+    assert paint() == "error: seed: must be an integer in 0 ... 4294967295, not -1"
     assert not list(out.iterdir())
     page.get_by_label("seed").fill("5")
     assert paint().startswith("done")
