@@ -9,6 +9,7 @@ from PIL import Image
 from vcloze_jax.inputs.pictures import PictureSize, measure_picture, open_picture
 
 SHAPES = [(64, 64), (100, 70), (70, 100), (333, 41), (48, 200)]
+GREY, RGB, GREY_ALPHA, RGBA = 0, 2, 4, 6  # kinds of PNG
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
