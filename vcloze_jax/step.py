@@ -23,8 +23,8 @@ class Batch(NamedTuple):
     """A micro-batch on the devices; all grids of one shape."""
 
     rows: tuple  # of (pixels uint8 [B, h, W, 3], mask bool [B, h, W] or None), or Posteriors
-    t5_ids: jax.Array  # int32 [B, T]
-    clip_ids: jax.Array  # int32 [B, 77]
+    t5_ids: jax.Array  # int32 [B, T]; or what the encoder made of them, [B, T, text_width]
+    clip_ids: jax.Array  # int32 [B, 77]; or [B, vec_width]
     numbers: jax.Array  # int32 [B], of each grid in the run: what is drawn for it depends on that
     pe: tuple  # cos, sin float32 [1, T + S, 1, K/2], on the host: it is the same for all
     kinds: jax.Array | None = None  # uint8 [B, KIND], of their tasks, as UTF-8
@@ -56,19 +56,26 @@ def purpose_key(seed, purpose):
     return jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
 
 
-def make_batch(examples, numbers, tokenizers, preset, mesh, masks_every_row=False):
-    """Examples of one shape (None: another host's) -> Batch. Rows never masked carry no mask."""
+def make_batch(examples, numbers, read_rows, read_texts, preset, mesh):
+    """Examples of one shape (None: another host's) -> Batch, by what reads rows and prompts."""
+    grid = next(x.grid for x in examples if x)
+    *texts, _ = read_texts([x.prompt if x else "" for x in examples])
+    kind = lambda x: np.frombuffer(x.kind.encode()[:KIND].ljust(KIND), np.uint8)  # noqa: E731
+    pe = conditioning.position_table([grid], preset.flux, preset.t5.max_length, grid.tokens)
+    arrays = (spread(x, mesh) for x in (*texts, np.asarray(numbers, np.int32)))
+    kinds = spread([x and kind(x) for x in examples], mesh)
+    return Batch(read_rows(examples), *arrays, pe, kinds)
+
+
+def spread_rows(examples, mesh, masks_every_row=False):
+    """Examples -> the rows of a Batch, as pixels. Rows that are never masked carry no mask."""
     to_mesh = lambda read: spread([x and read(x) for x in examples], mesh)  # noqa: E731
-    grid, rows = next(x.grid for x in examples if x), []
-    for r in range(len(grid.rows)):
-        maskable = masks_every_row or r == len(grid.rows) - 1
+    count, rows = next(len(x.grid.rows) for x in examples if x), []
+    for r in range(count):
+        maskable = masks_every_row or r == count - 1
         mask = to_mesh(lambda x, r=r: x.grid.rows[r].mask) if maskable else None
         rows.append((to_mesh(lambda x, r=r: x.grid.rows[r].pixels), mask))
-    *ids, _ = tokenizers([x.prompt if x else "" for x in examples])
-    kinds = to_mesh(lambda x: np.frombuffer(x.kind.encode()[:KIND].ljust(KIND), np.uint8))
-    pe = conditioning.position_table([grid], preset.flux, preset.t5.max_length, grid.tokens)
-    arrays = (spread(x, mesh) for x in (*ids, np.asarray(numbers, np.int32)))
-    return Batch(tuple(rows), *arrays, pe, kinds)
+    return tuple(rows)
 
 
 def encode_batch(frozen, batch, key, *, graphdefs, preset, dtype):
@@ -77,9 +84,8 @@ def encode_batch(frozen, batch, key, *, graphdefs, preset, dtype):
     A program of its own: nothing of it is differentiated.
     """
     recipe, models = preset.recipe, merge_models(graphdefs, frozen, names=ENCODERS)
-    keys = jax.vmap(partial(jax.random.fold_in, key))(batch.numbers)
-    keys = jax.vmap(partial(jax.random.split, num=4), out_axes=1)(keys)  # 4 B
-    for_vae, for_noise, for_time, for_guidance = keys
+    keys = jax.vmap(lambda n: jax.random.split(jax.random.fold_in(key, n), 4), out_axes=1)
+    for_vae, for_noise, for_time, for_guidance = keys(batch.numbers)  # B each
     rows = batch.rows
     if not isinstance(rows, Posteriors):
         rows = conditioning.encode_rows(models.vae, rows, recipe.mask_fill, dtype)
