@@ -128,22 +128,24 @@ def training(preset, data, mesh, device=None):
     preset, settings = preset.learning, preset.recipe
     shape = max(data.shapes(), key=lambda shape: shape.tokens)
     rows, tokens, grids = shape.sizes, shape.tokens, micro_size(settings, mesh) // shards
-    encoded = Counter((*rows, rows[-1]))  # the query a second time, blanked
+    encoded = Counter(() if settings.cache else (*rows, rows[-1]))  # the query also blanked
     _, total = gradient_flops(preset, tokens)
     # A gradient of all weights takes twice the work of what it is the gradient of.
-    total += text_flops(preset) * (3 if settings.from_scratch else 1)
+    texts_read = 0 if settings.cache else 3 if settings.from_scratch else 1
+    total += text_flops(preset) * texts_read
     total += sum(n * flops(lower_vae(preset, VAE.moments, row)) for row, n in encoded.items())
 
     trained = ("flux", "t5", "clip") if settings.from_scratch else ("flux",)
     frozen = [name for name in MODULES if settings.rank or name not in trained]
+    frozen = [name for name in frozen if texts_read or name not in ("t5", "clip")]
     exact = sum(weights_on_device(preset, trained, mesh, "float32").values())
     if settings.rank:
         exact = on_device(abstract(Flux, preset.flux)[1], mesh, "flux", "float32")
     # Rows of one size are encoded at once, for all grids.
     vae = {row: temporaries(lower_vae(preset, VAE.moments, row, compiled)) for row in encoded}
     activations = max(
-        flux_temporaries(preset, grids * shards, tokens, mesh, compiled, learning=True),
-        *(grids * n * vae[row] for row, n in encoded.items()),
+        [flux_temporaries(preset, grids * shards, tokens, mesh, compiled, learning=True)]
+        + [grids * n * vae[row] for row, n in encoded.items()]
     )
     stage = weights_on_device(preset, frozen, mesh, dtype)
     stage |= {"learnt": exact, "its gradients": 2 * exact, "its moments": 2 * exact}

@@ -64,8 +64,9 @@ class GridCache:
                 raise UserError(f"{file}: damaged or gone; delete it, and start the command again")
         return *map(np.stack, zip(*read, strict=True)), unread
 
-    def announce(self, source, keys):
-        """Say how much all of it takes. Raises UserError where the disk has not as much."""
+    def announce(self, source, keys, filled):
+        """Say how much all of it takes, of which the rows may be known to be there. Raises
+        UserError where the disk has not as much as is missing."""
         preset, folder = self.models.preset, Path(self.recipe.cache)
         rows, tokens = count_rows(source)
         width = np.dtype(self.dtype).itemsize
@@ -73,7 +74,8 @@ class GridCache:
         of_rows = tokens * 2 * 64 * width + rows * HEADER
         total = len(keys) * (prompt + HEADER) + of_rows
         there = (len(keys) - len(self.find_missing(keys))) * (prompt + HEADER)
-        there += min(of_rows, sum(file.stat().st_size for file in self.rows.folder.glob("*")))
+        found = sum(file.stat().st_size for file in self.rows.folder.glob("*.safetensors"))
+        there += of_rows if filled else min(of_rows, found)  # some may be of other pictures
         free = shutil.disk_usage(folder).free
         parts = f"{len(keys)} prompts of {si(prompt, 'B')}, {rows} rows"
         line = f"--cache {folder}: {parts}, {si(total, 'B')} at most, {si(there, 'B')} there"
@@ -84,8 +86,10 @@ class GridCache:
 
     def fill_rows(self, source):
         """Encode this host's share of the rows of a source, those that are not there."""
-        memory = RowMemory(self.models.vae, self.recipe.mask_fill, self.dtype, self.rows)
-        for grids in self.show(self.read_ahead(source, pick_share(list_members(source))), "rows"):
+        vae, members = self.models.load("vae"), pick_share(list_members(source))
+        memory = RowMemory(vae, self.recipe.mask_fill, self.dtype, self.rows)
+        grids_by_sample = self.read_ahead(source, members)
+        for grids in self.show(grids_by_sample, "samples", total=len(members)):
             for grid in grids:
                 memory.encode_grid(grid)
 
@@ -105,12 +109,13 @@ class GridCache:
         if missing := self.find_missing(pick_share(keys)):
             encoders = self.models.load_encoders()
             encode = jax.jit(partial(encode_text, dtype=self.dtype))
-            for key in self.show(missing, "prompts"):
+            for key in self.show(missing, "prompts", total=len(missing)):
                 self.texts.write(key, [np.asarray(x[0]) for x in encode(*encoders, *key)])
 
-    def show(self, things, name):
+    def show(self, things, name, total):
         """A bar over things that are encoded."""
-        return tqdm(things, f"encoding {name}", dynamic_ncols=True, disable=not is_first())
+        how = dict(total=total, dynamic_ncols=True, disable=not is_first())
+        return tqdm(things, f"encoding {name}", **how)
 
     def find_missing(self, keys):
         """Those of some prompts' keys that have no file."""
@@ -141,8 +146,8 @@ def fill_cache(source, preset, folder, mesh, tokenizers):
             raise UserError(f"--cache {preset.recipe.cache}: {reason}") from None
         note = cache.rows.folder / f"{describe_listing(source, preset.recipe)}.complete"
         keys = list_keys(source, tokenizers)
-        cache.announce(source, keys)
-        if not note.exists():
+        cache.announce(source, keys, filled := note.exists())
+        if not filled:
             cache.fill_rows(source)
         cache.fill_texts(keys)
     with agreed():
@@ -162,7 +167,8 @@ def describe_listing(source, recipe):
 def list_keys(source, tokenizers):
     """The token ids of all prompts of a source, int32 [1, T] and [1, 77], each pair once. Raises
     UserError where they are too many."""
-    keys, prompts = {}, iter(list_prompts(source))
+    bar = dict(unit="prompt", leave=False, delay=2, disable=not is_first())
+    keys, prompts = {}, iter(tqdm(list_prompts(source), "reading prompts", **bar))
     while some := list(islice(prompts, 1000)):
         *ids, _ = tokenizers(some)
         keys |= {(t5.tobytes(), clip.tobytes()): (t5, clip) for t5, clip in split_ids(*ids)}
