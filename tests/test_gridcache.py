@@ -1,7 +1,6 @@
 """Laws of --cache: training from it is training; it is filled once, by whoever comes, and never
 holds what is of other weights or pictures."""
 
-import json
 import shutil
 from collections import Counter, namedtuple
 from dataclasses import replace
@@ -204,9 +203,14 @@ def test_damaged_entries(home, tmp_path, work):
     tokenizers = Tokenizers(home / "weights", tiny.TINY.t5, tiny.TINY.clip)
     cache.read_texts([example.prompt], tokenizers)
     for file in cache.texts.folder.glob("*.safetensors"):
-        file.write_bytes(b"")
-    with pytest.raises(UserError, match="safetensors: damaged or gone; delete it"):
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match="safetensors: damaged or gone; start"):
         cache.read_texts([example.prompt], tokenizers)
+    work.clear()
+    fill(home, tmp_path / "cache")
+    assert work == {"loads": 1, ("txt", "pooled"): 1}
+    cache.read_texts([example.prompt], tokenizers)
 
 
 def test_its_size_comes_first(home, tmp_path, work, monkeypatch, capsys):
@@ -218,7 +222,7 @@ def test_its_size_comes_first(home, tmp_path, work, monkeypatch, capsys):
     size = sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*.safetensors")) / 1000
     assert size <= told * 1.01 and told <= 1.1 * size, said
     fill(home, tmp_path / "cache")
-    assert f"{told:.0f} kB at most, {told:.0f} kB there" in capsys.readouterr().out
+    assert "at most" not in capsys.readouterr().out
     work.clear()
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(gridcache.shutil, "disk_usage", lambda _: usage(1000 * (told - 1)))
@@ -261,8 +265,5 @@ def test_the_keys_of_prompts(home):
     """Prompts that are read alike, such as are cut at the same word, are one entry."""
     tokenizers = Tokenizers(home / "weights", tiny.TINY.t5, tiny.TINY.clip)
     long = "a fox " * 200
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gridcache, "list_prompts", lambda _: iter(["", long, long + "x", "a", ""]))
-        keys = gridcache.list_keys(None, tokenizers)
+    keys = gridcache.list_keys(["", long, long + "x", "a"], tokenizers)
     assert len(keys) == 3 and {key[0].shape for key in keys} == {(1, 96)}
-    assert json.dumps([int(x) for x in keys[0][0][0][:1]])

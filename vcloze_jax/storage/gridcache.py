@@ -35,6 +35,7 @@ from vcloze_jax.storage.textreader import TextStore
 
 MOST = 10**6  # prompts, 4 TB of FLUX's
 HEADER = 200  # bytes of a file beside its arrays
+NOTE = ".complete"  # how a file is called that says so
 PATIENCE = 60  # seconds until a drive shows what other hosts wrote
 
 
@@ -61,21 +62,33 @@ class GridCache:
             read.append(self.texts.read(key))
             if read[-1] is None:
                 file = self.texts.file(key)
-                raise UserError(f"{file}: damaged or gone; delete it, and start the command again")
+                for stale in (file, *self.texts.folder.glob(f"*{NOTE}")):
+                    stale.unlink(missing_ok=True)
+                again = "start the command again, which will make it anew"
+                raise UserError(f"{file}: damaged or gone; {again}")
         return *map(np.stack, zip(*read, strict=True)), unread
 
-    def announce(self, source, keys, filled):
-        """Say how much all of it takes, of which the rows may be known to be there. Raises
+    def notes(self, source, prompts):
+        """Files that say that all rows of a source, and all of some prompts, are there: where they
+        are, no picture is opened, and no prompt tokenized, to know it."""
+        recipe = self.recipe
+        values = [getattr(recipe, f.name) for f in fields(recipe) if f.metadata["section"] == DATA]
+        of_rows = repr((source.digest(), recipe.group, *values))
+        pairs = (self.rows, of_rows), (self.texts, repr(prompts))
+        names = [(store.folder, sha256(text.encode()).hexdigest()[:16]) for store, text in pairs]
+        return [folder / f"{name}{NOTE}" for folder, name in names]
+
+    def announce(self, keys, rows, tokens):
+        """Say how much these prompts take, and so many rows of so many image tokens. Raises
         UserError where the disk has not as much as is missing."""
         preset, folder = self.models.preset, Path(self.recipe.cache)
-        rows, tokens = count_rows(source)
         width = np.dtype(self.dtype).itemsize
         prompt = (preset.t5.max_length * preset.flux.text_width + preset.flux.vec_width) * width
         of_rows = tokens * 2 * 64 * width + rows * HEADER
         total = len(keys) * (prompt + HEADER) + of_rows
         there = (len(keys) - len(self.find_missing(keys))) * (prompt + HEADER)
         found = sum(file.stat().st_size for file in self.rows.folder.glob("*.safetensors"))
-        there += of_rows if filled else min(of_rows, found)  # some may be of other pictures
+        there += min(of_rows, found)  # some may be of other pictures
         free = shutil.disk_usage(folder).free
         parts = f"{len(keys)} prompts of {si(prompt, 'B')}, {rows} rows"
         line = f"--cache {folder}: {parts}, {si(total, 'B')} at most, {si(there, 'B')} there"
@@ -119,8 +132,7 @@ class GridCache:
 
     def find_missing(self, keys):
         """Those of some prompts' keys that have no file."""
-        folder = self.texts.folder
-        names = set(os.listdir(folder)) if folder.is_dir() else ()
+        names = set(os.listdir(self.texts.folder))
         return [key for key in keys if self.texts.file(key).name not in names]
 
     def wait_for(self, keys):
@@ -140,41 +152,45 @@ def fill_cache(source, preset, folder, mesh, tokenizers):
     cache = GridCache(preset.recipe, LazyModels(folder, preset, (), here))
     with agreed():
         try:
-            cache.rows.folder.mkdir(parents=True, exist_ok=True)
+            for store in (cache.rows, cache.texts):
+                store.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             reason = f"cannot be made: {describe_error(error)}; choose another folder"
             raise UserError(f"--cache {preset.recipe.cache}: {reason}") from None
-        note = cache.rows.folder / f"{describe_listing(source, preset.recipe)}.complete"
-        keys = list_keys(source, tokenizers)
-        cache.announce(source, keys, filled := note.exists())
-        if not filled:
+        prompts = list_distinct(source)
+        notes = cache.notes(source, prompts)
+        rows_done, texts_done = (note.exists() for note in notes)
+        keys = [] if texts_done else list_keys(prompts, tokenizers)
+        if not (rows_done and texts_done):
+            cache.announce(keys, *(0, 0) if rows_done else count_rows(source))
+        if not rows_done:
             cache.fill_rows(source)
         cache.fill_texts(keys)
     with agreed():
         cache.wait_for(keys)
-        if is_first():
+        for note in notes if is_first() else ():
             note.touch()
     return cache
 
 
-def describe_listing(source, recipe):
-    """The digest of what says which rows there are: where these are all there, no picture needs to
-    be opened to know it."""
-    values = [getattr(recipe, f.name) for f in fields(recipe) if f.metadata["section"] == DATA]
-    return sha256(repr((source.digest(), recipe.group, *values)).encode()).hexdigest()[:16]
+def list_distinct(source):
+    """All prompts of a source, each once. Raises UserError where they are too many."""
+    prompts = {}
+    for prompt in list_prompts(source):
+        prompts[prompt] = None
+        if len(prompts) > MOST:
+            remedy = "word them as sampling does, with --fixed-templates"
+            raise UserError(f"--cache: more than {MOST:,} prompts; {remedy}, or leave it away")
+    return list(prompts)
 
 
-def list_keys(source, tokenizers):
-    """The token ids of all prompts of a source, int32 [1, T] and [1, 77], each pair once. Raises
-    UserError where they are too many."""
+def list_keys(prompts, tokenizers):
+    """The token ids of prompts, int32 [1, T] and [1, 77], each pair once."""
     bar = dict(unit="prompt", leave=False, delay=2, disable=not is_first())
-    keys, prompts = {}, iter(tqdm(list_prompts(source), "reading prompts", **bar))
+    keys, prompts = {}, iter(tqdm(prompts, "reading prompts", **bar))
     while some := list(islice(prompts, 1000)):
         *ids, _ = tokenizers(some)
         keys |= {(t5.tobytes(), clip.tobytes()): (t5, clip) for t5, clip in split_ids(*ids)}
-        if len(keys) > MOST:
-            remedy = "word them as sampling does, with --fixed-templates"
-            raise UserError(f"--cache: more than {MOST:,} prompts; {remedy}, or leave it away")
     return list(keys.values())
 
 
