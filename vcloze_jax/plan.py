@@ -23,7 +23,7 @@ from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.vae import VAE
 from vcloze_jax.painter import BATCH_TOKENS
 from vcloze_jax.pipeline import Pipeline
-from vcloze_jax.sharding import batch_sharding, compute_dtype, shardings
+from vcloze_jax.sharding import batch_sharding, compute_dtype, count_shards, shardings
 from vcloze_jax.storage.weights import MODULES, abstract
 
 MESH = "a larger --mesh: its fsdp axis splits weights and state"
@@ -66,7 +66,7 @@ def sampling(preset, specs, mesh, device=None, offload=False):
     """What painting specs costs, as text; on accelerators of so many bytes, if `device` says so,
     which need not be here; with the MMDiT's blocks in host memory, if `offload` says so."""
     dtype, compiled, share = precision(mesh, device)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = count_shards(mesh)
     lines, counts, pictures, total = [], Counter(), set(), 0
     for name, tokens, steps, rows in passes(preset, specs):
         padded = bucket(tokens, preset.resolution)
@@ -124,7 +124,7 @@ def passes(preset, specs):
 def training(preset, data, mesh, device=None):
     """What an optimizer step on the largest grid of the data costs, as text; see `sampling`."""
     dtype, compiled, share = precision(mesh, device)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = count_shards(mesh)
     preset, settings = preset.learning, preset.recipe
     shape = max(data.shapes(), key=lambda shape: shape.tokens)
     rows, tokens, grids = shape.sizes, shape.tokens, micro_size(settings, mesh) // shards

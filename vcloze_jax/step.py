@@ -69,12 +69,11 @@ def make_batch(examples, numbers, read_rows, read_texts, preset, mesh):
 
 def spread_rows(examples, mesh, masks_every_row=False):
     """Examples -> the rows of a Batch, as pixels. Rows that are never masked carry no mask."""
-    to_mesh = lambda read: spread([x and read(x) for x in examples], mesh)  # noqa: E731
     count, rows = next(len(x.grid.rows) for x in examples if x), []
     for r in range(count):
-        maskable = masks_every_row or r == count - 1
-        mask = to_mesh(lambda x, r=r: x.grid.rows[r].mask) if maskable else None
-        rows.append((to_mesh(lambda x, r=r: x.grid.rows[r].pixels), mask))
+        pixels = spread([x and x.grid.rows[r].pixels for x in examples], mesh)
+        masks = [x and x.grid.rows[r].mask for x in examples]
+        rows.append((pixels, spread(masks, mesh) if masks_every_row or r == count - 1 else None))
     return tuple(rows)
 
 
@@ -119,10 +118,8 @@ def loss_fn(trainable, frozen, noisy, *, region, **statics):
     """Masked flow-matching loss of a micro-batch (paper, section 3) -> the mean over its grids,
     and what is told of each: its loss by region, float32 [B], its time and kind."""
     out, share = predict_velocity(trainable, frozen, noisy, **statics), noisy.share
-    losses = {
-        "target": flow.masked_loss(out, noisy.velocity, share),
-        "grid": flow.masked_loss(out, noisy.velocity, jnp.ones_like(share)),
-    }
+    weights = {"target": share, "grid": jnp.ones_like(share)}
+    losses = {name: flow.masked_loss(out, noisy.velocity, w) for name, w in weights.items()}
     return losses[region].mean(), losses | {"time": noisy.t, "kind": noisy.kinds}
 
 
@@ -145,11 +142,8 @@ def learning_rate(recipe, n):
 
 def make_optimizer(clip, weight_decay=0.0):
     """AdamW behind a clip of the global norm, of rate 1 (lzyhha/VisualCloze:train.py)."""
-    return optax.chain(
-        optax.clip_by_global_norm(clip),
-        optax.scale_by_adam(b1=0.9, b2=0.999),
-        optax.add_decayed_weights(weight_decay),
-    )
+    adam, decay = optax.scale_by_adam(b1=0.9, b2=0.999), optax.add_decayed_weights(weight_decay)
+    return optax.chain(optax.clip_by_global_norm(clip), adam, decay)
 
 
 def init_state(trainable, tx, ema):

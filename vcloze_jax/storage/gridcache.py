@@ -148,7 +148,7 @@ class GridCache:
 def fill_cache(source, preset, folder, mesh, tokenizers):
     """A GridCache that holds all which training on a source reads; no model is left in memory.
     Every host encodes its share, by itself, on its devices. Raises UserError."""
-    here = Mesh(np.reshape(mesh.local_devices, (1, -1, 1)), mesh.axis_names)
+    here = Mesh(np.reshape(mesh.local_devices, (1, 1, -1, 1)), mesh.axis_names)
     cache = GridCache(preset.recipe, LazyModels(folder, preset, (), here))
     with agreed():
         try:
