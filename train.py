@@ -78,7 +78,7 @@ def learn(run, origins, preset, folder, mesh, source, **watchers):
     from vcloze_jax.trainer import Trainer, train
 
     recipe, tokenizers = preset.recipe, Tokenizers(folder, preset.t5, preset.clip)
-    cache = recipe.cache and gridcache.fill_cache(source, preset, folder, mesh, tokenizers)
+    cache = gridcache.fill_cache(source, preset, folder, mesh, tokenizers)
     parts = models.load_for_training(preset, folder, mesh)
     trainer = Trainer(parts, preset, tokenizers, mesh, source.masks_every_row)
     choose_readers(trainer, cache)

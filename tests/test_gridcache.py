@@ -151,7 +151,7 @@ def test_hosts_share_the_work(home, tmp_path, work, monkeypatch):
     with pytest.raises(UserError, match="name a folder that all of them see"):
         fill(home, tmp_path / "shared")
     monkeypatch.setattr(gridcache, "pick_share", lambda things: things[1::2])
-    fill(home, tmp_path / "shared")
+    fill(home, tmp_path / "shared", mesh="8")
     assert files(tmp_path / "shared") == files(tmp_path / "whole")
     assert sum(work.values()) - work["loads"] == len(files(tmp_path / "whole"))
 

@@ -225,6 +225,6 @@ def make_painter(trainer, cache):
     in a GridCache."""
     painter = Painter(trainer.preset, None, None, trainer.mesh)
     encoders = lambda: (painter.models.t5, painter.models.clip)  # noqa: E731
-    memory = TextMemory() if "t5" in trainer.frozen else cache and cache.texts
+    memory = TextMemory() if "t5" in trainer.frozen else cache
     painter.read_texts = TextReader(trainer.tokenizers, encoders, trainer.dtype, memory)
     return painter

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from vcloze_jax.config import UserError
 
-# All but tensor split the batch. At rest fsdp splits all weights; state what is learnt beside them
-# and what is used where it lies: the rest of the base is whole, and never gathered; data nothing.
+# All but tensor split the batch. fsdp splits all weights, too, which are gathered where they are
+# used; state only adapters, and modulations, which are used where they lie: the rest stays whole.
 AXES = ("data", "state", "fsdp", "tensor")
 BATCH, BOTH = P(AXES[:3]), ("state", "fsdp")
 

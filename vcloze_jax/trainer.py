@@ -50,8 +50,8 @@ class Trainer:
     def __init__(self, parts, preset, tokenizers, mesh, masks_every_row=False):
         self.graphdefs, trainable, self.frozen = parts
         self.preset, self.mesh, self.dtype = preset, mesh, compute_dtype(mesh)
-        self.tokenizers = self.read_texts = tokenizers  # or what has read them before
-        self.read_rows = partial(spread_rows, mesh=mesh, masks_every_row=masks_every_row)  # or so
+        self.tokenizers = self.read_texts = tokenizers  # a cache or a memory may read both instead
+        self.read_rows = partial(spread_rows, mesh=mesh, masks_every_row=masks_every_row)
         self.recipe = recipe = preset.recipe
         statics = dict(graphdefs=self.graphdefs, dtype=self.dtype)
         loss = partial(loss_fn, region=recipe.loss_region, **statics)

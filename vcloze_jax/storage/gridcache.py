@@ -57,16 +57,18 @@ class GridCache:
         what they did not read; where Tokenizers gives ids. Raises UserError for one that is not
         there."""
         *ids, unread = tokenizers(prompts)
-        read = []
-        for key in split_ids(*ids):
-            read.append(self.texts.read(key))
-            if read[-1] is None:
-                file = self.texts.file(key)
-                for stale in (file, *self.texts.folder.glob(f"*{NOTE}")):
-                    stale.unlink(missing_ok=True)
-                again = "start the command again, which will make it anew"
-                raise UserError(f"{file}: damaged or gone; {again}")
+        read = map(self.read, split_ids(*ids))
         return *map(np.stack, zip(*read, strict=True)), unread
+
+    def read(self, ids):
+        """The same of one prompt's ids [1, T] and [1, 77], as TextReader asks for it."""
+        if embeddings := self.texts.read(ids):
+            return embeddings
+        file = self.texts.file(ids)
+        for stale in (file, *self.texts.folder.glob(f"*{NOTE}")):
+            stale.unlink(missing_ok=True)
+        again = "start the command again, which will make it anew"
+        raise UserError(f"{file}: damaged or gone; {again}")
 
     def notes(self, source, prompts):
         """Files that say that all rows of a source, and all of some prompts, are there: where they
@@ -146,8 +148,11 @@ class GridCache:
 
 
 def fill_cache(source, preset, folder, mesh, tokenizers):
-    """A GridCache that holds all which training on a source reads; no model is left in memory.
-    Every host encodes its share, by itself, on its devices. Raises UserError."""
+    """A GridCache that holds all which training on a source reads, or None without --cache; no
+    model is left in memory. Every host encodes its share, by itself, on its devices. Raises
+    UserError."""
+    if not preset.recipe.cache:
+        return None
     here = Mesh(np.reshape(mesh.local_devices, (1, 1, -1, 1)), mesh.axis_names)
     cache = GridCache(preset.recipe, LazyModels(folder, preset, (), here))
     with agreed():

@@ -38,8 +38,8 @@ class TextReader:
     """Reads prompts one at a time, so that none depends on the others.
 
     `load_encoders()` -> (T5Encoder, CLIPTextEncoder) is called when a prompt is new, and what it
-    gives is held no longer than the reading lasts. `cache` is a TextCache, a TextMemory, another
-    ArrayStore, or None where weights change under it.
+    gives is held no longer than the reading lasts. `cache` is a TextCache, a TextMemory, a
+    GridCache, which has all of them, or None where weights change under it.
     """
 
     def __init__(self, tokenizers, load_encoders, dtype, cache=None):
