@@ -71,16 +71,17 @@ def main(argv):
 def learn(run, origins, preset, folder, mesh, source, **watchers):
     """Load the models, take up the run where it stands, and train to its last step or a signal."""
     from vcloze_jax.hosts import agreed, drawn_here
-    from vcloze_jax.rowmemory import choose_row_encoder
+    from vcloze_jax.rowmemory import choose_readers
     from vcloze_jax.runwriter import RunWriter
-    from vcloze_jax.storage import checkpoint, models
+    from vcloze_jax.storage import checkpoint, gridcache, models
     from vcloze_jax.storage.textreader import Tokenizers
     from vcloze_jax.trainer import Trainer, train
 
     recipe, tokenizers = preset.recipe, Tokenizers(folder, preset.t5, preset.clip)
+    cache = gridcache.fill_cache(source, preset, folder, mesh, tokenizers)
     parts = models.load_for_training(preset, folder, mesh)
     trainer = Trainer(parts, preset, tokenizers, mesh, source.masks_every_row)
-    trainer.row_encoder = choose_row_encoder(trainer)  # before anything is compiled
+    choose_readers(trainer, cache)
     with agreed():
         run.create()  # after all that the user may have to correct
     trainer.step, trainer.state = checkpoint.resume(run.checkpoints, trainer.state)
@@ -91,7 +92,7 @@ def learn(run, origins, preset, folder, mesh, source, **watchers):
 
     first, last = (n * recipe.batch // recipe.group for n in (trainer.step, recipe.steps))
     groups = draw_groups(source, recipe, first, last, drawn_here(recipe, mesh))
-    with RunWriter(run, trainer, source, folder, **watchers) as writer:
+    with RunWriter(run, trainer, source, folder, cache, **watchers) as writer:
         writer.prepare()
         train(trainer, groups, writer)
     return writer.conclude()

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from vcloze_jax.config import MINI  # noqa: E402
 from vcloze_jax.data.sources import Shape, open_source, random_generator  # noqa: E402
 from vcloze_jax.devices import make_mesh  # noqa: E402
-from vcloze_jax.rowmemory import choose_row_encoder  # noqa: E402
+from vcloze_jax.rowmemory import choose_readers  # noqa: E402
 from vcloze_jax.storage import places  # noqa: E402
 from vcloze_jax.storage.models import checked_training_preset, load_for_training  # noqa: E402
 from vcloze_jax.storage.textreader import Tokenizers  # noqa: E402
@@ -54,7 +54,8 @@ def main():
     groups = [grids[i : i + recipe.group] for i in range(0, recipe.batch, recipe.group)]
     for name in ("encoded", "remembered"):
         if name == "remembered":
-            trainer.row_encoder, trainer.programs = choose_row_encoder(trainer), {}
+            choose_readers(trainer, None)
+            trainer.programs = {}
         taken = time_steps(trainer, groups, args.repeats)
         print(f"rows {name}: least {min(taken):.0f}, median {np.median(taken):.0f} ms of CPU time")
 

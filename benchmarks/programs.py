@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from vcloze_jax import painter, step
 from vcloze_jax.conditioning import Context
-from vcloze_jax.sharding import AXES, batch_sharding, compute_dtype, shardings
+from vcloze_jax.sharding import BATCH, batch_sharding, compute_dtype, shardings
 from vcloze_jax.storage.weights import MODULES, abstract
 
 
@@ -98,7 +98,7 @@ class Programs:
         base = place(base, shardings(base, self.mesh, "flux/"), self.dtype)
         flux, noisy, t = nnx.merge(graphdef, base), self.noisy(), self.batched()
         mod = jax.eval_shape(type(flux).modulation, flux, t, t, noisy.context.pooled)
-        by_batch = [NamedSharding(self.mesh, P(*(None,) * (m.ndim - 2), *P(AXES[:2]))) for m in mod]
+        by_batch = [NamedSharding(self.mesh, P(*(None,) * (m.ndim - 2), *BATCH)) for m in mod]
         mod = place(mod, type(mod)(*by_batch))
         program = jax.jit(painter.euler_step, out_shardings=batch_sharding(self.mesh))
         return program, (flux, noisy.x_t, mod, noisy.context, t, t)

@@ -4,6 +4,7 @@
     python benchmarks/tpu_aot.py --small                         # a tiny model: a minute
     python benchmarks/tpu_aot.py v5e:2x4 --remat full            # FLUX.1-Fill, adapter of rank 256
     python benchmarks/tpu_aot.py v6e:2x4 v5p:2x2x1 --grid 3x3
+    python benchmarks/tpu_aot.py v5p:2x2x2 --mesh state=8        # the base whole on every chip
     python benchmarks/tpu_aot.py v5e:2x4 --keep-all              # the control: it must be refused
 
 These are the functions of step.py and painter.py, not copies of them, on meshes of a topology that
@@ -36,7 +37,7 @@ from vcloze_jax import plan  # noqa: E402
 from vcloze_jax.config import FLUX_FILL, MINI, REMAT, FluxConfig  # noqa: E402
 from vcloze_jax.devices import kernel_on, parse_mesh  # noqa: E402
 from vcloze_jax.model import mmdit  # noqa: E402
-from vcloze_jax.sharding import AXES  # noqa: E402
+from vcloze_jax.sharding import AXES, count_shards  # noqa: E402
 from vcloze_jax.storage.weights import MODULES  # noqa: E402
 
 SMALL = replace(
@@ -119,7 +120,7 @@ def main():
     fits = True
     for name in args.topologies:
         mesh = topology_mesh(name, args.mesh)
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        shards = count_shards(mesh)
         programs = Programs(preset, mesh, rows, columns, args.per_chip * shards)
         weights = plan.weights_on_device(preset, MODULES, mesh, programs.dtype)
         learnt = plan.on_device(programs.state.trainable["flux"], mesh, "flux", "float32")

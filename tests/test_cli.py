@@ -198,7 +198,7 @@ def test_train_refuses(folder, call, monkeypatch, argv, message):
     "argv, message",
     [
         ("--weights nowhere", "nowhere: "),
-        ("--mesh 3", "a multiple of 3, please, which data and fsdp"),
+        ("--mesh 3", "a multiple of 3, please, which all axes of --mesh but tensor"),
         ("--mesh x", "--mesh x: "),
     ],
 )

@@ -14,7 +14,7 @@ from vcloze_jax.data.graph200k_tasks import GROUP_OF, Selection
 from vcloze_jax.data.sources import draw_groups, open_source
 from vcloze_jax.devices import make_mesh
 from vcloze_jax.inputs.metrics import summarise_step
-from vcloze_jax.step import KIND, encode_batch, loss_fn, make_batch, purpose_key
+from vcloze_jax.step import KIND, encode_batch, loss_fn, make_batch, purpose_key, spread_rows
 from vcloze_jax.storage import places, weights
 from vcloze_jax.storage.models import load_for_training
 from vcloze_jax.storage.textreader import Tokenizers
@@ -80,7 +80,8 @@ def test_every_list_is_trained(source):
             assert sum(row.mask.sum() for row in grid.rows) == SIDE * SIDE
             assert all(row.pixels.any() for row in grid.rows) and "[IMAGE1]" in example.prompt
         assert not np.array_equal(one.grid.query.pixels, other.grid.query.pixels)
-        batch = make_batch([one, other], range(GROUP), tokenizers, PRESET, MESH)
+        how = partial(spread_rows, mesh=MESH), tokenizers, PRESET, MESH
+        batch = make_batch([one, other], range(GROUP), *how)
         shape = shapes[one.grid.shape]
         if shape not in traced:
             trace_step(batch, shape)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_sharding import MESHES, MODULES, abstract
+from test_sharding import MESHES, MODULES, OF_STATE, abstract
 from tiny import filled
 
 from vcloze_jax import flow
@@ -18,7 +18,7 @@ from vcloze_jax.config import MINI, CLIPConfig, FluxConfig, T5Config, VAEConfig
 from vcloze_jax.devices import make_mesh, parse_mesh, put
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.ops import rope_table
-from vcloze_jax.sharding import batch_sharding, shardings, spec_of
+from vcloze_jax.sharding import batch_sharding, count_shards, shardings, spec_of
 from vcloze_jax.step import Batch, encode_batch, init_state, loss_fn, make_optimizer, make_step
 from vcloze_jax.storage import weights
 
@@ -123,7 +123,7 @@ def equal_to_rounding(there, here):
         np.testing.assert_allclose(there[1][path], grad, rtol=0, atol=atol, err_msg=path)
 
 
-@pytest.mark.parametrize("text", (MESHES[0], MESHES[2]))
+@pytest.mark.parametrize("text", (MESHES[0], MESHES[2], OF_STATE[0]))
 def test_a_mesh_changes_no_number(text):
     """Loss and gradients of the whole step on 8 devices are those on one."""
     equal_to_rounding(step(text), step("1"))
@@ -132,7 +132,7 @@ def test_a_mesh_changes_no_number(text):
 def test_weights_are_gathered_and_sums_added():
     """On every mesh that is all that the devices of a step exchange, also where it encodes
     pictures: nothing changes its place."""
-    for text in (MESHES[0], MESHES[2]):
+    for text in (MESHES[0], MESHES[2], OF_STATE[0]):
         *_, encoded, learned = step(text)
         for found in (encoded, learned):
             kinds = {kind for kind, _ in found}
@@ -140,11 +140,12 @@ def test_weights_are_gathered_and_sums_added():
         assert "all-gather" in dict(learned)
 
 
-def test_state_stays_where_the_table_says():
+@pytest.mark.parametrize("text", (MESHES[2], OF_STATE[0]))
+def test_state_stays_where_the_table_says(text):
     """After a step adapter and optimizer state are sharded as before: nothing gathers silently."""
-    _, _, (update, *args), *_ = step(MESHES[2])
+    _, _, (update, *args), *_ = step(text)
     for tree in compiled(update, *args)(*args)[:2]:
-        places = weights.flat(shardings(tree, make_mesh(parse_mesh(MESHES[2]))))
+        places = weights.flat(shardings(tree, make_mesh(parse_mesh(text))))
         for path, leaf in weights.flat(tree).items():
             assert leaf.sharding.is_equivalent_to(places[path], leaf.ndim), path
 
@@ -190,6 +191,7 @@ def test_noise_is_drawn_for_each_grid_alone():
 FLUX = replace(MINI.flux, double_blocks=1, single_blocks=2, rank=MINI.recipe.rank)
 ROWS = {1: 32, 2: 66, 3: 99}  # image tokens; with an odd count, and 96 of text, 195 in all
 MESHES_OF_FLUX = "8", "data=4,fsdp=2", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2"
+MESHES_OF_FLUX += "state=8", "state=2,fsdp=4", "state=2,fsdp=2,tensor=2"
 # Mesh, rows, samples on each device, and remat, of which each mesh has every kind.
 PLACES, REMATS = itertools.product(MESHES_OF_FLUX, ROWS, (1, 2)), ("none", "full", "light")
 EVERY = list(zip(PLACES, itertools.cycle(REMATS), strict=False))
@@ -198,6 +200,7 @@ FAST = [
     (("data=4,fsdp=2", 3, 1), "full"),
     (("data=2,fsdp=2,tensor=2", 2, 1), "light"),
     (("fsdp=4,tensor=2", 1, 2), "full"),
+    (("state=8", 3, 1), "full"),
 ]
 
 
@@ -243,7 +246,7 @@ def test_the_transformer_on_every_mesh(text, rows, samples, remat):
     device to device: weights are gathered over fsdp, and sums added, nothing else. The kernels of
     modulations, which are of all layers at once, and their B stay where they are."""
     sizes = parse_mesh(text)
-    batch = samples * sizes["data"] * sizes["fsdp"]
+    batch = samples * count_shards(make_mesh(sizes))
     there = transformer(text, ROWS[rows], batch, remat)
     equal_to_rounding(there, transformer("1", ROWS[rows], batch, "none"))
     assert {kind for kind, _ in there[2]} <= {"all-gather", "all-reduce", "reduce-scatter"}
@@ -256,6 +259,18 @@ def test_the_transformer_on_every_mesh(text, rows, samples, remat):
         ):  # which is of the shape of half a layer of an MLP
             whole = {squeeze(x.shape), squeeze(x.shape[-len(spec) :])}
             assert not gathers(there[2]) & whole, path
+
+
+def test_no_base_is_gathered_where_it_is_whole():
+    """On a mesh of state the devices exchange an adapter and sums: nothing that is gathered has the
+    shape of a weight of the base, of a layer or of a stack, unless a part of the adapter has it."""
+    found = gathers(transformer("state=8", ROWS[3], 8, "full")[2])
+    _, adapter, base = weights.abstract(Flux, FLUX)
+    shapes = [
+        {squeeze(shape) for x in jax.tree.leaves(tree) for shape in (x.shape, x.shape[1:])}
+        for tree in (base, adapter)
+    ]
+    assert found and not found & (shapes[0] - shapes[1])
 
 
 def gathers(found):

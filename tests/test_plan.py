@@ -151,6 +151,11 @@ def test_train(tmp_path, capsys, nothing_loads):
     exact = 4 * sum(x.size for x in jax.tree.leaves(adapter))
     assert f"learnt {plan.si(exact, 'B')}, its gradients {plan.si(2 * exact, 'B')}" in out
     assert "largest grid: rows of " in out and not (tmp_path / "run").exists()
+    assert ", t5 " in out and ", clip " in out
+    train.main([*argv[:-1], "examples/pairs", "--cache", f"{tmp_path}/cache"])
+    out = capsys.readouterr().out  # the encoders have gone; the autoencoder paints previews
+    assert ", vae " in out and ", t5 " not in out and ", clip " not in out
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.slow

@@ -18,11 +18,12 @@ from vcloze_jax import sharding
 from vcloze_jax.config import FLUX_FILL, MINI, UserError
 from vcloze_jax.devices import check_xla_flags, make_mesh, parse_mesh, ready_xla
 from vcloze_jax.model.layers import Dense
-from vcloze_jax.sharding import BATCH, batch_sharding, shardings, spec_of
+from vcloze_jax.sharding import BATCH, BOTH, batch_sharding, shardings, spec_of
 from vcloze_jax.step import make_optimizer
 from vcloze_jax.storage import weights
 
 MESHES = ("8", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2")
+OF_STATE = ("state=8", "state=4,tensor=2", "data=2,state=2,fsdp=2")
 
 
 # --- meshes ---
@@ -31,16 +32,17 @@ MESHES = ("8", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2")
 @pytest.mark.parametrize(
     ("text", "sizes"),
     [
-        ("1", (1, 1, 1)),
-        ("8", (1, 8, 1)),
-        ("fsdp=8", (1, 8, 1)),
-        ("data=2,fsdp=2,tensor=2", (2, 2, 2)),
-        ("tensor=4,data=2", (2, 1, 4)),
+        ("1", (1, 1, 1, 1)),
+        ("8", (1, 1, 8, 1)),
+        ("fsdp=8", (1, 1, 8, 1)),
+        ("state=8", (1, 8, 1, 1)),
+        ("data=2,fsdp=2,tensor=2", (2, 1, 2, 2)),
+        ("tensor=4,data=2", (2, 1, 1, 4)),
     ],
 )
 def test_meshes_that_are_read(text, sizes):
     """A bare number is the fsdp axis; named axes come in any order, the others are 1."""
-    assert parse_mesh(text) == dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    assert parse_mesh(text) == dict(zip(("data", "state", "fsdp", "tensor"), sizes, strict=True))
 
 
 BAD = (
@@ -213,33 +215,35 @@ PRESETS = {
 }
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", (*MESHES, *OF_STATE))
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_leaf_of_every_preset_divides(name, mesh):
     """Base, adapter and optimizer state of mini and of FLUX.1-Fill (rank 256) can be placed on 8
-    devices in three ways. At full size no device holds more than 4 % above its share: biases,
-    norms and the autoencoder are copies."""
+    devices in six ways. At full size no device holds more than 4 % above its share, which is of
+    the base what fsdp and tensor split, of the rest also what state does: biases, norms and the
+    autoencoder are copies."""
     mesh = make_mesh(parse_mesh(mesh))
     adapter, base = abstract(PRESETS[name])
     state = jax.eval_shape(make_optimizer(2.0).init, adapter)
-    for tree in (base, adapter, state):
+    split, both = mesh.shape["fsdp"], mesh.shape["fsdp"] * mesh.shape["state"]
+    for tree, parts in ((base, split), (adapter, both), (state, both)):
         leaves, places = jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, mesh))
         each = [math.prod(p.shard_shape(x.shape)) for x, p in zip(leaves, places, strict=True)]
         if name == "flux-fill":
-            assert sum(each) <= 1.04 * sum(x.size for x in leaves) / mesh.shape["fsdp"]
+            assert sum(each) <= 1.04 * sum(x.size for x in leaves) / parts
 
 
 EXPECTED = {
     "flux/double/img/qkv/kernel": P(None, "fsdp", None, "tensor", None),
     "flux/double/txt/proj/kernel": P(None, "tensor", None, "fsdp"),
-    "flux/double/txt/mod/kernel": P(None, None, ("tensor", "fsdp")),
+    "flux/double/txt/mod/kernel": P(None, None, ("tensor", *BOTH)),
     "flux/double/txt/mlp_out/kernel": P(None, "tensor", "fsdp"),
     "flux/single/linear2/kernel": P(None, None, "tensor", None, "fsdp"),
     "flux/single/linear1/bias": P(None, None, None, None),
-    "flux/single/linear1/lora_a": P(None, "fsdp", None),
-    "flux/single/linear1/lora_b": P(None, None, None, "tensor", "fsdp"),
-    "flux/single/linear2/lora_a": P(None, None, "tensor", "fsdp", None),
-    "flux/double/img/mlp_in/lora_b": P(None, None, ("tensor", "fsdp")),
+    "flux/single/linear1/lora_a": P(None, BOTH, None),
+    "flux/single/linear1/lora_b": P(None, None, None, "tensor", BOTH),
+    "flux/single/linear2/lora_a": P(None, None, "tensor", BOTH, None),
+    "flux/double/img/mlp_in/lora_b": P(None, None, ("tensor", *BOTH)),
     "flux/double/img/q_norm/scale": P(None, None),
     "flux/img_in/kernel": P("fsdp", None),
     "t5/embed": P("fsdp", None),
@@ -248,6 +252,23 @@ EXPECTED = {
     "vae/encoder/mid/attn/q/kernel": P(None, None),
     "vae/encoder/conv_in/kernel": P(None, None, None, None),
 }
+
+
+@pytest.mark.parametrize("text", OF_STATE)
+def test_state_is_split_where_the_base_is_whole(text):
+    """All of the adapter that any axis splits `state` does, and so of its moments; of the base only
+    the kernels of modulations, and the rest lies as where these devices are on data."""
+    sizes = parse_mesh(text)
+    mesh, (adapter, base) = make_mesh(sizes), abstract(PRESETS["mini"])
+    for path, place in weights.flat(shardings(adapter, mesh)).items():
+        axes = {axis for entry in place.spec for axis in np.atleast_1d(entry)}
+        assert ("state" in axes) == (not path.endswith("lora_bias")), path
+    sizes |= dict(state=1, data=sizes["data"] * sizes["state"])
+    there = weights.flat(shardings(base, make_mesh(sizes)))
+    for path, place in weights.flat(shardings(base, mesh)).items():
+        of_vector = path.endswith("mod/kernel")
+        assert ("state" in str(place.spec)) == of_vector, path
+        assert of_vector or place.spec == there[path].spec, path
 
 
 def test_the_table_says_where():
@@ -306,8 +327,8 @@ def test_what_does_not_divide(monkeypatch):
         place("8")
 
 
-def test_the_batch_is_split_over_data_and_fsdp():
+def test_the_batch_is_split_over_all_but_tensor():
     """Each device holds its part of the micro-batch; a tensor axis repeats it."""
-    for text, share in zip(MESHES, (1, 1, 2), strict=True):
+    for text, share in zip((*MESHES, *OF_STATE), (1, 1, 2, 1, 2, 1), strict=True):
         x = jax.device_put(np.zeros((8, 3)), batch_sharding(make_mesh(parse_mesh(text))))
         assert x.sharding.spec == BATCH and x.addressable_shards[0].data.shape == (share, 3)

@@ -17,7 +17,7 @@ from vcloze_jax.config import UserError, flag
 from vcloze_jax.inputs.checks import describe_error, shorten
 from vcloze_jax.inputs.cluster import count_processes
 from vcloze_jax.model.ops import choose_kernel
-from vcloze_jax.sharding import AXES, compute_dtype, shardings
+from vcloze_jax.sharding import AXES, compute_dtype, count_shards, shardings
 
 MOST = 65_536  # devices on an axis
 HOST = "pinned_host"  # memory of a host that devices write by themselves
@@ -83,7 +83,7 @@ def make_mesh(sizes=None):
     hosts.let_first_speak()
     if sizes is None:
         alone = devices[0].platform == "cpu" and jax.process_count() == 1
-        sizes = dict(data=1, fsdp=1 if alone else len(devices), tensor=1)
+        sizes = dict(fsdp=1 if alone else len(devices))
     elif wanted > len(devices):
         remedy = f"use --mesh {len(devices)} or fewer"
         if devices[0].platform == "cpu":
@@ -97,9 +97,9 @@ def make_mesh(sizes=None):
             f"--mesh: {wanted} devices asked for; {jax.process_count()} hosts use all that they "
             f"have, {len(devices)}"
         )
-    count = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
-    shape = tuple(sizes[axis] for axis in AXES)
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count])
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    devices = devices[: math.prod(shape)]
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def cpu_mesh():
@@ -142,12 +142,12 @@ def copy_to_hosts(tree):
 def micro_size(recipe, mesh):
     """Grids of a micro-batch: at most --micro-batch, some on each device that splits the batch, and
     a part of a group, so that what a step is does not depend on it. Raises UserError."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = count_shards(mesh)
     for name in ("micro_batch", "group"):
         if getattr(recipe, name) % shards:
             raise UserError(
-                f"{flag(name)} {getattr(recipe, name)}: a multiple of {shards}, please, which data "
-                "and fsdp of --mesh share; or put devices on tensor, which have the same grids"
+                f"{flag(name)} {getattr(recipe, name)}: a multiple of {shards}, please, which all "
+                "axes of --mesh but tensor share; or put devices on that, which have the same grids"
             )
     sizes = [n for n in range(shards, recipe.group + 1, shards) if recipe.group % n == 0]
     return max(n for n in sizes if n <= max(shards, recipe.micro_batch))

@@ -21,7 +21,7 @@ from vcloze_jax import conditioning, flow
 from vcloze_jax.grid import Spec, bucket
 from vcloze_jax.model.ops import unpack
 from vcloze_jax.programs import timed
-from vcloze_jax.sharding import batch_sharding, compute_dtype, on_host, spread
+from vcloze_jax.sharding import batch_sharding, compute_dtype, count_shards, on_host, spread
 
 BATCH_TOKENS = 2**13  # image tokens per device and call: enough to keep any accelerator busy
 
@@ -64,8 +64,8 @@ class Painter:
 
     def __init__(self, preset, models, read_texts, mesh):
         self.preset, self.models, self.read_texts, self.mesh = preset, models, read_texts, mesh
-        self.shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        self.alone = Mesh(np.reshape(mesh.local_devices[0], (1, 1, 1)), mesh.axis_names)
+        self.shards = count_shards(mesh)
+        self.alone = Mesh(np.reshape(mesh.local_devices[0], (1, 1, 1, 1)), mesh.axis_names)
         self.dtype = dtype = compute_dtype(mesh)
         self.encode_condition = jax.jit(partial(conditioning.encode_condition, dtype=dtype))
         self.encode_picture = jax.jit(partial(conditioning.encode_picture, dtype=dtype))

@@ -23,7 +23,7 @@ from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.vae import VAE
 from vcloze_jax.painter import BATCH_TOKENS
 from vcloze_jax.pipeline import Pipeline
-from vcloze_jax.sharding import batch_sharding, compute_dtype, shardings
+from vcloze_jax.sharding import batch_sharding, compute_dtype, count_shards, shardings
 from vcloze_jax.storage.weights import MODULES, abstract
 
 MESH = "a larger --mesh: its fsdp axis splits weights and state"
@@ -66,7 +66,7 @@ def sampling(preset, specs, mesh, device=None, offload=False):
     """What painting specs costs, as text; on accelerators of so many bytes, if `device` says so,
     which need not be here; with the MMDiT's blocks in host memory, if `offload` says so."""
     dtype, compiled, share = precision(mesh, device)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = count_shards(mesh)
     lines, counts, pictures, total = [], Counter(), set(), 0
     for name, tokens, steps, rows in passes(preset, specs):
         padded = bucket(tokens, preset.resolution)
@@ -124,28 +124,30 @@ def passes(preset, specs):
 def training(preset, data, mesh, device=None):
     """What an optimizer step on the largest grid of the data costs, as text; see `sampling`."""
     dtype, compiled, share = precision(mesh, device)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = count_shards(mesh)
     preset, settings = preset.learning, preset.recipe
     shape = max(data.shapes(), key=lambda shape: shape.tokens)
     rows = shape.sizes
     tokens = shape.tokens
     grids = micro_size(settings, mesh) // shards
-    encoded = Counter((*rows, rows[-1]))  # the query a second time, blanked
+    encoded = Counter(() if settings.cache else (*rows, rows[-1]))  # the query also blanked
     _, total = gradient_flops(preset, tokens)
     # A gradient of all weights takes twice the work of what it is the gradient of.
-    total += text_flops(preset) * (3 if settings.from_scratch else 1)
+    texts_read = 0 if settings.cache else 3 if settings.from_scratch else 1
+    total += text_flops(preset) * texts_read
     total += sum(n * flops(lower_vae(preset, VAE.moments, row)) for row, n in encoded.items())
 
     trained = ("flux", "t5", "clip") if settings.from_scratch else ("flux",)
     frozen = [name for name in MODULES if settings.rank or name not in trained]
+    frozen = [name for name in frozen if texts_read or name not in ("t5", "clip")]
     exact = sum(weights_on_device(preset, trained, mesh, "float32").values())
     if settings.rank:
         exact = on_device(abstract(Flux, preset.flux)[1], mesh, "flux", "float32")
     # Rows of one size are encoded at once, for all grids.
     vae = {row: temporaries(lower_vae(preset, VAE.moments, row, compiled)) for row in encoded}
     activations = max(
-        flux_temporaries(preset, grids * shards, tokens, mesh, compiled, learning=True),
-        *(grids * n * vae[row] for row, n in encoded.items()),
+        [flux_temporaries(preset, grids * shards, tokens, mesh, compiled, learning=True)]
+        + [grids * n * vae[row] for row, n in encoded.items()]
     )
     stage = weights_on_device(preset, frozen, mesh, dtype)
     stage |= {"learnt": exact, "its gradients": 2 * exact, "its moments": 2 * exact}

@@ -39,18 +39,19 @@ class RunWriter:
     """Writes a run into its folder: the `writer` of the training loop. All hosts compute, the first
     writes.
 
-    From `prepare` until it is left, a signal asks for a halt. `folder` is that of the weights;
-    `tensorboard` says whether to write for it, `profile` how many steps to trace.
+    From `prepare` until it is left, a signal asks for a halt. `folder` is that of the weights,
+    `cache` the GridCache of a run without text encoders, or nothing; `tensorboard` says whether to
+    write for it, `profile` how many steps to trace.
     """
 
-    def __init__(self, run, trainer, source, folder, *, tensorboard=False, profile=0):
+    def __init__(self, run, trainer, source, folder, cache, *, tensorboard=False, profile=0):
         self.run, self.trainer, self.source, self.folder = run, trainer, source, folder
         self.stop, self.code, self.saving = Stop(), 0, None
         self.poll, self.any_host = Poll(trainer.mesh), Poll(trainer.mesh)
         if run.writes:
             self.log = Log(run.metrics, trainer.step)
             self.held_out = Log(run.validation, trainer.step)
-        self.painter = make_painter(trainer)
+        self.painter = make_painter(trainer, cache)
         preset, self.bases = trainer.preset, None
         asked = preset.num_inference_steps, preset.guidance_scale
         examples = enumerate(source.held_out().previews())
@@ -224,10 +225,11 @@ def base_models(trainer):
     return merge_models(trainer.graphdefs, nothing, trainer.frozen)
 
 
-def make_painter(trainer):
-    """A Painter of the models that it is given, which reads their prompts with them."""
+def make_painter(trainer, cache):
+    """A Painter of the models that it is given, which reads their prompts with them, or finds them
+    in a GridCache."""
     painter = Painter(trainer.preset, None, None, trainer.mesh)
     encoders = lambda: (painter.models.t5, painter.models.clip)  # noqa: E731
-    memory = TextMemory() if "t5" in trainer.frozen else None
+    memory = TextMemory() if "t5" in trainer.frozen else cache
     painter.read_texts = TextReader(trainer.tokenizers, encoders, trainer.dtype, memory)
     return painter

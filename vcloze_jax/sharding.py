@@ -13,8 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from vcloze_jax.config import UserError
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+# All but tensor split the batch. fsdp splits all weights, too, which are gathered where they are
+# used; state only adapters, and modulations, which are used where they lie: the rest stays whole.
+AXES = ("data", "state", "fsdp", "tensor")
+BATCH, BOTH = P(AXES[:3]), ("state", "fsdp")
 
 
 class Split(NamedTuple):
@@ -34,7 +36,7 @@ TO_HEADS = Split(outputs=(None, "tensor", None))
 OF_HEADS = Split(inputs=("tensor", None))
 OF_PARTS = Split(inputs=(None, "tensor", None))
 # Of a vector, for all layers at once: weights, too many to be gathered, stay as they are at rest.
-VECTOR = Split(outputs=(("tensor", "fsdp"),), batch=(None,))
+VECTOR = Split(outputs=(("tensor", *BOTH),), batch=(None,))
 WHOLE = Split()
 
 # Path of one layer's leaf -> its spec; the first match wins, the layer axis is never split.
@@ -42,18 +44,19 @@ WHOLE = Split()
 TABLE = (
     (r"^vae/", P()),  # 84 M parameters at most, and convolutions of 3 channels
     (r"/(qkv|linear1)/kernel$", P("fsdp", None, "tensor", None)),
-    (r"/(qkv|linear1)/lora_b$", P(None, None, "tensor", "fsdp")),
+    (r"/(qkv|linear1)/lora_b$", P(None, None, "tensor", BOTH)),
     (r"/proj/kernel$", P("tensor", None, "fsdp")),
-    (r"/proj/lora_a$", P("tensor", "fsdp", None)),
+    (r"/proj/lora_a$", P("tensor", BOTH, None)),
     (r"/linear2/kernel$", P(None, "tensor", None, "fsdp")),
-    (r"/linear2/lora_a$", P(None, "tensor", "fsdp", None)),
-    (r"/mod/kernel$", P(None, ("tensor", "fsdp"))),
+    (r"/linear2/lora_a$", P(None, "tensor", BOTH, None)),
+    (r"/mod/kernel$", P(None, ("tensor", *BOTH))),
     (r"/(mlp_in|q|k|v|wi_0|wi_1|fc1)/kernel$", P("fsdp", "tensor")),
-    (r"/(mlp_in|mod)/lora_b$", P(None, ("tensor", "fsdp"))),
+    (r"/(mlp_in|mod)/lora_b$", P(None, ("tensor", *BOTH))),
     (r"/(mlp_out|o|wo|fc2)/kernel$", P("tensor", "fsdp")),
-    (r"/mlp_out/lora_a$", P(("tensor", "fsdp"), None)),
-    (r"/(kernel|lora_a|embed)$", P("fsdp", None)),
-    (r"/lora_b$", P(None, "fsdp")),
+    (r"/mlp_out/lora_a$", P(("tensor", *BOTH), None)),
+    (r"/(kernel|embed)$", P("fsdp", None)),
+    (r"/lora_a$", P(BOTH, None)),
+    (r"/lora_b$", P(None, BOTH)),
     (r"", P()),
 )
 SMALL = 2**28  # numbers, half a gigabyte of bfloat16; most kernels of FLUX's blocks are larger
@@ -68,7 +71,7 @@ def spec_of(path):
 def shardings(tree, mesh, root=""):
     """NamedSharding for every leaf of `tree`, by its path under `root`.
 
-    What does not divide over fsdp is whole on it, if it is small; else UserError, with its path.
+    What does not divide over fsdp or state is whole there, if small; else UserError, with its path.
     """
 
     def of(path, leaf):
@@ -76,16 +79,22 @@ def shardings(tree, mesh, root=""):
         spec = spec_of(name)
         places = [None] * (leaf.ndim - len(spec)) + list(spec)
         for i, size in enumerate(leaf.shape):
-            if places[i] == "fsdp" and leaf.size < SMALL and size % mesh.shape["fsdp"]:
-                places[i] = None
-            sizes = {axis: mesh.shape[axis] for axis in AXES if axis in (places[i] or ())}
-            if size % math.prod(sizes.values()):
-                over = " and ".join(f"{axis}={n}" for axis, n in sizes.items())
+            over = {a: n for a, n in mesh.shape.items() if n > 1 and a in (places[i] or ())}
+            if size % math.prod(over.values()) == 0:
+                continue
+            if leaf.size >= SMALL or "tensor" in places[i]:
+                axes = " and ".join(f"{axis}={n}" for axis, n in over.items())
                 where = f"--mesh: {name} {leaf.shape}"
-                raise UserError(f"{where}: {size} does not divide over {over}; divisors of it do")
+                raise UserError(f"{where}: {size} does not divide over {axes}; divisors of it do")
+            places[i] = None
         return NamedSharding(mesh, P(*places))
 
     return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def count_shards(mesh):
+    """Into how many parts a mesh splits the batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH[0])
 
 
 def batch_sharding(mesh):

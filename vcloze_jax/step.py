@@ -23,8 +23,8 @@ class Batch(NamedTuple):
     """A micro-batch on the devices; all grids of one shape."""
 
     rows: tuple  # of (pixels uint8 [B, h, W, 3], mask bool [B, h, W] or None), or Posteriors
-    t5_ids: jax.Array  # int32 [B, T]
-    clip_ids: jax.Array  # int32 [B, 77]
+    t5_ids: jax.Array  # int32 [B, T]; or what the encoder made of them, [B, T, text_width]
+    clip_ids: jax.Array  # int32 [B, 77]; or [B, vec_width]
     numbers: jax.Array  # int32 [B], of each grid in the run: what is drawn for it depends on that
     pe: tuple  # cos, sin float32 [1, T + S, 1, K/2], on the host: it is the same for all
     kinds: jax.Array | None = None  # uint8 [B, KIND], of their tasks, as UTF-8
@@ -56,19 +56,25 @@ def purpose_key(seed, purpose):
     return jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
 
 
-def make_batch(examples, numbers, tokenizers, preset, mesh, masks_every_row=False):
-    """Examples of one shape (None: another host's) -> Batch. Rows never masked carry no mask."""
-    to_mesh = lambda read: spread([x and read(x) for x in examples], mesh)  # noqa: E731
-    grid, rows = next(x.grid for x in examples if x), []
-    for r in range(len(grid.rows)):
-        maskable = masks_every_row or r == len(grid.rows) - 1
-        mask = to_mesh(lambda x, r=r: x.grid.rows[r].mask) if maskable else None
-        rows.append((to_mesh(lambda x, r=r: x.grid.rows[r].pixels), mask))
-    *ids, _ = tokenizers([x.prompt if x else "" for x in examples])
-    kinds = to_mesh(lambda x: np.frombuffer(x.kind.encode()[:KIND].ljust(KIND), np.uint8))
+def make_batch(examples, numbers, read_rows, read_texts, preset, mesh):
+    """Examples of one shape (None: another host's) -> Batch, by what reads rows and prompts."""
+    grid = next(x.grid for x in examples if x)
+    *texts, _ = read_texts([x.prompt if x else "" for x in examples])
+    kind = lambda x: np.frombuffer(x.kind.encode()[:KIND].ljust(KIND), np.uint8)  # noqa: E731
     pe = conditioning.position_table([grid], preset.flux, preset.t5.max_length, grid.tokens)
-    arrays = (spread(x, mesh) for x in (*ids, np.asarray(numbers, np.int32)))
-    return Batch(tuple(rows), *arrays, pe, kinds)
+    arrays = (spread(x, mesh) for x in (*texts, np.asarray(numbers, np.int32)))
+    kinds = spread([x and kind(x) for x in examples], mesh)
+    return Batch(read_rows(examples), *arrays, pe, kinds)
+
+
+def spread_rows(examples, mesh, masks_every_row=False):
+    """Examples -> the rows of a Batch, as pixels. Rows that are never masked carry no mask."""
+    count, rows = next(len(x.grid.rows) for x in examples if x), []
+    for r in range(count):
+        pixels = spread([x and x.grid.rows[r].pixels for x in examples], mesh)
+        masks = [x and x.grid.rows[r].mask for x in examples]
+        rows.append((pixels, spread(masks, mesh) if masks_every_row or r == count - 1 else None))
+    return tuple(rows)
 
 
 def encode_batch(frozen, batch, key, *, graphdefs, preset, dtype):
@@ -77,9 +83,8 @@ def encode_batch(frozen, batch, key, *, graphdefs, preset, dtype):
     A program of its own: nothing of it is differentiated.
     """
     recipe, models = preset.recipe, merge_models(graphdefs, frozen, names=ENCODERS)
-    keys = jax.vmap(partial(jax.random.fold_in, key))(batch.numbers)
-    keys = jax.vmap(partial(jax.random.split, num=4), out_axes=1)(keys)  # 4 B
-    for_vae, for_noise, for_time, for_guidance = keys
+    keys = jax.vmap(lambda n: jax.random.split(jax.random.fold_in(key, n), 4), out_axes=1)
+    for_vae, for_noise, for_time, for_guidance = keys(batch.numbers)  # B each
     rows = batch.rows
     if not isinstance(rows, Posteriors):
         rows = conditioning.encode_rows(models.vae, rows, recipe.mask_fill, dtype)
@@ -113,10 +118,8 @@ def loss_fn(trainable, frozen, noisy, *, region, **statics):
     """Masked flow-matching loss of a micro-batch (paper, section 3) -> the mean over its grids,
     and what is told of each: its loss by region, float32 [B], its time and kind."""
     out, share = predict_velocity(trainable, frozen, noisy, **statics), noisy.share
-    losses = {
-        "target": flow.masked_loss(out, noisy.velocity, share),
-        "grid": flow.masked_loss(out, noisy.velocity, jnp.ones_like(share)),
-    }
+    weights = {"target": share, "grid": jnp.ones_like(share)}
+    losses = {name: flow.masked_loss(out, noisy.velocity, w) for name, w in weights.items()}
     return losses[region].mean(), losses | {"time": noisy.t, "kind": noisy.kinds}
 
 
@@ -139,11 +142,8 @@ def learning_rate(recipe, n):
 
 def make_optimizer(clip, weight_decay=0.0):
     """AdamW behind a clip of the global norm, of rate 1 (lzyhha/VisualCloze:train.py)."""
-    return optax.chain(
-        optax.clip_by_global_norm(clip),
-        optax.scale_by_adam(b1=0.9, b2=0.999),
-        optax.add_decayed_weights(weight_decay),
-    )
+    adam, decay = optax.scale_by_adam(b1=0.9, b2=0.999), optax.add_decayed_weights(weight_decay)
+    return optax.chain(optax.clip_by_global_norm(clip), adam, decay)
 
 
 def init_state(trainable, tx, ema):

@@ -22,6 +22,7 @@ from vcloze_jax.step import (
     make_step,
     merge_models,
     purpose_key,
+    spread_rows,
 )
 
 
@@ -49,7 +50,8 @@ class Trainer:
     def __init__(self, parts, preset, tokenizers, mesh, masks_every_row=False):
         self.graphdefs, trainable, self.frozen = parts
         self.preset, self.mesh, self.dtype = preset, mesh, compute_dtype(mesh)
-        self.tokenizers, self.masks_every_row = tokenizers, masks_every_row
+        self.tokenizers = self.read_texts = tokenizers  # a cache or a memory may read both instead
+        self.read_rows = partial(spread_rows, mesh=mesh, masks_every_row=masks_every_row)
         self.recipe = recipe = preset.recipe
         statics = dict(graphdefs=self.graphdefs, dtype=self.dtype)
         loss = partial(loss_fn, region=recipe.loss_region, **statics)
@@ -59,7 +61,6 @@ class Trainer:
         accumulate, update = make_step(tx, loss, layout, recipe.ema, recipe.skip_nonfinite)
         encode = jax.jit(partial(encode_batch, preset=preset, **statics))
         self.jitted = {"encode": encode, "accumulate": accumulate, "update": update}
-        self.row_encoder = tuple  # as they are; or Batch.rows -> Posteriors, remembered
         self.programs, self.micro = {}, recipe.micro_batch
         self.state = jax.jit(init, out_shardings=layout)(trainable)
         self.grads = jax.tree.map(jnp.zeros_like, self.state.trainable)
@@ -97,10 +98,10 @@ class Trainer:
 
     def encode(self, examples, numbers, key):
         """Grids of one shape, by their numbers in the run -> NoisyBatch on the mesh."""
-        how = self.tokenizers, self.preset, self.mesh, self.masks_every_row
-        batch = make_batch(examples, numbers, *how)
-        args = self.frozen, batch._replace(rows=self.row_encoder(batch.rows)), key
-        return self.program("encode", tuple(x.shape for x, _ in batch.rows), *args)(*args)
+        how = self.read_rows, self.read_texts, self.preset, self.mesh
+        args = self.frozen, make_batch(examples, numbers, *how), key
+        shape = next(x.grid.shape for x in examples if x)
+        return self.program("encode", shape, *args)(*args)
 
     def send(self, groups, stopped=lambda: False):
         """Send the next optimizer step to the devices -> Sent; None if `stopped()` between two

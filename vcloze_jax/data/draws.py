@@ -6,6 +6,8 @@ function of the generator given.
 """
 
 import re
+from collections.abc import Iterator
+from itertools import permutations, product
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from vcloze_jax.prompts import CONTENT_PREFIXES, EDITING_PREFIXES
 
 ROWS = {1: 0.3, 2: 0.4, 3: 0.3}  # of a grid, with their share
 AS_SAMPLED = dict(layout=0, task=9, content=1)  # templates: those that prompts.py has as defaults
+TEMPLATES = 10  # of each
 IMAGE = re.compile(r"\[IMAGE(\d+)\]")
 
 
@@ -32,6 +35,13 @@ def draw_order(rng: np.random.Generator, columns: int, recipe: Recipe) -> list[i
     ]
 
 
+def list_orders(columns: int, recipe: Recipe) -> Iterator[tuple[int, ...]]:
+    """All that `draw_order` may draw."""
+    conditions = range(columns - 1)
+    orders = [conditions] if recipe.keep_order else permutations(conditions)
+    return ((*order, columns - 1) for order in orders)
+
+
 def draw_blank(rng: np.random.Generator, columns: int, recipe: Recipe) -> int:
     """The column whose cell is blank in the query: with p `reverse_masking` any, else the last.
 
@@ -40,6 +50,11 @@ def draw_blank(rng: np.random.Generator, columns: int, recipe: Recipe) -> int:
     """
     any_cell = rng.random() < recipe.reverse_masking
     return int(rng.integers(columns)) if any_cell else columns - 1
+
+
+def list_blanks(columns: int, recipe: Recipe) -> range:
+    """All that `draw_blank` may draw."""
+    return range(0 if recipe.reverse_masking else columns - 1, columns)
 
 
 def draw_sentences(
@@ -57,19 +72,52 @@ def draw_sentences(
     `content` gets a drawn prefix unless it has one; `layout` is drawn where it is None. "" says
     nothing.
     """
-    drawn = {name: int(rng.integers(10)) for name in AS_SAMPLED}
+    drawn = {name: int(rng.integers(TEMPLATES)) for name in AS_SAMPLED}
     template = AS_SAMPLED if recipe.fixed_templates else drawn
+    layout, task, content = word_sentences(template, shape, task, content, layout)
+    if rng.random() >= recipe.task_sentence:
+        task = ""
+    if rng.random() >= recipe.content_sentence:
+        content = ""
+    return "" if rng.random() < recipe.caption_dropout else prompts.join(layout, task, content)
+
+
+def list_sentences(
+    recipe: Recipe,
+    shape: tuple[int, int],
+    task: str | list[str],
+    content: str,
+    layout: str | None = None,
+) -> Iterator[str]:
+    """All that `draw_sentences` may draw."""
+    drawn = [dict.fromkeys(AS_SAMPLED, number) for number in range(TEMPLATES)]
+    templates = [AS_SAMPLED] if recipe.fixed_templates else drawn
+    worded = (word_sentences(template, shape, task, content, layout) for template in templates)
+    layouts, tasks, contents = map(dict.fromkeys, zip(*worded, strict=True))
+    if recipe.task_sentence < 1:
+        tasks[""] = None
+    if recipe.content_sentence < 1:
+        contents[""] = None
+    yield from (prompts.join(*parts) for parts in product(layouts, tasks, contents))
+    if recipe.caption_dropout:
+        yield ""
+
+
+def word_sentences(
+    template: dict[str, int],
+    shape: tuple[int, int],
+    task: str | list[str],
+    content: str,
+    layout: str | None,
+) -> tuple[str, str, str]:
+    """Layout, task and content as `draw_sentences` has them, in the words of some templates."""
     if layout is None:
         layout = prompts.layout_prompt(*shape, template=template["layout"])
     if not isinstance(task, str):
         task = prompts.task_prompt(task, template=template["task"])
     if content and not content.startswith(CONTENT_PREFIXES + EDITING_PREFIXES):
         content = CONTENT_PREFIXES[template["content"]] + content
-    if rng.random() >= recipe.task_sentence:
-        task = ""
-    if rng.random() >= recipe.content_sentence:
-        content = ""
-    return "" if rng.random() < recipe.caption_dropout else prompts.join(layout, task, content)
+    return layout, task, content
 
 
 def renumber(sentence: str, order: list[int]) -> str:

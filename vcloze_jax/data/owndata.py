@@ -171,12 +171,7 @@ class OwnGrids:
         if not has_masks(sample):
             order = draw_order(rng, shape.columns, self.recipe)
             mask[-1, draw_blank(rng, shape.columns, self.recipe)] = True
-        layout = sample.texts["layout_prompt"]
-        _, task, content = sentences(sample.texts, *shape[:2])
-        task, content = renumber(task, order), renumber(content, order)
-        if sample.phrases and not task:
-            task = [sample.phrases[i] for i in order]
-        prompt = draw_sentences(rng, self.recipe, shape[:2], task, content, layout)
+        prompt = draw_sentences(rng, self.recipe, shape[:2], *tell_of(sample, shape, order))
         grid = Grid.from_cells(pixels[:, order], mask)
         return Example(grid, prompt, sample.texts["task"] or "")
 
@@ -260,6 +255,15 @@ def open_own(path: str, recipe: Recipe) -> OwnGrids:
     parts = split_buckets(buckets, choose_part(usable, recipe.held_out), max(3, recipe.group))
     source = OwnGrids(samples, recipe, broken, pairs, *parts)
     return replace(source, content=source.look_at_some(table))
+
+
+def tell_of(sample: OwnSample, shape: Shape, order) -> tuple[str | list[str], str, str | None]:
+    """What a sample whose columns stand in that order says of task, content and layout."""
+    _, task, content = sentences(sample.texts, *shape[:2])
+    task, content = renumber(task, order), renumber(content, order)
+    if sample.phrases and not task:
+        task = [sample.phrases[i] for i in order]
+    return task, content, sample.texts["layout_prompt"]
 
 
 def choose_part(numbers: np.ndarray, share: float) -> np.ndarray:

@@ -7,8 +7,9 @@ from pathlib import Path
 from vcloze_jax.config import DATA, PRESETS, Recipe, UserError, flag
 from vcloze_jax.data.sources import is_own
 from vcloze_jax.inputs.cli import DOWNLOAD, expand
+from vcloze_jax.inputs.pictures import check_no_address
 
-PATHS = "weights", "lora", "data"  # of the recipe
+PATHS = "weights", "lora", "data", "cache"  # of the recipe
 # What a preset's recipe has otherwise for the user's own data: of twenty pairs mini learns a simple
 # task in about three minutes. All of it is free to change, so that runs which began before go on.
 OWN = {"mini": dict(lr=3e-3, steps=200, save_every=100, preview_every=100)}
@@ -95,4 +96,16 @@ def check_recipe(recipe):
             raise UserError(f"--batch {recipe.batch}: not a multiple of {flag(part)} {size}")
     if recipe.from_scratch and (recipe.rank or recipe.lora):
         raise UserError("--from-scratch trains every weight: leave --rank and --lora away")
+    if recipe.cache:
+        check_cache(recipe)
     return recipe
+
+
+def check_cache(recipe):
+    """Raise UserError where no cache can hold what a run reads."""
+    if not is_own(recipe.data):
+        reason = f"the grids of {recipe.data} are drawn without end, and their texts"
+        raise UserError(f"--cache {recipe.cache}: {reason}; it is for your own files and folders")
+    if recipe.from_scratch:
+        raise UserError(f"--cache {recipe.cache}: text encoders are learnt, too; leave it away")
+    check_no_address(Path(recipe.cache), "--cache")

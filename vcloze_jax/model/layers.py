@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from vcloze_jax.model.ops import KEPT, attention, modulate, rope, timestep_embedding
+from vcloze_jax.model.ops import KEPT, attention, modulate, rope
 from vcloze_jax.sharding import COLUMNS, OF_HEADS, OF_PARTS, ROWS, TO_HEADS, VECTOR, WHOLE, placed
 
 
@@ -122,10 +122,6 @@ class MLPEmbedder(nnx.Module):
     def __call__(self, x):
         return self.out_layer(jax.nn.silu(self.in_layer(x)))
 
-    def sinusoid(self, t):
-        """t float32 [B] -> [B, D]."""
-        return self(timestep_embedding(t))
-
 
 class Stream(nnx.Module):
     """One side of a double block, image or text: its own weights around a shared attention."""
@@ -165,9 +161,7 @@ class DoubleBlock(nnx.Module):
         img_mod, txt_mod = chunks(img_mod, 6), chunks(txt_mod, 6)
         img_qkv = self.img.before(img, *img_mod[:2])
         txt_qkv = self.txt.before(txt, *txt_mod[:2])
-        q, k, v = (
-            jnp.concatenate(pair, 1) for pair in zip(txt_qkv, img_qkv, strict=True)
-        )  # B L H K
+        q, k, v = (jnp.concatenate(pair, 1) for pair in zip(txt_qkv, img_qkv, strict=True))
         attn = attention(rope(q, pe), rope(k, pe), v, lengths)  # B L H K
         T = txt.shape[1]
         img = self.img.after(img, attn[:, T:], *img_mod[2:])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vcloze_jax.model.layers import Dense, DoubleBlock, LastLayer, MLPEmbedder, SingleBlock, stack
-from vcloze_jax.model.ops import keep_products
+from vcloze_jax.model.ops import keep_products, timestep_embedding
 from vcloze_jax.sharding import by_batch, gathered
 
 # A layer that waits in host memory (sample.py --offload) comes when it is used; others stay.
@@ -51,9 +51,9 @@ class Flux(nnx.Module):
         vector is float32 up to one last rounding: every layer multiplies by what it says, and in
         bfloat16 it would be the largest error of the model.
         """
-        vec = self.time_in.sinusoid(t) + self.vector_in(pooled.astype(jnp.float32))  # B D
+        vec = self.time_in(timestep_embedding(t)) + self.vector_in(pooled.astype(jnp.float32))
         if self.config.guidance_embed:
-            vec = vec + self.guidance_in.sinusoid(guidance)
+            vec = vec + self.guidance_in(timestep_embedding(guidance))  # B D
         # What is small is gathered, so that no kernel is: those of all layers are used at once.
         vec = gathered(jax.nn.silu(vec).astype(pooled.dtype))
         one = lambda layer: by_batch(gathered(near(layer)(vec)))  # noqa: E731

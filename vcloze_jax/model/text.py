@@ -48,8 +48,7 @@ class T5Block(nnx.Module):
         self.norm1 = RMSNorm(c.width)
         # Scores are not divided by sqrt(K): at birth the queries are, instead.
         self.q = Dense(c.width, inner, split=COLUMNS, std=(c.width * c.head_dim) ** -0.5, **dense)
-        self.k = Dense(c.width, inner, split=COLUMNS, **dense)
-        self.v = Dense(c.width, inner, split=COLUMNS, **dense)
+        self.k, self.v = (Dense(c.width, inner, split=COLUMNS, **dense) for _ in range(2))
         self.o = Dense(inner, c.width, split=ROWS, **dense)
         self.norm2 = RMSNorm(c.width)
         self.wi_0 = Dense(c.width, c.mlp, split=COLUMNS, **dense)
@@ -102,9 +101,8 @@ class CLIPBlock(nnx.Module):
     def __init__(self, c, *, rngs):
         self.heads = c.heads
         self.norm1 = LayerNorm(c.width)
-        self.q = Dense(c.width, c.width, split=COLUMNS, rngs=rngs)
-        self.k = Dense(c.width, c.width, split=COLUMNS, rngs=rngs)
-        self.v = Dense(c.width, c.width, split=COLUMNS, rngs=rngs)
+        qkv = (Dense(c.width, c.width, split=COLUMNS, rngs=rngs) for _ in range(3))
+        self.q, self.k, self.v = qkv
         self.o = Dense(c.width, c.width, split=ROWS, rngs=rngs)
         self.norm2 = LayerNorm(c.width)
         self.fc1 = Dense(c.width, c.mlp, split=COLUMNS, rngs=rngs)

@@ -27,13 +27,9 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_channels))
 
     def __call__(self, x):
-        y = jax.lax.conv_general_dilated(
-            x,
-            self.kernel.astype(x.dtype),
-            (self.stride, self.stride),
-            self.padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        strides, kernel = (self.stride, self.stride), self.kernel.astype(x.dtype)
+        layout = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        y = jax.lax.conv_general_dilated(x, kernel, strides, self.padding, **layout)
         return y + self.bias.astype(x.dtype)
 
 

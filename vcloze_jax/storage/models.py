@@ -21,6 +21,8 @@ from vcloze_jax.storage import adapters, places, weights
 from vcloze_jax.storage.preset import read_config, read_text_length
 from vcloze_jax.storage.textreader import TextCache, TextReader, Tokenizers
 
+ENCODERS = "t5", "clip"
+
 
 class LazyModels:
     """The models of a weights folder, each put on the mesh when it is first asked for.
@@ -53,7 +55,7 @@ class LazyModels:
 
     def load_encoders(self):
         """T5 and CLIP."""
-        return self.load("t5"), self.load("clip")
+        return tuple(map(self.load, ENCODERS))
 
     def load(self, name):
         """One model, named by its field of the preset."""
@@ -68,17 +70,19 @@ class LazyModels:
         return TextReader(tokenizers, self.load_encoders, compute_dtype(self.mesh), cache)
 
     def text_identity(self):
-        """All that an embedding depends on beside its ids. Files are known by their content: times
-        and inodes stay or change with the way in which files are copied."""
-        preset, files = self.preset, []
-        for name in ("t5", "clip"):
-            module, config = weights.MODULES[name], getattr(preset, name)
-            source = weights.match_files(module, config, self.folder)[0]
-            files.append(places.digest_files(source.path))
+        """All that an embedding depends on, to its last bit, beside its ids."""
         mesh = dict(self.mesh.shape), self.mesh.devices.flat[0].device_kind
-        dtype = compute_dtype(self.mesh)
-        versions = (__version__, jax.__version__)
-        return repr((files, preset.t5, preset.clip, dtype, mesh, versions))
+        return repr((self.identity(*ENCODERS), mesh, jax.__version__))
+
+    def identity(self, *names):
+        """What makes some models say what they say, wherever they run. Files are known by their
+        content: times and inodes stay or change with the way in which files are copied."""
+        configs = [getattr(self.preset, name) for name in names]
+        modules = [weights.MODULES[name] for name in names]
+        pairs = zip(modules, configs, strict=True)
+        sources = [weights.match_files(*pair, self.folder)[0] for pair in pairs]
+        files = [places.digest_files(source.path) for source in sources]
+        return repr((files, configs, compute_dtype(self.mesh), __version__))
 
 
 def load_model(name, preset, folder, dtype, mesh):
@@ -140,14 +144,17 @@ def load_for_training(preset, folder, mesh):
     """All models on the mesh, by name: graphdefs, trainable and frozen trees (pure dicts).
 
     Trainable, in float32: the adapter; with rank 0 the MMDiT; from scratch the text encoders too.
-    The rest is frozen, in the compute dtype, and comes from the weights folder. Raises UserError.
+    The rest is frozen, in the compute dtype, and comes from the weights folder; with a cache the
+    text encoders have done their work, and stay there. Raises UserError.
     """
     recipe = preset.recipe
     adapter = recipe.lora and load_start(preset)  # first, since it may be refused
-    learnt = ("flux", "t5", "clip") if recipe.from_scratch else () if recipe.rank else ("flux",)
+    learnt = ("flux", *ENCODERS) if recipe.from_scratch else () if recipe.rank else ("flux",)
     graphdefs, trainable, frozen = {}, {}, {}
     for name, module in weights.MODULES.items():
         graphdefs[name], _, _ = weights.abstract(module, getattr(preset.learning, name))
+        if recipe.cache and name in ENCODERS:
+            continue
         if recipe.from_scratch and name in learnt:
             trainable[name] = draw_weights(name, preset.learning, mesh)
             continue
@@ -192,7 +199,8 @@ def ready_export(run, trainer, state, folder):
     recipe = trainer.recipe
     if not recipe.rank and trainer.step == recipe.steps:
         models, out = trainer.models(), run.path / "weights"
-        parts = {name: getattr(models, name) for name in weights.MODULES}
+        how = trainer.preset, folder, trainer.dtype, trainer.mesh
+        parts = {name: getattr(models, name) or load_model(name, *how) for name in weights.MODULES}
         weights.save_pipeline(out, trainer.preset, parts)
         for name in ("tokenizer", "tokenizer_2") if run.writes else ():
             shutil.copytree(folder / name, out / name, dirs_exist_ok=True)

@@ -1,11 +1,8 @@
 """Prompts -> what the MMDiT reads of them: tokenizers, text encoders, and a memory on disk.
 
-A prompt that was read once needs no text encoder, nor its 10 GB. Its file is named after the
-SHA-256 of everything that the numbers depend on, and holds their own SHA-256; a file that is
-missing, cut or changed is one that is not there.
+A prompt that was read once needs no text encoder, nor its 10 GB.
 """
 
-import hashlib
 import os
 from collections import Counter
 from contextlib import suppress
@@ -15,17 +12,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import ml_dtypes  # noqa: F401 (NumPy learns bfloat16)
 import numpy as np
-from safetensors import SafetensorError
 
 from vcloze_jax import conditioning
 from vcloze_jax.config import CLIPConfig, T5Config, UserError
 from vcloze_jax.inputs.checks import describe_error, error_context, parse_json
-from vcloze_jax.ports import engine
 from vcloze_jax.ports.diagnose import say_fetch
 from vcloze_jax.programs import timed
 from vcloze_jax.sharding import on_host
+from vcloze_jax.storage.arraystore import ArrayStore
 
 LIMIT = 256  # files, 1 GiB of FLUX's; the oldest go first
 
@@ -43,8 +38,8 @@ class TextReader:
     """Reads prompts one at a time, so that none depends on the others.
 
     `load_encoders()` -> (T5Encoder, CLIPTextEncoder) is called when a prompt is new, and what it
-    gives is held no longer than the reading lasts. `cache` is a TextCache, a TextMemory, or None
-    where weights change under it.
+    gives is held no longer than the reading lasts. `cache` is a TextCache, a TextMemory, a
+    GridCache, which has all of them, or None where weights change under it.
     """
 
     def __init__(self, tokenizers, load_encoders, dtype, cache=None):
@@ -56,17 +51,16 @@ class TextReader:
         prompts = list(dict.fromkeys(prompts))
         encoders, texts = (), {}
         for prompt, *ids, unread in zip(prompts, *self.tokenizers(prompts), strict=True):
-            t5_ids, clip_ids = (row[None] for row in ids)
-            seconds = Counter()
-            embeddings = None if self.cache is None else self.cache.read(t5_ids, clip_ids)
+            ids, seconds = tuple(row[None] for row in ids), Counter()
+            embeddings = None if self.cache is None else self.cache.read(ids)
             if embeddings is None:
                 with timed(seconds, "load"):
                     encoders = encoders or self.load_encoders()
                 with timed(seconds, "text"):
-                    encoded = self.encode(*encoders, t5_ids, clip_ids)
+                    encoded = self.encode(*encoders, *ids)
                     embeddings = [x[0] for x in on_host(encoded)]
                 if self.cache is not None:
-                    self.cache.write(t5_ids, clip_ids, embeddings)
+                    self.cache.write(ids, embeddings)
             texts[prompt] = Text(*embeddings, unread, seconds)
         return texts
 
@@ -74,53 +68,29 @@ class TextReader:
 class TextMemory(dict):
     """What was read, while the process lives: of encoders that stay as they are."""
 
-    def read(self, t5_ids, clip_ids):
-        return self.get((t5_ids.tobytes(), clip_ids.tobytes()))
+    def read(self, ids):
+        return self.get(tuple(row.tobytes() for row in ids))
 
-    def write(self, t5_ids, clip_ids, embeddings):
-        self[t5_ids.tobytes(), clip_ids.tobytes()] = embeddings
+    def write(self, ids, embeddings):
+        self[tuple(row.tobytes() for row in ids)] = embeddings
 
 
-class TextCache:
-    """Embeddings of one pair of text encoders; `identity` says all that they depend on beside the
-    token ids."""
+class TextStore(ArrayStore):
+    """Embeddings of one pair of text encoders by token ids, as TextReader has both."""
 
     def __init__(self, folder: Path, identity: str):
-        self.folder, self.identity = Path(folder), identity
+        super().__init__(folder, identity, ("txt", "pooled"))
 
-    def file(self, t5_ids, clip_ids):
-        key = hashlib.sha256(self.identity.encode() + t5_ids.tobytes() + clip_ids.tobytes())
-        return self.folder / f"{key.hexdigest()}.safetensors"
 
-    def read(self, t5_ids: np.ndarray, clip_ids: np.ndarray):
-        """[txt, pooled] of these ids as they were written, or None."""
-        try:
-            source = engine.SafetensorsFile(self.file(t5_ids, clip_ids))
-            embeddings = [source.read("txt"), source.read("pooled")]
-            return embeddings if source.metadata["sha256"] == digest(embeddings) else None
-        except (OSError, KeyError, engine.PortError):
-            return None
+class TextCache(TextStore):
+    """Those of the prompts that were painted last, as far as the disk allows."""
 
-    def write(self, t5_ids: np.ndarray, clip_ids: np.ndarray, embeddings):
-        """Remember [txt, pooled], where the disk allows."""
-        file = self.file(t5_ids, clip_ids)
-        part = file.with_name(f".{file.stem}.{os.getpid()}.tmp")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            tensors = dict(zip(("txt", "pooled"), embeddings, strict=True))
-            engine.save_tensors(part, tensors, {"sha256": digest(embeddings)})
-            os.replace(part, file)
+    def write(self, ids, embeddings):
+        with suppress(OSError, UserError):  # no room, or not ours to write: it is a help, no more
+            super().write(ids, embeddings)
             files = sorted(self.folder.iterdir(), key=lambda f: f.stat().st_mtime)
             for old in files[:-LIMIT]:
                 old.unlink(missing_ok=True)
-        except (OSError, SafetensorError):  # no room, or not ours to write: it is a help, no more
-            with suppress(OSError):
-                part.unlink()
-
-
-def digest(embeddings):
-    """SHA-256 of the numbers of txt and pooled."""
-    return hashlib.sha256(b"".join(x.tobytes() for x in embeddings)).hexdigest()
 
 
 class Tokenizers:
