@@ -25,7 +25,7 @@ STORY = tuple(
     f"vcloze_jax.{name}"
     for name in (
         "config grid prompts flow conditioning sharding programs painter step trainer "
-        "model.ops model.layers model.mmdit model.vae model.text model.lora"
+        "model.ops model.layers model.mmdit model.vae model.text"
     ).split()
 )
 PORTS = "vcloze_jax.ports"  # where a link is to them

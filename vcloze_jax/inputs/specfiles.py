@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vcloze_jax.config import Preset, UserError
+from vcloze_jax.config import PRESETS, Preset, UserError
 from vcloze_jax.grid import Spec
 from vcloze_jax.inputs.checks import (
     WRAPPED,
@@ -22,6 +22,8 @@ from vcloze_jax.inputs.checks import (
     parse_json,
     read_key,
 )
+from vcloze_jax.inputs.cli import Parser, add_model_flags, add_plan_flags
+from vcloze_jax.inputs.cli import path as expanded
 from vcloze_jax.inputs.cluster import count_processes
 from vcloze_jax.inputs.pictures import URL, check_file, check_writable, save_png, save_text
 from vcloze_jax.inputs.spec import MAX_SEED, NUMBERS, read_spec
@@ -36,6 +38,25 @@ FLAGS = {
     "--guidance": ("guidance_scale", "of the distilled guidance"),
     "--images": (IMAGES, "pictures of each spec, of as many seeds; written as NAME_seedK"),
 }
+
+
+def parse_sampling(description, argv):
+    """The flags of sample.py. Raises UserError where neither specs nor names are asked for."""
+    parser = Parser(description)
+    add = parser.add_argument
+    add("--grid", nargs="+", action="extend", type=expanded, metavar="SPEC.json")
+    add_model_flags(parser)
+    add_spec_flags(parser)
+    add("--out", type=expanded, default=Path("outputs"), metavar="DIR")
+    add("--film", action="store_true", help="NAME_film.webp, too: all steps of a grid")
+    add("--list-tasks", action="store_true", help='names for "task" in a spec')
+    add("--check", action="store_true", help="validate everything, paint nothing")
+    add("--offload", action="store_true", help="slower; FLUX paints on 24 GB")
+    add_plan_flags(parser, PRESETS)
+    args = parser.parse_args(argv)
+    if not args.grid and not args.list_tasks:
+        parser.error("--grid SPEC.json is needed")
+    return args
 
 
 def add_spec_flags(parser):

@@ -31,7 +31,7 @@ class Dense(nnx.Module):
 
     No alpha: the branch has scale 1, its rank is clipped to min(in, out), A starts uniform in
     +-1/sqrt(in), B and its bias at zero (lzyhha/VisualCloze:models/modules/lora.py). A scale
-    belongs to folding (lora.py), never to the layer.
+    belongs to folding (storage/folding.py), never to the layer.
     """
 
     def __init__(self, into, out, *, split=WHOLE, rank=0, use_bias=True, std=None, rngs):

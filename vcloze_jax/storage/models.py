@@ -14,10 +14,10 @@ from vcloze_jax import __version__
 from vcloze_jax.config import PRESETS, UserError
 from vcloze_jax.devices import HOST, cpu_mesh, kernel_on, put
 from vcloze_jax.inputs.cachefolder import cache_folder
-from vcloze_jax.model.lora import fold, split
 from vcloze_jax.sharding import compute_dtype, on_host, shardings
 from vcloze_jax.step import purpose_key
 from vcloze_jax.storage import adapters, places, weights
+from vcloze_jax.storage.folding import fold, split
 from vcloze_jax.storage.preset import read_config, read_text_length
 from vcloze_jax.storage.textreader import TextCache, TextReader, Tokenizers
 

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from vcloze_jax.config import FLUX_FILL, Preset, UserError
 from vcloze_jax.hosts import is_first
-from vcloze_jax.model.lora import split
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.text import CLIPTextEncoder, T5Encoder
 from vcloze_jax.model.vae import VAE
@@ -25,6 +24,7 @@ from vcloze_jax.ports import engine
 from vcloze_jax.ports.locate import locate
 from vcloze_jax.ports.tables.folder import BASES, INDEX, PARTS, SCHEDULER, SHIFT
 from vcloze_jax.sharding import on_host
+from vcloze_jax.storage.folding import split
 from vcloze_jax.storage.preset import load_preset, translate_errors
 
 # field of Preset -> module, and its part of a weights folder
