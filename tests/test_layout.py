@@ -24,7 +24,7 @@ ENTRIES = ("train", "sample")
 STORY = tuple(
     f"vcloze_jax.{name}"
     for name in (
-        "config grid prompts flow conditioning sharding programs painter step trainer "
+        "config placement grid flow conditioning sharding painter step trainer "
         "model.ops model.layers model.mmdit model.vae model.text"
     ).split()
 )

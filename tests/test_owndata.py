@@ -20,8 +20,8 @@ from vcloze_jax.data.report import show_source
 from vcloze_jax.data.sizes import ASPECTS, fill_buckets, merge_buckets
 from vcloze_jax.data.sources import Shape, draw_group, draw_groups
 from vcloze_jax.inputs.cells import row_size
+from vcloze_jax.inputs.prompts import CONTENT_PREFIXES, LAYOUTS
 from vcloze_jax.inputs.sheet import MARK
-from vcloze_jax.prompts import CONTENT_PREFIXES, LAYOUTS
 
 ROOT = Path(__file__).parents[1]
 RECIPE = MINI.recipe

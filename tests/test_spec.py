@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vcloze_jax import prompts
 from vcloze_jax.config import FLUX_FILL, MINI, UserError
+from vcloze_jax.inputs import prompts
 from vcloze_jax.inputs.spec import KEYS
 from vcloze_jax.inputs.specfiles import IMAGES, read_specs, write_spec
 from vcloze_jax.inputs.tasks import find_task, list_tasks

@@ -10,9 +10,8 @@ lies in --out, with its pictures, its film and its record, which the page and sa
 from importlib.util import find_spec
 from pathlib import Path
 
-from vcloze_jax import prompts
 from vcloze_jax.config import UserError
-from vcloze_jax.inputs import cli
+from vcloze_jax.inputs import cli, prompts
 from vcloze_jax.inputs.pictures import check_writable, open_picture
 from vcloze_jax.inputs.sheet import MARK
 from vcloze_jax.inputs.specfiles import IMAGES, output_names

@@ -31,7 +31,7 @@ from vcloze_jax.inputs.spec import read_spec
 from vcloze_jax.inputs.specfiles import output_names, read_specs
 from vcloze_jax.inputs.world import describe_unlike_mini
 from vcloze_jax.painter import Canvas, Painter
-from vcloze_jax.programs import spent
+from vcloze_jax.programs import spent, timed
 from vcloze_jax.storage import adapters, places, weights
 from vcloze_jax.storage.models import LazyModels
 
@@ -214,7 +214,7 @@ def load_painter(named, lora, mesh, offload=False):
     for file, _ in loras:
         adapters.check(file, preset.flux)
     models = LazyModels(folder, preset, loras, mesh, offload)
-    return Painter(preset, models, models.text_reader(), mesh)
+    return Painter(preset, models, models.text_reader(), mesh, timed)
 
 
 def describe(canvas, painter):

@@ -26,8 +26,9 @@ class Batch(NamedTuple):
     t5_ids: jax.Array  # int32 [B, T]
     clip_ids: jax.Array  # int32 [B, 77]
     numbers: jax.Array  # int32 [B], of each grid in the run: what is drawn for it depends on that
-    pe: tuple  # cos, sin float32 [1, T + S, 1, K/2], on the host: it is the same for all
+    pe: tuple  # cos, sin float32 [1 or B, T + S, 1, K/2]; one is on the host
     kinds: jax.Array | None = None  # uint8 [B, KIND], of their tasks, as UTF-8
+    segments: jax.Array | None = None  # uint8 [B, S], of a Placement by segments
 
 
 class NoisyBatch(NamedTuple):
@@ -59,16 +60,23 @@ def purpose_key(seed, purpose):
 def make_batch(examples, numbers, tokenizers, preset, mesh, masks_every_row=False):
     """Examples of one shape (None: another host's) -> Batch. Rows never masked carry no mask."""
     to_mesh = lambda read: spread([x and read(x) for x in examples], mesh)  # noqa: E731
-    grid, rows = next(x.grid for x in examples if x), []
-    for r in range(len(grid.rows)):
-        maskable = masks_every_row or r == len(grid.rows) - 1
-        mask = to_mesh(lambda x, r=r: x.grid.rows[r].mask) if maskable else None
-        rows.append((to_mesh(lambda x, r=r: x.grid.rows[r].pixels), mask))
+    first, placement, rows = next(filter(None, examples)), preset.flux.placement, []
+    pictures = lambda x: x.grid.pictures(placement)  # noqa: E731
+    count = len(pictures(first))
+    for r in range(count):
+        maskable = masks_every_row or r >= count - count // len(first.grid.rows)
+        mask = to_mesh(lambda x, r=r: pictures(x)[r].mask) if maskable else None
+        rows.append((to_mesh(lambda x, r=r: pictures(x)[r].pixels), mask))
     *ids, _ = tokenizers([x.prompt if x else "" for x in examples])
     kinds = to_mesh(lambda x: np.frombuffer(x.kind.encode()[:KIND].ljust(KIND), np.uint8))
-    pe = conditioning.position_table([grid], preset.flux, preset.t5.max_length, grid.tokens)
+    sizes = preset.flux, preset.t5.max_length, first.grid.tokens
+    table = lambda x: conditioning.position_table([x.grid], *sizes)  # noqa: E731
+    pe = table(first)
+    if placement.axis0 == "reference":  # which depends on what is masked
+        pe = tuple(to_mesh(lambda x, i=i: table(x)[i][0]) for i in (0, 1))
+    segments = to_mesh(lambda x: x.grid.segments(placement)) if placement.by_segment else None
     arrays = (spread(x, mesh) for x in (*ids, np.asarray(numbers, np.int32)))
-    return Batch(tuple(rows), *arrays, pe, kinds)
+    return Batch(tuple(rows), *arrays, pe, kinds, segments)
 
 
 def encode_batch(frozen, batch, key, *, graphdefs, preset, dtype):
@@ -94,7 +102,8 @@ def encode_batch(frozen, batch, key, *, graphdefs, preset, dtype):
     if models.t5:  # where the encoders are learnt, `predict_velocity` encodes
         text = conditioning.encode_text(models.t5, models.clip, *text, dtype)
     x_t, velocity = flow.interpolate(x, noise, t)
-    context = Context(condition, *text, guidance, batch.pe)
+    x_t, condition = conditioning.enter(x_t, condition, batch.segments, preset.flux.placement)
+    context = Context(condition, *text, guidance, batch.pe, segments=batch.segments)
     return NoisyBatch(x_t, velocity, share, t, context, batch.kinds)
 
 

@@ -4,8 +4,9 @@ import math
 from dataclasses import fields, replace
 from pathlib import Path
 
-from vcloze_jax.config import DATA, PRESETS, Recipe, UserError, flag
+from vcloze_jax.config import DATA, PRESETS, Recipe, UserError
 from vcloze_jax.data.sources import is_own
+from vcloze_jax.inputs.checks import flag
 from vcloze_jax.inputs.cli import (
     DOWNLOAD,
     PackageFlag,

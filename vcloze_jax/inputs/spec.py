@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vcloze_jax import prompts
 from vcloze_jax.config import Preset, UserError
-from vcloze_jax.grid import PATCH, Spec, Upsampling
+from vcloze_jax.grid import PATCH, Spec
+from vcloze_jax.inputs import prompts
 from vcloze_jax.inputs.cells import Cell, build_grid, floor, row_size
 from vcloze_jax.inputs.checks import (
     TYPES,
@@ -38,6 +38,7 @@ from vcloze_jax.inputs.pictures import (
     to_mask,
 )
 from vcloze_jax.inputs.tasks import find_task, suggest_task
+from vcloze_jax.inputs.upsampling import Upsampling
 
 PROMPTS = ("layout_prompt", "task_prompt", "content_prompt")
 MAX_PICTURES = 1024  # of one grid, all of which are held at once
