@@ -18,9 +18,8 @@ from safetensors.numpy import load_file, save_file
 
 from vcloze_jax.config import FLUX_FILL, FluxConfig, UserError
 from vcloze_jax.devices import make_mesh, parse_mesh, put
-from vcloze_jax.model import lora
 from vcloze_jax.model.mmdit import Flux
-from vcloze_jax.storage import adapters, weights
+from vcloze_jax.storage import adapters, folding, weights
 
 
 @pytest.fixture(scope="module")
@@ -438,6 +437,6 @@ def test_diffusers_applies_our_adapter(tmp_path):
             return_dict=False,
         )[0].numpy()
     tree = jax.tree.map(jnp.asarray, base)
-    lora.fold(tree, jax.tree.map(jnp.asarray, adapter))
+    folding.fold(tree, jax.tree.map(jnp.asarray, adapter))
     here = lorafiles.velocity(nnx.merge(plain, tree))
     np.testing.assert_allclose(here, there, rtol=0, atol=1e-4)

@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 
 from vcloze_jax import __version__
@@ -83,7 +84,20 @@ class LazyModels:
 def load_model(name, preset, folder, dtype, mesh):
     """One model of a folder in its place on the mesh."""
     place = partial(shardings, mesh=mesh, root=f"{name}/")
-    return weights.load(weights.MODULES[name], getattr(preset, name), folder, dtype, place)
+    model = weights.load(weights.MODULES[name], getattr(preset, name), folder, dtype, place)
+    return grow(model, preset.flux, mesh) if name == "flux" else model
+
+
+def grow(flux, config, mesh):
+    """An MMDiT as it was loaded, with what the Placement of `config` adds: modulations that are, as
+    it begins, those of the image stream, and for clean tokens a vector of zeros."""
+    tree = nnx.to_pure_dict(nnx.state(flux))
+    for stream in (tree["double"]["img"], tree["single"]):
+        stream |= {name: stream["mod"] for name in config.placement.branch}
+    if config.placement.embeds:
+        zeros = np.zeros((1, config.width), flux.img_in.kernel.dtype)
+        tree["cond_in"] = put({"kernel": zeros, "bias": zeros[0]}, mesh, "flux/cond_in/")
+    return nnx.merge(weights.abstract(weights.Flux, config)[0], tree)
 
 
 def move_offloaded(tree, mesh):

@@ -8,6 +8,7 @@ have them (ports/locate.py).
 import json
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from vcloze_jax.hosts import is_first
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.text import CLIPTextEncoder, T5Encoder
 from vcloze_jax.model.vae import VAE
+from vcloze_jax.placement import FILL
 from vcloze_jax.ports import engine
 from vcloze_jax.ports.locate import locate
 from vcloze_jax.ports.tables.folder import BASES, INDEX, PARTS, SCHEDULER, SHIFT
@@ -51,8 +53,11 @@ def shapes(tree):
 
 
 def match_files(module, config, folder):
-    """-> the open source of a module's files, graphdef, shapes of its base, its planned leaves."""
+    """-> the open source of a module's files, graphdef, shapes of its base, its planned leaves; of
+    an MMDiT without what a Placement adds to it, which no base has: models.grow makes it."""
     part = next(part for cls, part in MODELS.values() if cls is module)
+    if module is Flux:
+        config = replace(config, placement=FILL)
     graphdef, _, base = abstract(module, config)
     with translate_errors(folder):
         source, table = locate(folder, part)
