@@ -117,13 +117,14 @@ class Painter:
             fill = np.float32(conditioning.GREY if second else conditioning.BLACK)
             tokens = [self.encode_condition(vae, r.pixels[None], r.mask[None], fill) for r in rows]
             canvas.condition = np.concatenate([t[0].astype(np.float32) for t in on_host(tokens)])
-            how = spec.grid.tokens, self.preset.flow, spec.strength or 1.0
+            segments = spec.grid.segments(placement)
+            clean = np.array(placement.clean)[segments]  # and shifts no times
+            how = int((~clean).sum()), self.preset.flow, spec.strength or 1.0
             canvas.times = times = flow.schedule(spec.num_inference_steps, *how)
             canvas.latents = initial_noise(spec)
             if second:
                 picture = on_host(self.encode_picture(vae, rows[0].pixels[None])).astype("f4")[0]
                 canvas.latents = (1 - times[0]) * picture + times[0] * canvas.latents
-            segments = spec.grid.segments(placement) if placement.by_segment else None
             entering = canvas.latents, canvas.condition, segments, placement
             canvas.latents, canvas.condition = conditioning.enter(*entering)
 
