@@ -19,13 +19,12 @@ from flax import nnx
 from safetensors.numpy import load_file
 from test_mmdit import TEXT, close
 
-from vcloze_jax import conditioning, kernels
-from vcloze_jax.conditioning import Context, segment_table
+from vcloze_jax import kernels
+from vcloze_jax.conditioning import segment_table
 from vcloze_jax.devices import kernel_on, make_mesh
-from vcloze_jax.grid import Grid, Row, Spec
+from vcloze_jax.grid import Grid, Row
 from vcloze_jax.model.mmdit import Flux, Modulation
 from vcloze_jax.model.ops import attention, choose_kernel
-from vcloze_jax.painter import Painter
 from vcloze_jax.placement import (
     DEV,
     EXAMPLE,
@@ -36,7 +35,6 @@ from vcloze_jax.placement import (
     PLACEMENTS,
     QUERY,
     TARGET,
-    Placement,
 )
 from vcloze_jax.storage import weights
 from vcloze_jax.storage.models import grow

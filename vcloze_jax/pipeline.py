@@ -210,7 +210,8 @@ def load_painter(named, lora, mesh, offload=False):
     """A Painter of what those three name; see Pipeline.load."""
     folder, loras = places.named_model(named, lora)
     mesh = make_mesh(None if mesh is None else parse_mesh(str(mesh)))
-    preset = weights.checked_fill_preset(folder)
+    placement = adapters.agreed_placement([Path(file) for file, _ in loras])
+    preset = weights.checked_grid_preset(folder, placement)
     for file, _ in loras:
         adapters.check(file, preset.flux)
     models = LazyModels(folder, preset, loras, mesh, offload)

@@ -17,6 +17,7 @@ from vcloze_jax.inputs.cli import (
     positive_int,
 )
 from vcloze_jax.inputs.runfolder import ORIGINS
+from vcloze_jax.placement import PLACEMENTS
 
 PATHS = "weights", "lora", "data"  # of the recipe
 # What a preset's recipe has otherwise for the user's own data: of twenty pairs mini learns a simple
@@ -119,6 +120,9 @@ def check_recipe(recipe):
         size = getattr(recipe, part)
         if size and recipe.batch % size:
             raise UserError(f"--batch {recipe.batch}: not a multiple of {flag(part)} {size}")
+    if not recipe.rank and "cond_mod" in PLACEMENTS[recipe.placement].branch:
+        reason = "its conditions' modulations are of an adapter, and --rank 0 has none"
+        raise UserError(f"--placement {recipe.placement}: {reason}")
     if recipe.from_scratch and (recipe.rank or recipe.lora):
         raise UserError("--from-scratch trains every weight: leave --rank and --lora away")
     return recipe

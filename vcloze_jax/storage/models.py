@@ -15,6 +15,7 @@ from vcloze_jax import __version__
 from vcloze_jax.config import PRESETS, UserError
 from vcloze_jax.devices import HOST, cpu_mesh, kernel_on, put
 from vcloze_jax.inputs.cachefolder import cache_folder
+from vcloze_jax.placement import PLACEMENTS
 from vcloze_jax.sharding import compute_dtype, on_host, shardings
 from vcloze_jax.step import purpose_key
 from vcloze_jax.storage import adapters, places, weights
@@ -118,18 +119,23 @@ def move_offloaded(tree, mesh):
 def checked_training_preset(folder, recipe):
     """The preset of this recipe and these weights, after everything was checked that can be wrong
     with weights and adapter without reading a tensor. Raises UserError."""
-    preset = PRESETS[recipe.preset]
+    preset, placement = PRESETS[recipe.preset], PLACEMENTS[recipe.placement]
+    sizes = dict(placement=placement, in_channels=placement.channels)
+    preset = replace(preset, flux=replace(preset.flux, **sizes))
     if recipe.weights == "mini" and preset.name != "mini":
         pass  # planned before there are weights
     elif recipe.from_scratch:
         vae, t5 = read_config(folder, "vae", preset.vae), read_text_length(folder, preset.t5)
         preset = replace(preset, vae=vae, t5=t5)
     else:
-        preset = weights.checked_fill_preset(folder)
+        preset = weights.checked_grid_preset(folder, placement)
         if preset.name != recipe.preset:
             raise UserError(f"{folder}: its preset is {preset.name}; add --preset {preset.name}")
         print(f"weights: {weights.summary(folder, preset)}")
     if recipe.lora:
+        told = adapters.told_placement(Path(recipe.lora))
+        if told not in (None, placement):
+            raise UserError(f"{recipe.lora}: of placement {told.name}; add --placement {told.name}")
         adapters.check(Path(recipe.lora), preset.flux)
     return replace(preset, recipe=recipe)
 
@@ -216,5 +222,5 @@ def ready_export(run, trainer, state, folder):
     if not run.writes:
         return lambda: None
     what = f"average {recipe.ema:g}" if recipe.ema else "last"
-    note = {"step": str(trainer.step), "weights": what}
+    note = {"step": str(trainer.step), "weights": what, "placement": recipe.placement}
     return partial(adapters.save, run.path / "lora.safetensors", adapter, note=note)

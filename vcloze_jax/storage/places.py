@@ -4,10 +4,12 @@ import hashlib
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from vcloze_jax.config import FLUX_FILL, PRESETS, UserError
 from vcloze_jax.inputs.checks import describe_error, explain_missing
+from vcloze_jax.placement import PLACEMENTS
 from vcloze_jax.ports.tables import mmdit
 
 MINI_FOLDER = (
@@ -136,16 +138,20 @@ def suggest_adapter(file):
 
 
 def named_preset(folder):
-    """The preset that FOLDER/vcloze.json names, without it that of the transformer's sizes, or else
-    FLUX.1-Fill's. Raises UserError."""
+    """The preset that FOLDER/vcloze.json names, in its placement; without that file that of the
+    transformer's sizes, or else FLUX.1-Fill's. Raises UserError."""
     file = Path(folder) / "vcloze.json"
     if not file.is_file():
         return recognise_preset(Path(folder))
     try:
-        return PRESETS[json.loads(file.read_bytes())["preset"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        entries = json.loads(file.read_bytes())
+        preset, placement = PRESETS[entries["preset"]], PLACEMENTS[entries.get("placement", "fill")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         names = ", ".join(PRESETS)
         raise UserError(f'{file}: must say {{"preset": NAME}} with a name of {names}') from None
+    if placement == preset.flux.placement:
+        return preset
+    return replace(preset, flux=replace(preset.flux, placement=placement))
 
 
 def recognise_preset(folder):
