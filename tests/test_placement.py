@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,18 @@ import reference
 import test_mmdit
 import tiny
 from flax import nnx
+from PIL import Image
 from safetensors.numpy import load_file
 from test_mmdit import TEXT, close
 
-from vcloze_jax import kernels
-from vcloze_jax.conditioning import segment_table
+from vcloze_jax import conditioning, kernels
+from vcloze_jax.conditioning import Context, segment_table
+from vcloze_jax.data.sources import Example
 from vcloze_jax.devices import kernel_on, make_mesh
-from vcloze_jax.grid import Grid, Row
+from vcloze_jax.grid import Grid, Row, Spec
 from vcloze_jax.model.mmdit import Flux, Modulation
 from vcloze_jax.model.ops import attention, choose_kernel
+from vcloze_jax.painter import Painter
 from vcloze_jax.placement import (
     DEV,
     EXAMPLE,
@@ -35,10 +39,13 @@ from vcloze_jax.placement import (
     PLACEMENTS,
     QUERY,
     TARGET,
+    Placement,
 )
+from vcloze_jax.step import encode_batch, loss_fn, make_batch, purpose_key
 from vcloze_jax.storage import weights
-from vcloze_jax.storage.models import grow
+from vcloze_jax.storage.models import LazyModels, grow
 
+DATA = Path(__file__).parent / "data"
 MESH = make_mesh(dict(data=1, fsdp=1, tensor=1))
 TORCH = DEV, KONTEXT, FRAMES  # those of which the fixture holds a velocity
 CLEAN = [placement for placement in PLACEMENTS.values() if any(placement.clean)]
@@ -48,7 +55,7 @@ NAME = dict(ids=lambda placement: placement.name)
 
 @cache
 def stored():
-    return load_file(Path(__file__).parent / "data/placements.safetensors")
+    return load_file(DATA / "placements.safetensors")
 
 
 @cache
@@ -347,3 +354,156 @@ def test_cudnn_gets_the_mask(monkeypatch, tokens):
     pairs = jnp.asarray(rng.random((2, tokens, tokens)) < 0.5).at[:, :, 0].set(True)
     expected = attention(q, k, v, None, pairs)
     np.testing.assert_allclose(kernels.cudnn(q, k, v, None, pairs), expected, atol=1e-6)
+
+
+# --- grids on their way ---
+
+
+# Another paper is one more table: OminiControl's, with conditions that see themselves alone
+# (Yuanshi9815/OminiControl:omini/pipeline/flux_omini.py, `independent_condition`).
+SIXTH = Placement(
+    "sixth",
+    enters=KONTEXT.enters,
+    time=("t", "0", "0", "0", "t"),
+    attends=("11111", "01110", "01110", "01110", "11111"),
+    axis0="frame",
+)
+SMALL = replace(tiny.TINY, flux=replace(tiny.TINY.flux, in_channels=64))
+
+
+@pytest.mark.parametrize("placement", [*CLEAN, SIXTH], **NAME)
+def test_what_is_clean_stays(placement):
+    """It enters as its own latent, to the last bit, and stands still: nothing of the noise gets
+    there, and no channel beside it."""
+    x, condition = np.ones((2, 8, 64), np.float32), np.full((2, 8, 320), 2, np.float32)
+    segments = segment_table([grid()] * 2, placement, 8)
+    entered, beside = conditioning.enter(x, condition, segments, placement)
+    is_target = segments == TARGET
+    assert beside.shape == (2, 8, 0) and is_target.sum() == 4
+    np.testing.assert_array_equal(entered[..., 0], np.where(is_target, 1, 2))
+    context = Context(beside, *[None] * 4, segments=segments)
+    flux = Mock(side_effect=lambda img, *_: img, config=replace(SMALL.flux, placement=placement))
+    out = conditioning.velocity(flux, entered, None, context)
+    np.testing.assert_array_equal(out[..., 0], is_target)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Random weights of 64 channels."""
+    return tiny.weights_folder(tmp_path_factory.mktemp("clean") / "weights", preset=SMALL)
+
+
+def ready(folder, placement):
+    """A Painter in a placement."""
+    preset = weights.checked_grid_preset(folder, placement)
+    models = LazyModels(folder, preset, [], MESH)
+    return Painter(preset, models, models.text_reader(), MESH)
+
+
+@pytest.mark.parametrize("placement", [DEV, FRAMES, SIXTH], **NAME)
+def test_paint(folder, placement):
+    """Grids of other sizes paint as one batch: what is given is, before and after, what the
+    autoencoder makes of it, in whole rows or cell by cell; what is blank becomes a picture that
+    depends on the noise."""
+    painter = ready(folder, placement)
+    one_row = Grid((grid(blank=0).query,), 2)
+    ways = (grid(), 0), (grid(), 1), (one_row, 0)
+    canvases = painter([Spec(g, "a fox", 2, 4.0, seed) for g, seed in ways])
+    assert len({canvas.spec.grid.tokens for canvas in canvases}) == 2
+    for canvas in canvases:
+        pictures = canvas.spec.grid.pictures(placement)
+        vae = painter.models.vae
+        tokens = [painter.encode_condition(vae, p.pixels[None], p.mask[None]) for p in pictures]
+        given = np.concatenate(tokens, 1)[0, :, :64]
+        clean = canvas.spec.grid.segments(placement) != TARGET
+        np.testing.assert_array_equal(canvas.latents[clean], given[clean])
+        assert np.abs(canvas.latents[~clean] - given[~clean]).min() > 0
+        assert canvas.pixels.shape == canvas.spec.grid.query.pixels.shape
+    first, second, _ = canvases
+    assert np.any(first.targets[0] != second.targets[0])
+
+
+@pytest.mark.parametrize("placement", [*PLACEMENTS.values(), SIXTH], **NAME)
+def test_a_step_is_traced(placement):
+    """A training step of every placement, and of one more: of pixels, by shapes alone. Grids with
+    other cells blank are one batch."""
+    flux = replace(tiny.TINY.flux, placement=placement, in_channels=placement.channels)
+    preset = replace(tiny.TINY, flux=flux, recipe=replace(tiny.TINY.recipe, rank=2))
+    tokenizers = lambda texts: (*(np.zeros((len(texts), n), np.int32) for n in (96, 77)), None)  # noqa: E731
+    examples = [Example(grid(blank), "a fox", "kind") for blank in (0, 1)]
+    batch = make_batch(examples, range(2), tokenizers, preset, MESH)
+    assert len(batch.rows) == (4 if placement.apart else 2)
+    parts = {
+        n: weights.abstract(m, getattr(preset.learning, n)) for n, m in weights.MODULES.items()
+    }
+    graphdefs, adapters, frozen = ({n: p[i] for n, p in parts.items()} for i in range(3))
+    trainable, statics = {"flux": adapters["flux"]}, dict(graphdefs=graphdefs, dtype="float32")
+    encode = partial(encode_batch, preset=preset, **statics)
+    noisy = jax.eval_shape(encode, frozen, batch, purpose_key(0, "draws"))
+    assert noisy.context.condition.shape == (2, 8, placement.channels - 64)
+    loss = jax.grad(partial(loss_fn, region="target", **statics), has_aux=True)
+    grads, _ = jax.eval_shape(loss, trainable, frozen, noisy)
+    assert jax.tree.map(np.shape, grads) == jax.tree.map(np.shape, trainable)
+    assert ("cond_mod" in grads["flux"]["single"]) == placement.embeds
+
+
+# --- against diffusers itself ---
+
+
+@pytest.mark.parity
+def test_the_fixture_is_what_torch_makes(tmp_path, monkeypatch):
+    """The installed diffusers makes the stored velocities again; and its blocks, put together as
+    the fixture does it, are FluxTransformer2DModel where no token is told anything of its own."""
+    pytest.importorskip("diffusers")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    import fixtures_models
+    import fixtures_placements
+    import torch
+
+    (tmp_path / "models.safetensors").write_bytes((DATA / "models.safetensors").read_bytes())
+    monkeypatch.setattr(fixtures_placements, "DATA", tmp_path)
+    fixtures_placements.main()
+    again = load_file(tmp_path / "placements.safetensors")
+    assert again.keys() == stored().keys()
+    for name, array in stored().items():
+        difference = np.linalg.norm(np.float64(again[name]) - array)
+        assert difference <= 2e-5 * np.linalg.norm(np.float64(array)), name
+    flux, ids = (
+        fixtures_models.flux(fixtures_models.flux(), in_channels=64),
+        stored()["kontext/ids"],
+    )
+    with torch.no_grad():
+        whole = fixtures_models.velocity(flux, tiny.stored(), ids)
+    assert tiny.relative(stored()["kontext/out"], whole) < 1e-6
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("steps", [1, 4])
+def test_kontext_is_that_of_diffusers(folder, steps):
+    """FluxKontextPipeline, given a reference and our noise, gives the latents that we paint: its
+    positions, its order of tokens, its shift of times, which counts the target's tokens alone."""
+    pytest.importorskip("diffusers")
+    import torch
+    from diffusers import FluxKontextPipeline
+
+    pipeline = FluxKontextPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    asked = Grid((Row(np.hstack([picture] * 2), np.arange(64) // 32 * np.ones((32, 1)) > 0),), 2)
+    noise = np.random.default_rng(1).standard_normal((8, 64)).astype(np.float32)
+    (ours,) = ready(folder, KONTEXT)([Spec(asked, "a fox", steps, 4.0, latents=noise)])
+    theirs = pipeline(
+        image=Image.fromarray(picture),
+        prompt="a fox",
+        height=32,
+        width=32,
+        num_inference_steps=steps,
+        guidance_scale=4.0,
+        latents=torch.tensor(noise[None, 4:]),
+        max_sequence_length=pipeline.tokenizer_2.model_max_length,
+        max_area=32 * 32,
+        _auto_resize=False,
+        output_type="latent",
+    ).images
+    np.testing.assert_allclose(ours.latents[4:], theirs[0].numpy(), rtol=0, atol=2e-3)

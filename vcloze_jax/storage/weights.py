@@ -80,7 +80,7 @@ def checked_grid_preset(folder: Path, placement: Placement | None = None) -> Pre
     preset = checked_preset(folder)
     placement = placement or preset.flux.placement
     if preset.flux.in_channels != placement.channels:
-        who = "grids need" if placement == FILL else f"--placement {placement.name} needs"
+        who = "grids need" if placement == FILL else f"placement {placement.name} needs"
         wanted = f"{placement.channels}, {BASES[placement.channels]}"
         raise UserError(
             f"{folder}: {preset.flux.in_channels} input channels; {who} a model of {wanted}"
