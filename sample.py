@@ -9,7 +9,7 @@ For fox.json, --out gets fox.png (the grid), fox_target0.png … and fox.json (a
 """
 
 from vcloze_jax.inputs import cli
-from vcloze_jax.inputs.specfiles import check_outputs, parse_sampling, read_changes, read_specs
+from vcloze_jax.inputs.specfiles import check_commands, parse_sampling, read_changes, read_specs
 from vcloze_jax.inputs.tasks import describe_tasks
 
 
@@ -20,7 +20,7 @@ def main(argv):
         print(describe_tasks(preset))
         return
     specs = read_specs(args.grid, preset, read_changes(args))
-    check_outputs(args.out, specs, args.film)
+    check_commands(args, specs)
 
     from vcloze_jax import plan
     from vcloze_jax.film import Film

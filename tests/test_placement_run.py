@@ -1,4 +1,4 @@
-"""A placement by the commands: train.py trains in it, its adapter says so, sample.py asks nothing."""
+"""Placements by the commands: train.py trains in one, and sample.py is told it by the adapter."""
 
 from dataclasses import replace
 

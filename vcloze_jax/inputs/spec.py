@@ -50,7 +50,7 @@ NUMBERS = {  # each with its check
     "guidance_scale": (check_number, 0, 1000),
     "seed": (check_integer, 0, MAX_SEED),
 }
-KEYS = ("image", *PROMPTS, "task", "latents", "upsampling", *NUMBERS)
+KEYS = ("image", *PROMPTS, "task", "latents", "upsampling", "adapter", *NUMBERS)
 UPSAMPLING = ("width", "height", "strength", "num_inference_steps", "latents")
 SIDE = 1024  # an upsampled target whose size nobody asked for has an area of at most SIDE²
 LATENT_WIDTH = 64  # channels of a packed token: 16 of the VAE, 2 x 2 pixels
@@ -125,6 +125,8 @@ def read_spec(table: dict, preset: Preset, name: str = "grid", source: Path = Pa
         "latents": latents_path,
         "upsampling": second,
     }
+    if adapter := read_key(table, "adapter", None, check_text):
+        resolved["adapter"] = adapter
     prompt = prompts.join(layout, task, prompts.content_sentence(content))
     bare = prompts.strip_prefix(content)
     return Spec(

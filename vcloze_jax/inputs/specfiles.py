@@ -27,6 +27,7 @@ from vcloze_jax.inputs.cli import path as expanded
 from vcloze_jax.inputs.cluster import count_processes
 from vcloze_jax.inputs.pictures import URL, check_file, check_writable, save_png, save_text
 from vcloze_jax.inputs.spec import MAX_SEED, NUMBERS, read_spec
+from vcloze_jax.storage.places import BankedAdapter, adapter_and_name
 
 MAX_BYTES = 2**22  # of a spec file
 MAX_SPECS = 1024  # of one command
@@ -45,7 +46,7 @@ def parse_sampling(description, argv):
     parser = Parser(description)
     add = parser.add_argument
     add("--grid", nargs="+", action="extend", type=expanded, metavar="SPEC.json")
-    add_model_flags(parser)
+    add_model_flags(parser, adapter_and_name)
     add_spec_flags(parser)
     add("--out", type=expanded, default=Path("outputs"), metavar="DIR")
     add("--film", action="store_true", help="NAME_film.webp, too: all steps of a grid")
@@ -139,6 +140,24 @@ def write_spec(file: Path, spec: Spec, resolution: int) -> None:
     table |= {"resolution": resolution, "num_inference_steps": spec.num_inference_steps}
     table |= {"guidance_scale": spec.guidance_scale, "seed": spec.seed}
     save_text(file, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+
+
+def check_commands(args, specs: list[Spec]) -> None:
+    """Raise UserError where the flags of sample.py cannot do what specs ask: an adapter that no
+    --lora names, or as `check_outputs` does."""
+    names = [lora.name for lora in args.lora or () if isinstance(lora, BankedAdapter)]
+    for spec in specs:
+        check_picked(spec, names)
+    check_outputs(args.out, specs, args.film)
+
+
+def check_picked(spec: Spec, names) -> None:
+    """Raise UserError where a spec picks an adapter that is none of these."""
+    adapter = spec.resolved.get("adapter")
+    if adapter and adapter not in names:
+        known = ", ".join(filter(None, names))
+        remedy = f"one of {known}" if known else f"add --lora {adapter}=FILE"
+        raise UserError(f"{spec.name}: adapter: there is no {adapter!r}; {remedy}")
 
 
 def check_outputs(out: Path, specs: list[Spec], film: bool = False) -> None:

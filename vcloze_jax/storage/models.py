@@ -29,12 +29,20 @@ class LazyModels:
 
     MMDiT and autoencoder stay there. The text encoders, half as large as the MMDiT and needed for
     a moment, are loaded whenever they are asked for, and live no longer than they are held. With
-    `offload` the MMDiT's blocks wait in host memory, from where mmdit.near fetches them.
+    `offload` the MMDiT's blocks wait in host memory, from where mmdit.near fetches them. Of a
+    `bank`, {name: adapters}, `select` takes one in place of `loras`: the MMDiT is then loaded anew,
+    for folding is not undone without rounding.
     """
 
-    def __init__(self, folder, preset, loras, mesh, offload=False):
-        self.folder, self.preset, self.loras, self.mesh = folder, preset, loras, mesh
-        self.offload = offload
+    def __init__(self, folder, preset, loras, mesh, offload=False, bank=None):
+        self.folder, self.preset, self.mesh, self.offload = folder, preset, mesh, offload
+        self.bank, self.selected = {None: loras} | (bank or {}), None
+
+    def select(self, name):
+        """Paint with the adapters of this name, or None, those without."""
+        if name != self.selected:
+            self.__dict__.pop("flux", None)
+            self.selected = name
 
     @cached_property
     def flux(self):
@@ -45,7 +53,7 @@ class LazyModels:
         graphdef, state = nnx.split(load_model("flux", *how))
         tree = nnx.to_pure_dict(state)
         del state  # or the weights before the folding would be held till its end
-        for file, scale in self.loras:
+        for file, scale in self.bank[self.selected]:
             fold(tree, put(adapters.load(file, self.preset.flux), mesh, "flux/"), scale)
         return nnx.merge(graphdef, move_offloaded(tree, self.mesh) if self.offload else tree)
 
