@@ -9,12 +9,13 @@ For fox.json, --out gets fox.png (the grid), fox_target0.png … and fox.json (a
 """
 
 from vcloze_jax.inputs import cli
-from vcloze_jax.inputs.specfiles import check_commands, parse_sampling, read_changes, read_specs
+from vcloze_jax.inputs.specfiles import check_commands, read_changes, read_specs
+from vcloze_jax.inputs.specfiles import parse_sampling as parse
 from vcloze_jax.inputs.tasks import describe_tasks
 
 
 def main(argv):
-    args = parse_sampling(__doc__, argv)
+    args = parse(argv, __doc__)
     preset = cli.read_preset(args)
     if args.list_tasks:
         print(describe_tasks(preset))

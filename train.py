@@ -13,15 +13,17 @@ from pathlib import Path
 
 from vcloze_jax.data.report import show_source
 from vcloze_jax.data.sources import draw_groups, open_source
-from vcloze_jax.inputs import cli, recipeflags
+from vcloze_jax.inputs import cli
+from vcloze_jax.inputs.recipeflags import parse_training as parse
+from vcloze_jax.inputs.recipeflags import read_recipe
 from vcloze_jax.inputs.runfolder import RunFolder
 from vcloze_jax.storage import places
 
 
 def main(argv):
     """Check all that the user may have to correct, then load and train; returns the exit code."""
-    args = recipeflags.parse_training(__doc__, argv)
-    recipe = recipeflags.read_recipe(args)
+    args = parse(argv, __doc__)
+    recipe = read_recipe(args)
     run = RunFolder(args.out or Path("runs", recipe.preset))
     run.compare(recipe)
     source = open_source(recipe)

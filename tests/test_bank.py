@@ -72,7 +72,7 @@ def test_what_a_name_is(tmp_path, monkeypatch):
     name looks like it is a file."""
     monkeypatch.chdir(tmp_path)
     Path("a=b").touch()
-    args = parse_sampling("", "--grid s --lora a=b --lora c=d:0.5 --lora e:2".split())
+    args = parse_sampling("--grid s --lora a=b --lora c=d:0.5 --lora e:2".split())
     common, bank = places.split_bank(args.lora)
     assert common == [(Path("a=b"), 1.0), (Path("e"), 2.0)]
     assert bank == {"c": [*common, (Path("d"), 0.5)]}

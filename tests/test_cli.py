@@ -16,7 +16,7 @@ import train
 from vcloze_jax import evaluate
 from vcloze_jax.config import MINI, PRESETS, UserError
 from vcloze_jax.data import __main__ as data
-from vcloze_jax.inputs import cli, recipeflags, specfiles
+from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.pictures import save_png
 from vcloze_jax.inputs.runfolder import RunFolder
 from vcloze_jax.inputs.tasks import find_task
@@ -269,12 +269,8 @@ def test_a_flag_of_one_value_is_given_once(call, main):
 
 def test_flags_that_add_up():
     """What may be given again is not lost."""
-    assert specfiles.parse_sampling("", "--grid a --grid b c".split()).grid == [
-        Path(name) for name in "abc"
-    ]
-    assert recipeflags.parse_training(
-        "", "--accept data --accept weights dtype".split()
-    ).accept == [
+    assert sample.parse("--grid a --grid b c".split()).grid == [Path(name) for name in "abc"]
+    assert train.parse("--accept data --accept weights dtype".split()).accept == [
         "data",
         "weights",
         "dtype",

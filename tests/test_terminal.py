@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import train
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs import cachefolder, recipeflags
 from vcloze_jax.inputs.cachefolder import cache_folder
@@ -122,10 +123,7 @@ NAMES = (
 def test_any_name_is_a_name(tmp_path, name):
     """A run lives in a folder of any name, beside others that it might match as a pattern; or the
     name is refused before anything is done."""
-    run, recipe = (
-        RunFolder(tmp_path / name),
-        recipeflags.read_recipe(recipeflags.parse_training("", [])),
-    )
+    run, recipe = RunFolder(tmp_path / name), recipeflags.read_recipe(train.parse([]))
     state = {"a": jnp.arange(4.0), "b": jnp.float32(3)}
     try:
         run.compare(recipe)

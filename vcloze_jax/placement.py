@@ -90,19 +90,18 @@ DEV = Placement(
     time=    ("t",    "0",     "0",        "0",     "t"),
 )
 
-# FLUX.1-Kontext (arXiv 2506.15742): pictures apart behind each other, all modulated at t.
-# huggingface/diffusers:pipelines/flux/pipeline_flux_kontext.py knows one target and puts it first;
-# that several have 0, -1, … is ours.
+# FLUX.1-Kontext (huggingface/diffusers:pipelines/flux/pipeline_flux_kontext.py): pictures apart, all
+# modulated at t. It knows one target, at 0; that more stand at -1, -2, … is ours.
 KONTEXT = Placement(
     "kontext",
     enters=  ("text", "clean", "clean",    "clean", "noise"),
     axis0=   "reference",
 )
 
-# RealGeneral (arXiv 2503.10406), whose base is a video model: what is given and what is painted are
-# frames, and text and conditions do not see each other. That conditions see the target is as its
-# figure shows it; in single blocks, which it has not, text shares the target's modulation, as in
-# FLUX. Its vector of a named subject is left out: where it stands for none is not said.
+# RealGeneral (arXiv 2503.10406), on a video model: pictures are frames, text and conditions do not
+# see each other. That conditions see the target is as its figure shows it; in single blocks, which
+# it has not, text shares the target's modulation, as in FLUX. Its vector of a named subject is left
+# out: what stands for none is not said.
 FRAMES = Placement(
     "frames",
     enters=  ("text", "clean",    "clean",    "clean",    "noise"),

@@ -25,8 +25,8 @@ PATHS = "weights", "lora", "data"  # of the recipe
 OWN = {"mini": dict(lr=3e-3, steps=200, save_every=100, preview_every=100)}
 
 
-def parse_training(description, argv):
-    """The flags of train.py."""
+def parse_training(argv, description=""):
+    """The flags of train.py, which --help describes so."""
     parser = Parser(description)
     add = parser.add_argument
     add("--out", type=path, metavar="RUN", help="the run's folder (default: runs/PRESET)")

@@ -41,8 +41,9 @@ FLAGS = {
 }
 
 
-def parse_sampling(description, argv):
-    """The flags of sample.py. Raises UserError where neither specs nor names are asked for."""
+def parse_sampling(argv, description=""):
+    """The flags of sample.py, which --help describes so. Raises UserError where neither specs nor
+    names are asked for."""
     parser = Parser(description)
     add = parser.add_argument
     add("--grid", nargs="+", action="extend", type=expanded, metavar="SPEC.json")

@@ -162,8 +162,7 @@ class DoubleBlock(nnx.Module):
         self.txt = Stream(c, rngs=rngs)
 
     def __call__(self, img, txt, img_mod, txt_mod, pe, seen=()):
-        """img [B, S, D], txt [B, T, D], mods [B, 6D]; pe covers text, then image; `seen` is what
-        else ops.attention is told."""
+        """img [B, S, D], txt [B, T, D], mods [B, 6D]; pe of text, then image; seen: attention's."""
         img_mod, txt_mod = chunks(img_mod, 6), chunks(txt_mod, 6)
         img_qkv = self.img.before(img, *img_mod[:2])
         txt_qkv = self.txt.before(txt, *txt_mod[:2])

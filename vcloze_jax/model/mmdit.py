@@ -94,8 +94,7 @@ class Flux(nnx.Module):
         if placement.by_segment:
             segments = jnp.pad(segments, ((0, 0), (T, 0)), constant_values=TEXT)  # B L
         if placement.masked:
-            pairs = jnp.asarray(placement.sees)[segments[:, :, None], segments[:, None]]
-            seen = lengths, pairs  # B L L
+            seen += (jnp.asarray(placement.sees)[segments[:, :, None], segments[:, None]],)  # B L L
 
         def own(mod, first=0):  # of tokens from the first on
             if len(placement.vectors) == 1:
