@@ -90,8 +90,8 @@ DEV = Placement(
     time=    ("t",    "0",     "0",        "0",     "t"),
 )
 
-# FLUX.1-Kontext (huggingface/diffusers:pipelines/flux/pipeline_flux_kontext.py): pictures apart, all
-# modulated at t. It knows one target, at 0; that more stand at -1, -2, … is ours.
+# FLUX.1-Kontext: pictures apart, and all told t. It knows one target, at 0; that more stand at -1,
+# -2, … is ours. huggingface/diffusers:src/diffusers/pipelines/flux/pipeline_flux_kontext.py
 KONTEXT = Placement(
     "kontext",
     enters=  ("text", "clean", "clean",    "clean", "noise"),
