@@ -72,6 +72,8 @@ def test_what_does_not_fit_is_named(home, tmp_path):
     assert refused(train.main, go_on) == f"{dev}: of placement dev; add --placement dev"
     fresh = flags(home, tmp_path / "run", placement="frames", rank=0)
     assert "--placement frames: its conditions' modulations" in refused(train.main, fresh)
+    whole = flags(home, tmp_path / "run", placement="dev", loss_region="grid")
+    assert "--loss-region grid: with --placement dev" in refused(train.main, whole)
     assert "64 input channels; grids need a model of 384" in refused(
         train.main, flags(home, tmp_path / "run")
     )
@@ -98,12 +100,12 @@ def test_a_base_says_its_placement(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("placement", ["dev", "frames"])
-def test_train_and_sample(home, tmp_path, placement):
-    """A run in a placement writes an adapter with which sample.py paints a held-out grid, told
-    nothing; what was learnt is painted otherwise than by the base."""
+@pytest.mark.parametrize("placement, mesh", [("dev", 1), ("frames", 2)])
+def test_train_and_sample(home, tmp_path, placement, mesh):
+    """A run in a placement, on one device or two, writes an adapter with which sample.py paints a
+    held-out grid, told nothing."""
     out = tmp_path / "run"
-    run = flags(home, out, placement=placement, mesh=1, steps=2, ema=0)
+    run = flags(home, out, placement=placement, mesh=mesh, steps=2, ema=0)
     assert train.main(run) == 0
     assert [line["step"] for line in metrics(out)] == [1, 2]
     with safe_open(out / "lora.safetensors", "np") as file:

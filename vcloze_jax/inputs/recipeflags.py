@@ -120,7 +120,11 @@ def check_recipe(recipe):
         size = getattr(recipe, part)
         if size and recipe.batch % size:
             raise UserError(f"--batch {recipe.batch}: not a multiple of {flag(part)} {size}")
-    if not recipe.rank and "cond_mod" in PLACEMENTS[recipe.placement].branch:
+    placement = PLACEMENTS[recipe.placement]
+    if recipe.loss_region == "grid" and any(placement.clean):
+        reason = "all but the target is clean, and has no loss; leave it at target"
+        raise UserError(f"--loss-region grid: with --placement {placement.name} {reason}")
+    if not recipe.rank and "cond_mod" in placement.branch:
         reason = "its conditions' modulations are of an adapter, and --rank 0 has none"
         raise UserError(f"--placement {recipe.placement}: {reason}")
     if recipe.from_scratch and (recipe.rank or recipe.lora):
