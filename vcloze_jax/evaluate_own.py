@@ -79,7 +79,7 @@ def evaluate_own(args):
         **recipe,
         "digest": source.digest(),
         "weights": str(models.folder),
-        "adapters": places.describe_adapters(models.folder, models.bank[None]),
+        "adapters": places.describe_adapters(models.folder, models.loras),
         "num_inference_steps": args.num_inference_steps,
         "scores": scores,
     }

@@ -38,6 +38,11 @@ class LazyModels:
         self.folder, self.preset, self.mesh, self.offload = folder, preset, mesh, offload
         self.bank, self.selected = {None: loras} | (bank or {}), None
 
+    @property
+    def loras(self):
+        """The adapters [(file, scale)] that are selected."""
+        return self.bank[self.selected]
+
     def select(self, name):
         """Paint with the adapters of this name, or None, those without."""
         if name != self.selected:
@@ -53,7 +58,7 @@ class LazyModels:
         graphdef, state = nnx.split(load_model("flux", *how))
         tree = nnx.to_pure_dict(state)
         del state  # or the weights before the folding would be held till its end
-        for file, scale in self.bank[self.selected]:
+        for file, scale in self.loras:
             fold(tree, put(adapters.load(file, self.preset.flux), mesh, "flux/"), scale)
         return nnx.merge(graphdef, move_offloaded(tree, self.mesh) if self.offload else tree)
 
@@ -230,5 +235,6 @@ def ready_export(run, trainer, state, folder):
     if not run.writes:
         return lambda: None
     what = f"average {recipe.ema:g}" if recipe.ema else "last"
-    note = {"step": str(trainer.step), "weights": what, "placement": recipe.placement}
+    note = {"step": str(trainer.step), "weights": what}
+    note |= weights.describe_placement(PLACEMENTS[recipe.placement])
     return partial(adapters.save, run.path / "lora.safetensors", adapter, note=note)
