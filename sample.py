@@ -18,30 +18,28 @@ def main(argv):
     args = parse(argv, __doc__)
     preset = cli.read_preset(args)
     if args.list_tasks:
-        print(describe_tasks(preset))
-        return
+        return print(describe_tasks(preset))
     specs = read_specs(args.grid, preset, read_changes(args))
     check_commands(args, specs)
 
     from vcloze_jax import plan
     from vcloze_jax.film import Film
     from vcloze_jax.pipeline import Pipeline
-    from vcloze_jax.programs import spent  # JAX from here on
+    from vcloze_jax.programs import tally  # JAX from here on
 
     if args.plan:
-        print(plan.describe_sampling(args, preset, specs))
-        return
+        return print(plan.describe_sampling(args, preset, specs))
     pipeline = Pipeline.load(cli.fetch_weights(args), args.lora, args.mesh, args.offload)
     print(pipeline.summary())
     if args.check:
         return
     on_step = Film(args.out) if args.film else None
-    paintings = pipeline.paint(specs, progress=True, on_step=on_step)
+    paintings = pipeline.paint(specs, progress=True, on_step=on_step, dial=args.dial)
     for spec, painting in zip(specs, paintings, strict=True):
         painting.save(args.out, spec.name)
         for sentence in painting.remarks:
             print(f"{spec.name}: {sentence}")
-    print(f"{len(specs)} grids painted, {spent['compiled']} programs compiled: {args.out}/")
+    print(f"{len(specs)} grids painted, {tally['compiled']} programs compiled: {args.out}/")
 
 
 if __name__ == "__main__":

@@ -180,7 +180,8 @@ def fetch(
     """Our array of a planned leaf in `dtype`, or in one that holds those of what is read; with a
     `cut`, a slice for each axis, that part of it, and no more is read. PortError if it holds NaN or
     infinity."""
-    wanted, touched = to_ranges(leaf.shape, cut or [slice(None)] * len(leaf.shape)), []
+    wanted = to_ranges(leaf.shape, cut or [slice(None)] * len(leaf.shape))
+    touched = []
     for piece in leaf.pieces:
         place = to_ranges(leaf.shape, piece.place)
         both = [
@@ -249,7 +250,10 @@ def save_tensors(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str,
 def stream_tensors(file: Path, layout: dict[str, tuple], tensors: Iterable, metadata: dict):
     """Write (key, array) pairs in any order as a safetensors file, each to its place at once, which
     follows from `layout`, {key: (dtype, shape)} of them all."""
-    order, header, starts, end = list(SPELLINGS), {"__metadata__": metadata}, {}, 0
+    order = list(SPELLINGS)
+    header = {"__metadata__": metadata}
+    starts = {}
+    end = 0
     for key in sorted(layout, key=lambda key: (order.index(layout[key][0].name), key)):
         dtype, shape = layout[key]
         starts[key], end = end, end + math.prod(shape) * dtype.itemsize

@@ -104,7 +104,8 @@ def find_sidecar(file: Path) -> Path | None:
 
 def read_lora_config(source) -> LoraConfig:
     """The LoraConfig of an open adapter: of its header and of its sidecar, which must agree."""
-    header, sidecar = source.metadata.get(METADATA), find_sidecar(source.path)
+    header = source.metadata.get(METADATA)
+    sidecar = find_sidecar(source.path)
     configs = []
     if header is not None:
         configs.append(parse_lora_config(header, f"{METADATA} in its header"))

@@ -37,7 +37,7 @@ if "XLA_FLAGS" not in os.environ:  # workers and commands that are started from 
 ready_xla(8)  # now, so that test processes of any mesh share their compiled programs
 
 # The files that take longest begin, so that no core works alone at the end.
-LONGEST = "run", "mesh_step", "plan", "stopping", "parity_training", "sample", "lora", "mmdit"
+LONGEST = "run mesh_step plan stopping parity_training sample painter lora mmdit".split()
 
 
 def pytest_collection_modifyitems(items):

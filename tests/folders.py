@@ -1,7 +1,9 @@
 """Weights folders of random models of the true topology, in every layout that we read."""
 
+import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,6 +19,7 @@ from vcloze_jax.ports.tables.folder import PARTS
 from vcloze_jax.storage import weights
 
 DATA = Path(__file__).parent / "data"
+VAE = "vae/diffusion_pytorch_model.safetensors"
 FLUX = FluxConfig(
     width=24,
     heads=2,
@@ -110,3 +113,25 @@ def refusal(folder, act=weights.checked_preset):
     assert message.startswith(str(folder)) and "\n" not in message
     assert len(message.split("; ")) <= 12, message
     return message
+
+
+def says(message, words):
+    """Whether a message has these words; .* and | are patterns, all else is as it stands."""
+    pattern = re.escape(words).replace(r"\.\*", ".*").replace(r"\|", "|")
+    return re.search(pattern, message)
+
+
+def tensors(folder, preset, dtype="float32", place=None):
+    """{field/path: array} of all models of a folder; `place` is as sharding.shardings."""
+    found = {}
+    for field, (cls, _) in weights.MODELS.items():
+        there = place and partial(place, root=f"{field}/")
+        model = weights.load(cls, getattr(preset, field), folder, dtype, there)
+        found |= {f"{field}/{path}": leaf for path, leaf in leaves(model).items()}
+    return found
+
+
+def same(left, right):
+    assert left.keys() == right.keys()
+    for path, array in left.items():
+        np.testing.assert_array_equal(array, right[path], strict=True, err_msg=path)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from vcloze_jax.model.mmdit import Flux
@@ -23,6 +24,8 @@ NAMINGS = {  # of ports/tables/namings.py -> a file's name
     "visualcloze": "visualcloze.pth",
 }
 LORA = "lora_adapter_metadata"
+Q, V = (f"transformer.transformer_blocks.0.attn.to_{part}" for part in "qv")
+K = "lora_unet_double_blocks_0_img_attn_qkv"
 
 
 def base(seed=1):
@@ -71,6 +74,12 @@ def tensors(file):
         source = torchfile.TorchFile(file)
         return {key: source.read(key) for key in source.header}
     return load_file(file)
+
+
+def metadata(file):
+    """The LoraConfig of a safetensors file's header."""
+    with safe_open(file, "numpy") as opened:
+        return json.loads(opened.metadata()[LORA])
 
 
 def same_tensors(left, right):

@@ -8,6 +8,8 @@ from PIL import Image
 
 from vcloze_jax.inputs.pictures import PictureSize, measure_picture, open_picture
 
+SHAPES = [(64, 64), (100, 70), (70, 100), (333, 41), (48, 200)]
+GREY, RGB, GREY_ALPHA, RGBA = 0, 2, 4, 6  # kinds of PNG
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
@@ -36,3 +38,11 @@ def png(width, height, body=b"", bits=8, kind=2, **chunks):
     chunks = {"IHDR": header} | chunks | {"IDAT": body, "IEND": b""}
     parts = (chunk(name.encode(), data) for name, data in chunks.items())
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def noise(width, height, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def picture(width, height, seed=0):
+    return Image.fromarray(noise(width, height, seed))

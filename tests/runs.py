@@ -1,9 +1,13 @@
 """A small run of train.py, for the tests of what it writes and of what happens to it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import tiny
+
+import sample
 
 ROOT = Path(__file__).parents[1]
 SUBJECTS = "crab", "magnet", "skier"
@@ -53,3 +57,44 @@ def assert_same_run(out, unbroken):
     assert logs[0] == logs[1]
     for file in previews(unbroken):
         assert (out / "previews" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def paint(home, out, lora=None, folder=None):
+    """Bytes of the picture that sample.py paints of one blank cell."""
+    out.mkdir()
+    picture = f"{ROOT}/examples/pictures/crab_edges.png"
+    spec = {"image": [[picture, None]], "resolution": 32, "num_inference_steps": 2}
+    (out / "spec.json").write_text(json.dumps(spec))
+    argv = ["--grid", f"{out}/spec.json", "--weights", f"{folder or home / 'weights'}"]
+    sample.main([*argv, "--out", f"{out}/out", *(["--lora", f"{lora}"] if lora else [])])
+    return (out / "out/spec.png").read_bytes()
+
+
+# A process that does something to itself once the metrics of a step are written.
+AFTER = """
+import os, sys, time
+import train
+from vcloze_jax.inputs.runfolder import Log
+from vcloze_jax.storage.checkpoint import SAVING
+
+step, number = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+write = Log.write
+
+def write_and_act(log, record):
+    write(log, record)
+    if record["step"] == step:
+        SAVING.submit(int).result()  # what is being saved is whole then
+        os.kill(os.getpid(), number)
+        time.sleep(0.2)  # a step is shorter than a thread's turn
+
+Log.write = write_and_act
+train.cli.run(train.main)
+"""
+
+
+def run_and_act(home, out, step, number, **changes):
+    """The run as a process of its own, to which a signal is sent when a step is written."""
+    argv = [sys.executable, "-c", AFTER, str(step), str(int(number))]
+    return subprocess.run(
+        argv + flags(home, out, **changes), cwd=ROOT, capture_output=True, text=True
+    )

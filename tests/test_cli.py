@@ -1,23 +1,18 @@
 """Laws of the commands: a mistake costs one line on stderr and exit code 2, and is found early."""
 
-import json
-import os
 import re
-import subprocess
 import sys
-import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
+from clifolder import assert_refused, make_folder
 
 import sample
 import train
 from vcloze_jax import evaluate
-from vcloze_jax.config import MINI, PRESETS, UserError
+from vcloze_jax.config import MINI, UserError
 from vcloze_jax.data import __main__ as data
 from vcloze_jax.inputs import cli
-from vcloze_jax.inputs.pictures import save_png
 from vcloze_jax.inputs.runfolder import RunFolder
 from vcloze_jax.inputs.tasks import find_task
 from vcloze_jax.ports import __main__ as ports
@@ -29,31 +24,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Specs: fox.json is good, bad.json is not; an empty weights folder; a file that is none; a
-    home."""
-    save_png(tmp_path / "a.png", np.zeros((64, 64, 3), np.uint8))
-    (tmp_path / "fox.json").write_text(json.dumps({"image": [["a.png", None]]}))
-    forge = {"image": [["a.png", None]], "content_prompt": "a fox <lora:fox:0.8>"}
-    (tmp_path / "forge.json").write_text(json.dumps(forge))
-    (tmp_path / "bad.json").write_text(json.dumps({"image": [["a.png", "missing.png"]]}))
-    (tmp_path / "own.jsonl").write_text(json.dumps({"image": [["a.png", "a.png"]]}))
-    (tmp_path / f"{'n' * 245}.json").write_text(json.dumps({"image": [["a.png", None]]}))
-    (tmp_path / "none").mkdir()
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "odd/vcloze.json").write_text('{"preset": "maxi"}')
-    (tmp_path / "file").write_text("text")
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home/file").write_text("text")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    return tmp_path
-
-
-def assert_refused(answer, message):
-    """Exit code 2 and exactly one line on stderr, which says `message`."""
-    code, out, err = answer
-    assert code == 2 and out == ""
-    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
-    assert message in err
+    return make_folder(tmp_path)
 
 
 # --- sample.py ---
@@ -278,33 +250,6 @@ def test_flags_that_add_up():
 
 
 @pytest.mark.parametrize(
-    "text, file, scale",
-    [
-        ("a.safetensors", "a.safetensors", 1.0),
-        ("a.safetensors:0.5", "a.safetensors", 0.5),
-        ("a.safetensors:-1e-1", "a.safetensors", -0.1),
-        ("C:a.safetensors", "C:a.safetensors", 1.0),
-        ("C:a:2", "C:a", 2.0),
-        ("a.safetensors:", "a.safetensors:", 1.0),
-        ("there:2", "there:2", 1.0),
-    ],
-)
-def test_file_and_scale(tmp_path, monkeypatch, text, file, scale):
-    """The last colon splits only if its tail is a number and the whole is not a file."""
-    monkeypatch.chdir(tmp_path)
-    Path("there:2").touch()
-    assert places.file_and_scale(text) == (Path(file), scale)
-
-
-def test_named_preset(tmp_path):
-    """A folder is of the preset that it names, else of FLUX.1-Fill."""
-    assert places.named_preset(tmp_path).name == "flux-fill"
-    for name, preset in PRESETS.items():
-        (tmp_path / "vcloze.json").write_text(json.dumps({"preset": name}))
-        assert places.named_preset(tmp_path) is preset
-
-
-@pytest.mark.parametrize(
     "result, code",
     [
         (None, 0),
@@ -333,97 +278,3 @@ def test_data_refuses(folder, call, monkeypatch, argv):
     monkeypatch.chdir(folder)
     assert_refused(call(data.main, f"--degrade a.png {argv}"), argv)
     assert not (folder / "degradations.png").exists()
-
-
-def test_an_adapter_is_given_once(tmp_path):
-    """The same file twice, however it is spelled, would silently be twice as strong."""
-    file = tmp_path / "a.safetensors"
-    with pytest.raises(UserError, match="a.safetensors: given twice; give it once, with the sum"):
-        places.named_model(None, [str(file), f"{tmp_path}/../{tmp_path.name}/a.safetensors:0.5"])
-
-
-@pytest.mark.parametrize("name", ["JAX_NUM_CPU_DEVICES", "JAX_ENABLE_X64"])
-def test_variables_that_jax_refuses(folder, name):
-    """A variable of the environment that JAX cannot read is the user's mistake: one line."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "sample.py", "--grid", "fox.json", "--check"],
-        cwd=folder,
-        env=os.environ | {name: "x"},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(f"error: {name}=x: .* that JAX cannot read; unset it\n", done.stderr)
-
-
-POISON = "raise ImportError('jax is poisoned')\n"
-# Importing it is where a command first waits: there it is asked to stop.
-STOPPED = "import signal; signal.raise_signal(signal.SIGTERM)\n"
-MEASURED = """
-import resource, runpy, sys
-
-sys.argv = sys.argv[1:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on a Mac
-    assert peak < 500 * 1024, peak
-"""
-
-
-def process(folder, command, jax):
-    """Run a command in `folder`, where `jax` is the text of the module that it would import."""
-    (folder / "jax.py").write_text(jax)
-    script, *argv = command.split()
-    return subprocess.run(
-        [sys.executable, "-c", MEASURED, ROOT / script, *argv],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": f"{folder}:{ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
-@pytest.mark.parametrize(
-    "command, message",
-    [
-        ("sample.py --grid bad.json", "error: bad.json: image[0][1]: "),
-        ("sample.py --grid bomb.json", "error: bomb.json: image[0][0]: "),
-        ("sample.py --grid wide.json", "error: wide.json: image: the grid has 100000 tokens"),
-        ("sample.py --grid wordy.json", "error: wordy.json: image[0]: no target"),
-        ("sample.py --grid long.json", "error: long.json: image: 40000 pictures of at most 1024"),
-        ("sample.py --grid many.json", "error: many.json: grid 20000 of at most 1024 at once"),
-        ("sample.py --grid /dev/zero", "error: /dev/zero: '/dev/zero' is a pipe or a device"),
-        ("train.py --steps 0", "error: --steps 0: must be at least 1"),
-        ("train.py --data bad.json", "error: bad.json: line 1: image[0][1]: "),
-        ("train.py --data fox.json", "error: fox.json: line 1: image[0][1]: null"),
-    ],
-)
-def test_as_commands(folder, command, message):
-    """All of it as a process, where importing JAX would fail, in less than 500 MB."""
-    (folder / "wide.json").write_text(json.dumps({"image": [[None] * 100_000], "resolution": 16}))
-    (folder / "bomb.json").write_text(json.dumps({"image": [["bomb.png", None]]}))
-    # A picture of 4 x 10^9 pixels, as its header says.
-    png = bytearray((folder / "a.png").read_bytes())
-    # A picture beside a text of 512 MiB, packed.
-    packer = zlib.compressobj(1)
-    packed = b"".join(packer.compress(bytes(2**20)) for _ in range(512)) + packer.flush()
-    text = b"zTXtworkflow\0\0" + packed
-    text = (len(text) - 4).to_bytes(4) + text + zlib.crc32(text).to_bytes(4)
-    (folder / "wordy.png").write_bytes(png[:33] + text + png[33:])
-    (folder / "wordy.json").write_text(json.dumps({"image": [["wordy.png", "wordy.png"]]}))
-    (folder / "long.json").write_text(json.dumps({"image": [["a.png", "a.png"]] * 20_000}))
-    (folder / "many.json").write_text(json.dumps([{"image": [["a.png", None]]}] * 20_000))
-    png[16:24] = (65_000).to_bytes(4) * 2
-    (folder / "bomb.png").write_bytes(png[:29] + zlib.crc32(png[12:29]).to_bytes(4) + png[33:])
-    done = process(folder, command, POISON)
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("command", ["sample.py --grid fox.json", "train.py --data own.jsonl"])
-def test_stopped_at_any_time(folder, command):
-    """SIGTERM ends a command with 143 and without a word, also before there is anything to save."""
-    done = process(folder, command, STOPPED)
-    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")

@@ -84,7 +84,7 @@ def test_what_is_kept(folder, tmp_path):
     rows = [[file_of("poodle_fluent_flat"), file_of("poodle_fluent_3d")]]
     rows += [[brushed("rocket_fluent_flat"), brushed("rocket_fluent_3d")]]
     *sheets, painted = studio.paint(rows, SMALL | {"seed": 3}, [])
-    assert sheets and all(isinstance(sheet["page0"], Image.Image) for sheet in sheets)
+    assert sheets and all(Path(sheet["page0"]).suffix == ".png" for sheet in sheets)
     assert isinstance(painted["page0"], Painting)
     names = {"page0.json", "page0.png", "page0_film.webp", "page0_inputs"}
     names |= {"page0_target0.png", "page0_target1.png"}
@@ -199,9 +199,9 @@ def shown(page):
 
 @pytest.mark.slow
 def test_in_a_browser(page, tmp_path):
-    """Pictures are dropped into cells, one is brushed over, and the painted cell is seen; the
-    record, opened, lays out the same grid, which is painted to the same bytes, and the brush goes
-    on where it was."""
+    """What is no picture is told and taken back; pictures are dropped into cells, one is brushed
+    over, and the painted cell is seen, and its film; the record, opened, lays out the same grid,
+    which is painted to the same bytes, and the brush goes on where it was."""
     out = tmp_path / "out"
 
     def drop(cell, file):
@@ -211,6 +211,10 @@ def test_in_a_browser(page, tmp_path):
     def told():
         text = page.locator("#told textarea").input_value()
         return text if text.startswith(("done", "error", "opened")) else ""
+
+    def films():
+        paths = [x.get_attribute("src") for x in page.locator("#shown img").all()]
+        return [path for path in paths if path.endswith("_film.webp")]
 
     def paint():  # what is told then; never twice the same in a row, here
         before = told()
@@ -225,6 +229,10 @@ def test_in_a_browser(page, tmp_path):
         page.mouse.move(x + 30, y, steps=8)
         page.mouse.up()
 
+    (tmp_path / "text.png").write_text("no picture")
+    page.locator("#cell_0_0 input[type=file]").first.set_input_files(tmp_path / "text.png")
+    assert wait(told).startswith("error: example 1, column 1: 'text.png' is none of PNG")
+    page.wait_for_selector("#cell_0_0 :is(img, canvas)", state="detached")
     page.get_by_role("button", name="+ row").click()
     page.wait_for_selector("#cell_1_0")
     icon = Image.open(file_of("peacock_gray")).convert("RGBA")
@@ -241,11 +249,13 @@ def test_in_a_browser(page, tmp_path):
     wait(lambda: is_marked(page, "cell_4_1"))
     for label, value in {"num_inference_steps": 2, "seed": -1}.items():
         page.get_by_label(label).fill(str(value))
-    assert paint() == "error: seed: must be an integer in 0 ... 4294967295"
+    assert paint() == "error: seed: must be an integer in 0 ... 4294967295, not -1"
     assert not list(out.iterdir())
     page.get_by_label("seed").fill("5")
     assert paint().startswith("done")
     assert np.array_equal(shown(page), Image.open(out / "page0.png"))
+    (film,) = wait(films)
+    assert page.request.get(film).body() == (out / "page0_film.webp").read_bytes()
     record = json.loads((out / "page0.json").read_text())["spec"]
     assert record["seed"] == 5 and len(record["image"]) == 3
     kept = Path(record["image"][0][0])

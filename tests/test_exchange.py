@@ -1,29 +1,23 @@
 """One adapter in every naming: the same to the last bit, or refused by name."""
 
-import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import lorafiles
 import numpy as np
 import pytest
-from folders import key_list
 from lorafiles import NAMINGS, PLAIN, edited, folded, renamed, same_tensors, same_trees, tensors
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from vcloze_jax.config import FLUX_FILL, UserError
-from vcloze_jax.model.mmdit import Flux
+from vcloze_jax.config import UserError
 from vcloze_jax.ports import __main__ as command
 from vcloze_jax.ports import export
-from vcloze_jax.ports.adapters import check_adapter
 from vcloze_jax.ports.diagnose import PortError
-from vcloze_jax.ports.tables import lay_out, mmdit
-from vcloze_jax.storage import adapters, weights
+from vcloze_jax.storage import adapters
 
 ROOT = Path(__file__).parents[1]
 Q, V = (f"transformer.transformer_blocks.1.attn.to_{part}" for part in "qv")
@@ -113,7 +107,7 @@ def test_round_trips_are_bit_identical(tmp_path, dtype, bias):
     save_file({k: x.astype(dtype) for k, x in load_file(file).items()}, file)
     renamed(file, "visualcloze")
     start = renamed(file.with_name(NAMINGS["visualcloze"]), "diffusers")
-    before, header = tensors(start), metadata(start)
+    before, header = tensors(start), lorafiles.metadata(start)
     for through in NAMINGS:
         if through == "kohya" and bias:
             with pytest.raises(PortError, match="lora_unet_img_in has a bias on B, which kohya's"):
@@ -124,13 +118,8 @@ def test_round_trips_are_bit_identical(tmp_path, dtype, bias):
         again = tensors(there)
         back = renamed(there, "diffusers")
         same_tensors(tensors(back), before)
-        assert metadata(back) == header
+        assert lorafiles.metadata(back) == header
         same_tensors(tensors(renamed(back, through)), again)
-
-
-def metadata(file):
-    with safe_open(file, "numpy") as f:
-        return json.loads(f.metadata()[lorafiles.LORA])
 
 
 def parts(rank_q=3, rank_v=2, alphas=(None, None), dtype=np.float32):
@@ -250,40 +239,6 @@ def test_control_adapters(tmp_path):
         adapters.check(file, PLAIN)
 
 
-def test_full_size_key_list():
-    """The authors' adapter at full size: 942 tensors, 1,241,012,288 numbers: A, B and a bias on B
-    of every linear layer of BFL's transformer. Each is used once, and without a base its own
-    tensors tell the shapes of FLUX.1-Fill."""
-    keys = key_list("visualcloze")
-    assert len(keys) == 942 and sum(np.prod(shape) for shape in keys.values()) == 1_241_012_288
-    linear = {
-        key.removesuffix(".weight"): shape
-        for key, shape in key_list("flux_bfl").items()
-        if key.endswith(".weight") and len(shape) == 2
-    }
-    for module, (fan_out, fan_in) in linear.items():
-        rank = 64 if module == "final_layer.linear" else 256
-        assert keys[f"{module}.lora_A.weight"] == (rank, fan_in)
-        assert keys[f"{module}.lora_B.weight"] == (fan_out, rank)
-        assert keys[f"{module}.lora_B.bias"] == (fan_out,)
-    assert len(keys) == 3 * len(linear)
-    header = {key: (shape, "BF16") for key, shape in keys.items()}
-    base = weights.shapes(weights.abstract(Flux, FLUX_FILL.flux)[2])
-    kernels = {path: shape for path, shape in base.items() if path.endswith("/kernel")}
-    kernels = {path: lay_out(mmdit.BFL, path, shape).matrix for path, shape in kernels.items()}
-    for shapes in (base, None):
-        found = check_adapter(SimpleNamespace(path=Path("a"), header=header, metadata={}), shapes)
-        assert {leaf.path: leaf.shape for leaf, _ in found.linear} == kernels
-        used = [
-            key
-            for _, factors in found.linear
-            for one in factors
-            for key in one.keys
-            if key in header
-        ]
-        assert sorted(used) == sorted(keys)
-
-
 def test_command_needs_no_jax(file, tmp_path):
     """`python -m ports lora` converts where JAX cannot be imported, and says what it wrote."""
     (tmp_path / "poison").mkdir()
@@ -333,77 +288,3 @@ def test_command_writes_whole_new_files(file, tmp_path, capsys, monkeypatch):
     argv[-1] = "/proc/none/a.safetensors"
     assert command.main(argv) == 2 and "--out /proc/none: No such file" in capsys.readouterr().err
     assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["a.safetensors"]
-
-
-def full_size(rank=2):
-    """The tensors of the authors' adapter, of rank 2 and integers / 8, and the norms of BFL's."""
-    rng, out = np.random.default_rng(4), {}
-    for key, shape in key_list("visualcloze").items():
-        shape = (rank, shape[1]) if "lora_A" in key else (shape[0], rank)[: len(shape)]
-        out[key] = np.float32(rng.integers(-8, 9, shape) / 8)
-    for key, shape in key_list("flux_bfl").items():
-        if key.endswith("_norm.scale"):
-            out[key] = np.float32(rng.random(shape))
-    return out
-
-
-@pytest.mark.parity
-def test_diffusers_converts_control_adapters_alike(tmp_path):
-    """diffusers' converter of BFL's control adapters takes every key of the list, and gives tensor
-    for tensor what we write in its naming; but for the A of the last modulation, whose rows it
-    swaps though they are no outputs (huggingface/diffusers#13998)."""
-    utils = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
-    torch = pytest.importorskip("torch")
-    mine = full_size()
-    save_file(mine, tmp_path / "control.safetensors")
-    ours = load_file(renamed(tmp_path / "control.safetensors", "diffusers"))
-    theirs = utils._convert_bfl_flux_control_lora_to_diffusers(
-        {key: torch.tensor(x) for key, x in mine.items()}
-    )
-    theirs = {key: x.contiguous().numpy() for key, x in theirs.items()}
-    a = "transformer.norm_out.linear.lora_A.weight"
-    if not np.array_equal(theirs[a], ours[a]):
-        theirs[a] = np.roll(theirs[a], len(theirs[a]) // 2, 0)
-    same_tensors(dict(sorted(ours.items())), dict(sorted(theirs.items())))
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("slope", [1, 4])
-def test_diffusers_converts_kohya_adapters_alike(tmp_path, slope):
-    """diffusers' converter of kohya's naming, from what we write in it, gives B A as ours, exactly;
-    alpha = r, tensor for tensor. (It forgets the prefix of layers outside the blocks, and the alpha
-    of the last two.)"""
-    utils = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
-    torch = pytest.importorskip("torch")
-    tail = ("bias", "scale")
-    save_file(
-        {key: x for key, x in full_size().items() if not key.endswith(tail)},
-        tmp_path / "a.safetensors",
-    )
-    kohya = renamed(tmp_path / "a.safetensors", "kohya")
-    mine = load_file(kohya)
-    mine |= {
-        key: np.asarray(x * slope, np.float32)
-        for key, x in mine.items()
-        if key.endswith("alpha") and "final" not in key
-    }
-    save_file(mine, kohya)
-    ours = load_file(renamed(kohya, "diffusers"))
-    theirs = utils._convert_kohya_flux_lora_to_diffusers(
-        {key: torch.tensor(x) for key, x in mine.items()}
-    )
-    theirs = {
-        "transformer." + key.removeprefix("transformer."): x.contiguous().numpy()
-        for key, x in theirs.items()
-    }
-    if slope == 1:
-        same_tensors(dict(sorted(ours.items())), dict(sorted(theirs.items())))
-    assert theirs.keys() == ours.keys()
-    header = metadata(tmp_path / "diffusers.safetensors")
-    assert header["transformer.lora_alpha"] == 2 * slope
-    for stem in ("x_embedder", "transformer_blocks.7.attn.to_k", "norm_out.linear") + (
-        "single_transformer_blocks.30.proj_mlp",
-    ):
-        a, b = (f"transformer.{stem}.lora_{x}.weight" for x in "AB")
-        scale = 1 if stem == "norm_out.linear" else slope
-        np.testing.assert_array_equal(theirs[b] @ theirs[a], scale * (ours[b] @ ours[a]))

@@ -14,7 +14,7 @@ import sample
 from vcloze_jax import Pipeline
 from vcloze_jax.film import tell_steps
 from vcloze_jax.inputs.spec import KEYS
-from vcloze_jax.programs import spent
+from vcloze_jax.programs import tally
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +28,9 @@ def test_looking_on_changes_nothing(pipeline):
     made that painting does not use; the last step is the picture, and each says its time."""
     how = SMALL | {"num_inference_steps": 3, "upsampling": {"width": 48, "strength": 0.5}}
     alone, steps = pipeline(GRID, **how), []
-    programs = spent["programs"]
+    programs = tally["programs"]
     seen = pipeline(GRID, **how, on_step=lambda step: steps.append((step, step.preview())))
-    assert spent["programs"] == programs
+    assert tally["programs"] == programs
     assert seen.grid.tobytes() == alone.grid.tobytes()
     assert seen.images[0].tobytes() == alone.images[0].tobytes()
     first = [(step, preview) for step, preview in steps if not step.second_pass]

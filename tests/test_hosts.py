@@ -12,37 +12,15 @@ import subprocess
 import sys
 import time
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from hostpair import CHILD, ends, start, start_pair
 from runs import ROOT, flags, make_home, metrics
 from safetensors.numpy import load_file
 
-import train
-from vcloze_jax import hosts
-from vcloze_jax.config import UserError
-from vcloze_jax.inputs import cluster
 from vcloze_jax.storage import checkpoint
-
-CHILD = "import train; train.cli.run(train.main)"
-
-
-def start(code, argv, number):
-    """A process of two, as Slurm starts them."""
-    job = dict(JOB_ID=1, STEP_NODELIST="localhost", NTASKS=2, PROCID=number, LOCALID=number)
-    env = {f"SLURM_{key}": str(value) for key, value in job.items()}
-    env |= {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_PORT": os.environ["TEST_PORT"]}
-    ours = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, argv)],
-        cwd=ROOT,
-        env=ours | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -51,20 +29,6 @@ def port(monkeypatch):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         monkeypatch.setenv("TEST_PORT", str(free.getsockname()[1]))
-
-
-def start_pair(argv, codes=(CHILD, CHILD)):
-    return [start(code, argv, number) for number, code in enumerate(codes)]
-
-
-def ends(pair, seconds=600):
-    """The exit codes of two processes, and what they wrote to stdout and stderr."""
-    try:
-        outs = [process.communicate(timeout=seconds) for process in pair]
-    finally:
-        for process in pair:  # it may wait for ever
-            process.kill()
-    return [process.returncode for process in pair], [out for out, _ in outs], [e for _, e in outs]
 
 
 # --- what they are made of ---
@@ -129,41 +93,6 @@ def test_two_processes(tmp_path):
     like = {"kernel": jnp.zeros((4, 2)), "bias": jnp.zeros(3)}
     step, state = checkpoint.restore(tmp_path, like)
     assert step == 5 and state["kernel"].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
-
-
-def test_alone(monkeypatch):
-    """A process that is alone, also in a cluster, joins nobody and answers itself; where there are
-    others that it cannot find, it says so."""
-    joined = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: joined.append(1))
-    monkeypatch.setattr(cluster, "CHIPS", ())
-    for name in {*cluster.SIGNS, *cluster.COUNTS}:
-        monkeypatch.delenv(name, raising=False)
-    hosts.join_hosts()
-    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
-    monkeypatch.setenv("SLURM_NTASKS", "1")
-    hosts.join_hosts()
-    assert not joined and hosts.is_first() and hosts.tell_all("a") == ["a"]
-    with pytest.raises(ZeroDivisionError), hosts.agreed():
-        1 / 0  # noqa: B018
-
-    def fail(**_):
-        raise RuntimeError("no coordinator")
-
-    monkeypatch.setattr(jax.distributed, "initialize", fail)
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    with pytest.raises(UserError, match=r"do not find each other \(no coordinator\); start one"):
-        hosts.join_hosts()
-
-
-@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run"])
-def test_no_bucket(monkeypatch, call, address):
-    """An object store is refused by name on every host, before JAX: nothing there is renamed."""
-    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    code, _, error = call(train.main, f"--out {address}")
-    assert code == 2 and error.count("\n") == 1
-    assert f"--out {address.replace('//', '/')}: an address" in error and "no bucket" in error
 
 
 # --- whole runs ---

@@ -112,6 +112,7 @@ METADATA = {
     "gAMA": (b"",),
     "cHRM": (b"\0",),
     "pHYs": (b"\0\0",),
+    "cICP": (b"", b"\x0c\x0d\0"),
     "sRGB": (b"",),
     "acTL": (b"\0",),
     "fcTL": (b"\0" * 26,),

@@ -1,4 +1,4 @@
-"""Laws of the user's own files: a line or a pair is a sample, or an error that names it."""
+"""Laws of the user's own files: a line is a sample, or an error that names it."""
 
 import json
 import os
@@ -134,6 +134,12 @@ def test_spellings():
         ),
         ({"control_path": "a", "image_path": "b", "caption": "t"}, ["a", "b"], "t"),
         ({"image": "b", "edit_image": ["a", "c"], "prompt": "t"}, ["a", "c", "b"], "t"),
+        ({"source_file_name": "a", "target_file_name": "b", "text": "t"}, ["a", "b"], "t"),
+        (
+            {"file_name": "b", "edit_image_file_names": ["a", "c"], "text": "t"},
+            ["a", "c", "b"],
+            "t",
+        ),
     ):
         sample = read_line(line)
         assert sample.rows == [row] and sample.texts["content_prompt"] == text, line
@@ -167,6 +173,8 @@ BAD = [  # beside what test_spec.py says of JSON and of cells: a line is read by
     ({"image": None}, r"keys \(none\): neither a grid"),
     ({"picture": "0.png", "caption": "x"}, "keys picture, caption: neither a grid.* nor a pair"),
     ({"image": "0.png", "text": "x"}, "keys image, text: neither a grid.* nor a pair"),
+    ({"file_name": "0.png", "text": "x"}, "keys file_name, text: neither a grid.* nor a pair"),
+    ({"file_name": "0.png", "image": "0.png"}, "file_name: there is another 'image'|image: there"),
     ({"output_image": "0.png", "instruction": "x"}, ".*neither .*output_image \\+ input_images"),
     ({"input_images": [], "output_image": "0.png"}, "input_images: 0 pictures, must be 1 to 3"),
     ({"input_images": ["0.png"], "output_image": "0.png", "x": 1}, "'x': unknown.* input_images"),

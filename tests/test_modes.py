@@ -1,4 +1,4 @@
-"""Laws of modes.py and of masks: whatever a file says of its levels, colours and clear parts, it is
+"""Laws of modes.py and of masks: whatever a file says of its levels and clear parts, it is
 read as its maker sees it, or refused by name."""
 
 import struct
@@ -6,11 +6,11 @@ import zlib
 
 import numpy as np
 import pytest
-from picturefiles import BLUE, WHITE, pixels, png, quadrants
-from PIL import Image, ImageCms
+from picturefiles import BLUE, GREY, GREY_ALPHA, RGB, RGBA, WHITE, pixels, png, quadrants
+from PIL import Image
 
 from vcloze_jax.config import UserError
-from vcloze_jax.inputs.pictures import copy_picture, measure_picture, open_picture, to_mask
+from vcloze_jax.inputs.pictures import measure_picture, open_picture, to_mask
 
 
 @pytest.mark.parametrize("mode", ["RGB", "CMYK", "L"])
@@ -94,9 +94,6 @@ def test_a_negative_is_turned_over(tmp_path, dtype, most):
     assert pixels(tmp_path / "a.tiff")[0, :, 0].tolist() == (expected[0] // (most // 255)).tolist()
 
 
-GREY, RGB, GREY_ALPHA, RGBA = 0, 2, 4, 6  # kinds of PNG
-
-
 @pytest.mark.parametrize(
     "kind, values, chunks, expected",
     [
@@ -140,59 +137,6 @@ def test_floats_are_read_as_an_array_is(tmp_path):
         Image.fromarray(array).save(tmp_path / "a.tiff")
         with pytest.raises(UserError, match=message):
             open_picture(tmp_path / "a.tiff")
-
-
-def with_swapped_primaries():
-    """sRGB's profile with red's and blue's place in it exchanged."""
-    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    entries = {bytes(profile[i : i + 4]): i for i in range(132, 132 + 12 * profile[131], 12)}
-    red, blue = (slice(entries[name] + 4, entries[name] + 12) for name in (b"rXYZ", b"bXYZ"))
-    profile[red], profile[blue] = profile[blue], profile[red]
-    text = profile.find("sRGB".encode("utf-16-be"))  # in its description
-    profile[text : text + 8] = "odd!".encode("utf-16-be")
-    return bytes(profile)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
-def test_a_profile_says_what_colours_are(tmp_path, mode):
-    """Law: what a file's profile says of its numbers is obeyed, whatever its mode, and alpha stays;
-    sRGB's own and a broken one leave every bit, and a mask's levels are no colours."""
-    file, swapped = tmp_path / "a.png", Image.fromarray(np.asarray(quadrants())[..., ::-1])
-    options = {"icc_profile": with_swapped_primaries()}
-    quadrants().convert(mode).save(file, **options)
-    opened = open_picture(file)
-    assert np.abs(np.asarray(opened).astype(int) - np.asarray(swapped)).max() <= 1
-    again = np.asarray(copy_picture(opened))  # it is of sRGB now
-    np.testing.assert_array_equal(again, np.asarray(opened))
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    for profile in (srgb, b"no profile"):
-        quadrants().convert(mode).save(file, icc_profile=profile)
-        np.testing.assert_array_equal(pixels(file), np.asarray(quadrants()))
-    grey = Image.new("L", (2, 1), 127)
-    grey.save(file, icc_profile=options["icc_profile"])  # of three channels, for one
-    assert (np.asarray(open_picture(file, "black")) == 127).all()
-    assert (pixels(file) == 127).all()
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
-def test_a_linear_png_is_shown_as_a_display_does(tmp_path, mode):
-    """Law: levels that a PNG says to be linear in light are made those of sRGB, and alpha is not;
-    those that grow as sRGB's, or beside a profile, and those of a mask stay."""
-    file, picture = tmp_path / "a.png", Image.new("RGB", (2, 1), (55, 55, 55)).convert(mode)
-    picture.save(file)
-    plain = file.read_bytes()
-
-    def read(gamma, *more, ground="white"):
-        body = struct.pack(">I", gamma)
-        added = struct.pack(">I", 4) + b"gAMA" + body
-        added += struct.pack(">I", zlib.crc32(b"gAMA" + body))
-        file.write_bytes(plain[:33] + added + b"".join(more) + plain[33:])
-        return set(np.asarray(open_picture(file, ground)).ravel().tolist())
-
-    assert read(100000) == {128}  # 0.216 of light
-    assert read(100000, ground="black") == {55} and read(45455) == {55}
-    srgb = struct.pack(">I", 1) + b"sRGB\0" + struct.pack(">I", zlib.crc32(b"sRGB\0"))
-    assert read(100000, srgb) == {55}
 
 
 @pytest.mark.parametrize("kind", [2, 6])

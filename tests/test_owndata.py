@@ -1,4 +1,4 @@
-"""Laws of the user's own data as a source: buckets, rows, held-out parts, broken samples, draws."""
+"""Laws of the user's own data as a source: rows, held-out parts, broken samples, what is shown."""
 
 import json
 import subprocess
@@ -14,18 +14,15 @@ from scipy.stats import chisquare
 
 from scripts.make_pairs import ICONS, TASKS
 from vcloze_jax.config import MINI, UserError
-from vcloze_jax.data.draws import ROWS, draw_blank, draw_order, draw_rows, draw_sentences, renumber
-from vcloze_jax.data.owndata import choose_part, open_own, split_buckets
+from vcloze_jax.data.draws import ROWS, draw_rows
+from vcloze_jax.data.owndata import choose_part, open_own
 from vcloze_jax.data.report import show_source
-from vcloze_jax.data.sizes import ASPECTS, fill_buckets, merge_buckets
 from vcloze_jax.data.sources import Shape, draw_group, draw_groups
 from vcloze_jax.inputs.cells import row_size
-from vcloze_jax.inputs.prompts import CONTENT_PREFIXES, LAYOUTS
 from vcloze_jax.inputs.sheet import MARK
 
 ROOT = Path(__file__).parents[1]
 RECIPE = MINI.recipe
-ALL_TEXT = replace(RECIPE, caption_dropout=0.0)
 
 
 def write_pairs(folder, count, sizes=((64, 64),)):
@@ -48,51 +45,6 @@ def numbers(example):
 def pairs(tmp_path_factory):
     """A folder of 40 pairs."""
     return write_pairs(tmp_path_factory.mktemp("own") / "pairs", 40)
-
-
-# --- buckets ---
-
-
-def make_table(sizes, rows=1, columns=2):
-    """The table of samples whose first pictures have these sizes."""
-    return np.array([(1, rows, columns, *size) for size in sizes], np.int32)
-
-
-@pytest.mark.parametrize("resolution", [64, 384, 512])
-def test_few_sizes_of_cells(resolution):
-    """Pictures of any size make cells of at most nine sizes, all whole tokens, of about the area
-    that is asked for, and of the nearest aspect: within a quarter, from 1:2 to 2:1."""
-    rng = np.random.default_rng(0)
-    sizes = np.exp(rng.uniform(np.log(100), np.log(4000), (500, 2))).astype(int)
-    buckets = fill_buckets(make_table(sizes), resolution)
-    assert len(buckets) <= len(ASPECTS) == 9
-    assert sorted(np.concatenate(list(buckets.values()))) == list(range(500))
-    for shape, members in buckets.items():
-        assert shape.height % 16 == shape.width % 16 == 0
-        assert 0.6 < shape.height * shape.width / resolution**2 <= 1.05
-        for w, h in sizes[members]:
-            if 1 / 2 < w / h < 2 and resolution > 64:
-                assert abs(np.log(w / h * shape.height / shape.width)) < 0.25
-    for w, h in ASPECTS:
-        (shape,) = fill_buckets(make_table([(20 * w, 20 * h)]), resolution)
-        assert (shape.width, shape.height) == row_size(w, h, resolution)
-
-
-def test_small_buckets_join_their_neighbour():
-    """No bucket that can join one of as many rows and columns has less than asked for; nothing is
-    lost; what is large enough stays."""
-    rng = np.random.default_rng(1)
-    for _ in range(50):
-        sizes = np.exp(rng.uniform(np.log(100), np.log(4000), (60, 2))).astype(int)
-        table = make_table(sizes)
-        table[:, 2] = rng.integers(2, 4, 60)
-        buckets = fill_buckets(table, 384)
-        merged = merge_buckets(buckets, 8)
-        assert sorted(np.concatenate(list(merged.values()))) == list(range(60))
-        for columns in (2, 3):
-            own = [members for shape, members in merged.items() if shape.columns == columns]
-            assert len(own) == 1 or min(map(len, own)) >= 8
-        assert {s for s, m in buckets.items() if len(m) >= 8} <= merged.keys()
 
 
 def test_the_cut_is_the_bucket_of_the_query(tmp_path):
@@ -163,96 +115,6 @@ def test_previews_show_no_training_pair(pairs):
         assert example.grid.targets == [1]
         assert f"depicts: number {numbers(example)[-1]}" in example.prompt
     assert [e.prompt for e in held.previews()] == [e.prompt for e in previews]
-
-
-def test_held_out_shapes_are_those_of_training():
-    """What is held out is cut as training's pictures are, so that it needs no program more, unless
-    its number of rows and columns is learnt nowhere."""
-    rng = np.random.default_rng(3)
-    sizes = np.exp(rng.uniform(np.log(100), np.log(4000), (40, 2))).astype(int)
-    buckets = fill_buckets(make_table(sizes), 384)
-    rest, reserve = split_buckets(buckets, np.arange(8), 8)
-    assert reserve.keys() <= rest.keys()
-    both = [*rest.values(), *reserve.values()]
-    assert sorted(np.concatenate(both)) == list(range(40))
-
-
-# --- the recipe ---
-
-
-@pytest.mark.parametrize("columns", [2, 3, 4])
-def test_the_blank_cell(columns):
-    """With p 0.5 any cell is blank, else the last (the authors'), or as the recipe says."""
-    rng = np.random.default_rng(columns)
-    for p in (0.5, 0.9):
-        recipe = replace(RECIPE, reverse_masking=p)
-        drawn = Counter(draw_blank(rng, columns, recipe) for _ in range(3000))
-        expected = [3000 * (p / columns + (1 - p) * (i == columns - 1)) for i in range(columns)]
-        assert chisquare([drawn[i] for i in range(columns)], expected).pvalue > 1e-4
-    never = replace(RECIPE, reverse_masking=0.0)
-    assert {draw_blank(rng, columns, never) for _ in range(50)} == {columns - 1}
-
-
-def test_the_order_of_the_columns():
-    """Conditions stand in any order, each as likely, the target last; or as they are given."""
-    rng = np.random.default_rng(4)
-    drawn = Counter(tuple(draw_order(rng, 4, RECIPE)) for _ in range(3000))
-    assert len(drawn) == 6 and chisquare(list(drawn.values())).pvalue > 1e-4
-    assert all(order[-1] == 3 for order in drawn)
-    assert draw_order(rng, 4, replace(RECIPE, keep_order=True)) == [0, 1, 2, 3]
-
-
-def test_sentences():
-    """The layout is always told, task and content with p 0.8 each (the authors'), each of ten
-    templates equally often; with p `caption_dropout` there is no text at all."""
-    rng = np.random.default_rng(5)
-    args = (2, 2), ["a thing", "a picture"], "red fox"
-    drawn = [draw_sentences(rng, ALL_TEXT, *args) for _ in range(3000)]
-    told = Counter(("[IMAGE1] a thing" in x, x.endswith("red fox")) for x in drawn)
-    expected = {(a, b): (0.8 if a else 0.2) * (0.8 if b else 0.2) for a in (0, 1) for b in (0, 1)}
-    counts, shares = zip(*((told[key], 3000 * p) for key, p in expected.items()), strict=True)
-    assert chisquare(counts, shares).pvalue > 1e-4
-    layouts = [layout.format(R=2, C=2, N=4) for layout in LAYOUTS]
-    assert chisquare([sum(x.startswith(each) for x in drawn) for each in layouts]).pvalue > 1e-4
-    prefixes = [sum(prefix + "red fox" in x for x in drawn) for prefix in CONTENT_PREFIXES]
-    assert chisquare(prefixes).pvalue > 1e-4
-    silent = [draw_sentences(rng, RECIPE, *args) == "" for _ in range(3000)]
-    assert chisquare([sum(silent), 3000 - sum(silent)], [300, 2700]).pvalue > 1e-4
-
-
-def test_sentences_by_flags():
-    """Fixed templates are sampling's; what the user words is said as it stands."""
-    fixed = replace(ALL_TEXT, fixed_templates=True, task_sentence=1.0, content_sentence=1.0)
-    rng = np.random.default_rng(6)
-    args = (1, 2), "Do it.", "In the last row, go", "Two pictures."
-    assert draw_sentences(rng, fixed, *args) == "Two pictures. Do it. In the last row, go"
-    sentence = draw_sentences(rng, fixed, (1, 2), ["a", "b"], "a fox")
-    assert sentence.startswith("A grid layout with 1 rows") and "depicts: a fox" in sentence
-    assert renumber("[IMAGE1], [IMAGE2] to [IMAGE3] or [IMAGE9]", [1, 0, 2]) == (
-        "[IMAGE2], [IMAGE1] to [IMAGE3] or [IMAGE9]"
-    )
-
-
-def test_columns_move_together(tmp_path):
-    """Shuffled conditions move in all rows and in the phrases alike."""
-    for i in range(8):
-        for k, name in enumerate(("c", "s", "t")):
-            Image.new("RGB", (64, 64), (i, 100 * k, 0)).save(tmp_path / f"{name}{i}.png")
-    lines = [{"cond1": f"c{i}.png", "source": f"s{i}.png", "target": f"t{i}.png"} for i in range(8)]
-    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    recipe = replace(ALL_TEXT, task_sentence=1.0)
-    source = open_own(str(tmp_path / "own.jsonl"), recipe)
-    orders = set()
-    for number in range(20):
-        for example in draw_group(source, 0, number, 2):
-            order = [[int(cell[0, 0, 1]) // 100 for cell in example.grid.split(row.pixels)]
-                     for row in example.grid.rows]  # fmt: skip
-            assert order == [order[0]] * len(order) and order[0][-1] == 2
-            named = ["a condition image", "a source image", "a high-quality image"]
-            for column, kind in enumerate(order[0], start=1):
-                assert f"[IMAGE{column}] {named[kind]}" in example.prompt
-            orders.add(tuple(order[0]))
-    assert len(orders) == 2
 
 
 def test_what_is_cut_away_is_told(tmp_path, capfd):
@@ -342,24 +204,6 @@ def test_the_share_that_few_samples_give_is_said(tmp_path, count, told):
         f"{count - 4} pairs to learn from, 4 {told}"
         in open_own(str(write_pairs(tmp_path / "few", count)), recipe).summary()
     )
-
-
-def test_conditions_in_a_list(tmp_path):
-    """Several conditions of one key are columns, and an instruction that speaks of one means it
-    wherever it was put."""
-    for i in range(3):
-        Image.new("RGB", (64, 64), (0, 100 * i, 0)).save(tmp_path / f"{i}.png")
-    line = {"instruction": "Turn <img><|image_2|></img>.", "input_images": ["0.png", "1.png"]}
-    (tmp_path / "own.jsonl").write_text(json.dumps(line | {"output_image": "2.png"}))
-    source = open_own(str(tmp_path / "own.jsonl"), replace(ALL_TEXT, content_sentence=1.0))
-    places = set()
-    for number in range(12):
-        (example,) = draw_group(source, 0, number, 1)
-        row = example.grid.rows[-1]
-        cells = [int(cell[0, 0, 1]) for cell in example.grid.split(row.pixels)]
-        assert f"Turn [IMAGE{cells.index(100) + 1}]." in example.prompt
-        places.add(cells.index(100))
-    assert places == {0, 1}
 
 
 def test_what_there_is_is_shown(pairs, tmp_path):

@@ -84,6 +84,8 @@ def test_wrong_folders_are_named(tmp_path):
     (tmp_path / "in" / "a.webp").touch()
     with pytest.raises(UserError, match="in/a.webp: in/a.png has the same name; remove one"):
         FolderSamples(tmp_path)
+    (tmp_path / "in" / "a.webp").unlink()
+    (tmp_path / "out" / "B.jpg").rename(tmp_path / "out" / "b.jpg")
     (tmp_path / "metadata.jsonl").touch()
     with pytest.raises(UserError, match="metadata.jsonl: its texts are not read beside pairs"):
         FolderSamples(tmp_path)
@@ -112,6 +114,31 @@ def test_texts_are_not_lost_beside_pairs(tmp_path, place, name):
     (tmp_path / place / name).rename(tmp_path / place / "metadata.csv")
     with pytest.raises(UserError, match="metadata.csv: its texts are not read.* into NAME.txt"):
         FolderSamples(tmp_path)
+
+
+@pytest.mark.parametrize("sides", ["", "conditioning_images images"])
+@pytest.mark.parametrize("text", [None, "a fox"])
+def test_a_file_that_names_the_pairs_is_named(tmp_path, sides, text):
+    """Law: where a file's lines are the pairs and the pictures do not pair by name (an imagefolder
+    of `datasets`), the remedy is to give that file, with texts or none, and never to write others;
+    so it is where the first line alone has no text."""
+    a, b = [f"{side}/{name}" for side, name in zip(sides.split() or "..", ("0c", "0"), strict=True)]
+    for file in (a, b):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{file}.png").touch()
+    lines = [{"source_file_name": f"{a}.png", "target_file_name": f"{b}.png", "text": None}] * 2
+    lines[1] = lines[1] | {"text": text}
+    file = tmp_path / "metadata.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError, match="metadata.jsonl: .*; give that file as --data"):
+        FolderSamples(tmp_path)
+    if not sides:
+        file.write_text(json.dumps({"left_file_name": "0c.png", "right_file_name": "0.png"}))
+        for name in ("metadata.jsonl", "metadata.csv"):
+            file = file.rename(tmp_path / name)
+            message = f"no pair in it: .*; if {name} names its pairs, give that file as --data"
+            with pytest.raises(UserError, match=message):
+                FolderSamples(tmp_path)
 
 
 @pytest.fixture

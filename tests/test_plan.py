@@ -170,3 +170,17 @@ def test_full_size():
     text = plan.training(preset, data, mesh)
     assert "largest grid: rows of 1152x384, 1152x384, 1152x384; 5184 image" in text
     assert "learnt 631 MB, its gradients 1.26 GB, its moments 1.26 GB, activations " in text
+
+
+def test_share_of_the_peak():
+    """MFU is the gradient's FLOPs as a share of what all devices could do; what remat does again is
+    in the TFLOP/s alone."""
+    device = SimpleNamespace(device_kind="NVIDIA H200")
+    mesh = SimpleNamespace(size=4, devices=np.array([device] * 4))
+    preset = replace(tiny.TINY, flux=replace(tiny.TINY.flux, rank=4, remat="full"))
+    needed, done = plan.gradient_flops(preset, 16)
+    assert done == needed + plan.flux_flops(preset, 16)
+    seconds = 2 * needed / (4 * 989e12 * 0.4)  # of two grids at 40 % of the peak
+    speed = plan.training_speed(preset, [16, 16], seconds, mesh)
+    assert speed["mfu"] == 0.4
+    assert speed["tflops"] == pytest.approx(0.4 * 4 * 989 * done / needed, rel=1e-3)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +11,14 @@ from folders import FLUX, PRESET, VARIANTS, arrays, key_list, shapes
 from safetensors.numpy import load_file, save
 
 from vcloze_jax.config import FLUX_FILL
+from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.placement import FRAMES
 from vcloze_jax.ports import engine
+from vcloze_jax.ports.adapters import check_adapter
 from vcloze_jax.ports.diagnose import PortError
-from vcloze_jax.ports.tables import Table, find_row, mmdit, text, vae
+from vcloze_jax.ports.tables import Table, find_row, lay_out, mmdit, text, vae
 from vcloze_jax.ports.tables.folder import PARTS
+from vcloze_jax.storage import weights
 
 NAMINGS = {
     f"{name}, {'diffusers' if n == 0 else 'bfl'}": (field, config, table)
@@ -179,9 +183,9 @@ def test_meaning_of_the_rows():
         there["final_layer.adaLN_modulation.1.bias"], mine["final/mod/bias"]
     )
     np.testing.assert_array_equal(there["single_blocks.2.linear1.weight"], kernel[2].T)
-    conv = arrays("vae", PRESET.vae)["decoder/up/0/sample/conv/kernel"]
+    conv = arrays("vae", PRESET.vae)["decoder/up/0/resize/conv/kernel"]
     ((_, value), *_) = engine.export_arrays(
-        vae.DIFFUSERS, [("decoder/up/0/sample/conv/kernel", conv)]
+        vae.DIFFUSERS, [("decoder/up/0/resize/conv/kernel", conv)]
     )
     assert value[3, 5, 1, 2] == conv[1, 2, 5, 3]
 
@@ -223,3 +227,37 @@ def test_shards(tmp_path):
         tmp_path, "model", engine.export_arrays(vae.DIFFUSERS, mine.items()), "float32"
     )
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_full_size_key_list():
+    """The authors' adapter at full size: 942 tensors, 1,241,012,288 numbers: A, B and a bias on B
+    of every linear layer of BFL's transformer. Each is used once, and without a base its own
+    tensors tell the shapes of FLUX.1-Fill."""
+    keys = key_list("visualcloze")
+    assert len(keys) == 942 and sum(np.prod(shape) for shape in keys.values()) == 1_241_012_288
+    linear = {
+        key.removesuffix(".weight"): shape
+        for key, shape in key_list("flux_bfl").items()
+        if key.endswith(".weight") and len(shape) == 2
+    }
+    for module, (fan_out, fan_in) in linear.items():
+        rank = 64 if module == "final_layer.linear" else 256
+        assert keys[f"{module}.lora_A.weight"] == (rank, fan_in)
+        assert keys[f"{module}.lora_B.weight"] == (fan_out, rank)
+        assert keys[f"{module}.lora_B.bias"] == (fan_out,)
+    assert len(keys) == 3 * len(linear)
+    header = {key: (shape, "BF16") for key, shape in keys.items()}
+    base = weights.shapes(weights.abstract(Flux, FLUX_FILL.flux)[2])
+    kernels = {path: shape for path, shape in base.items() if path.endswith("/kernel")}
+    kernels = {path: lay_out(mmdit.BFL, path, shape).matrix for path, shape in kernels.items()}
+    for known in (base, None):
+        found = check_adapter(SimpleNamespace(path=Path("a"), header=header, metadata={}), known)
+        assert {leaf.path: leaf.shape for leaf, _ in found.linear} == kernels
+        used = [
+            key
+            for _, factors in found.linear
+            for one in factors
+            for key in one.keys
+            if key in header
+        ]
+        assert sorted(used) == sorted(keys)

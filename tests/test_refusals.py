@@ -1,14 +1,12 @@
-"""What is no weights folder of ours is refused in one line: the table of all that was tried."""
+"""What are no tensors of ours are refused in one line: the table of all that was tried."""
 
-import json
 import re
-import struct
 
 import folders
 import ml_dtypes
 import numpy as np
 import pytest
-from folders import FLUX, SINGLES, arrays, change, refusal
+from folders import FLUX, SINGLES, arrays, change, refusal, says
 from safetensors.numpy import load_file, save_file
 
 from vcloze_jax.model.mmdit import Flux
@@ -17,7 +15,6 @@ from vcloze_jax.ports.tables import mmdit
 from vcloze_jax.storage import weights
 
 FILE = "transformer/diffusion_pytorch_model.safetensors"
-VAE = "vae/diffusion_pytorch_model.safetensors"
 X, OUT, KEY = "x_embedder.weight", "proj_out.weight", "transformer_blocks.1.attn.to_k.weight"
 QKV = "double_blocks.1.img_attn.qkv.weight"
 
@@ -108,12 +105,6 @@ TENSORS = {
     "CLIP": (put("text_model.encoder.layers.0.self_attn.q_proj.weight"), "a CLIP text encoder: "),
     "autoencoder": (put("encoder.down.0.block.0.conv1.weight"), "an autoencoder in BFL's naming: "),
 }
-
-
-def says(message, words):
-    """Whether a message has these words; .* and | are patterns, all else is as it stands."""
-    pattern = re.escape(words).replace(r"\.\*", ".*").replace(r"\|", "|")
-    return re.search(pattern, message)
 
 
 def test_a_fault_is_told_once(saved, tmp_path):
@@ -265,101 +256,6 @@ def test_wrong_single_files(bfl, tmp_path, kind):
     spoil(folder)
     message = refusal(folder)
     assert says(message, words), message
-
-
-def index(entries):
-    """Put this in the place of the autoencoder's index of shards, or change it by a function."""
-
-    def spoil(folder):
-        file = folder / f"{VAE}.index.json"
-        new = entries(json.loads(file.read_text())["weight_map"]) if callable(entries) else entries
-        file.write_text(new if isinstance(new, str) else json.dumps(new))
-
-    return spoil
-
-
-def shard(folder, n=-1):
-    return sorted((folder / "vae").glob("*-of-*.safetensors"))[n]
-
-
-def doubled(folder):
-    first = load_file(shard(folder, 0))
-    change(shard(folder), lambda d: d | first)
-
-
-def variants(folder):
-    for variant in ("fp16", "bf16"):
-        save_file({"a": np.zeros(1)}, folder / "vae" / f"model.{variant}.safetensors")
-    for file in (folder / "vae").glob("diffusion*"):
-        file.unlink()
-
-
-def without_index(folder):
-    (folder / f"{VAE}.index.json").unlink()
-    shard(folder).unlink()
-
-
-SHARDS = {
-    "two variants": (variants, "holds the variants bf16 and fp16; leave one"),
-    "no index, a shard gone": (without_index, "shards and no index; fetch them all"),
-    "a key too many": (
-        index(lambda where: {"weight_map": where | {"ghost": next(iter(where.values()))}}),
-        "the index and its shards disagree about ghost",
-    ),
-    "a key too few": (
-        index(lambda where: {"weight_map": dict(list(where.items())[1:])}),
-        "the index and its shards disagree about decoder.conv_in.bias",
-    ),
-    "a missing shard": (
-        lambda folder: shard(folder).unlink(),
-        "index.json names diffusion_pytorch_model-.*, which is not there",
-    ),
-    "a shard elsewhere": (
-        index(lambda where: {"weight_map": dict.fromkeys(where, "../../etc/passwd")}),
-        "index.json names passwd, which is not there",
-    ),
-    "no map": (index({"weights": 1}), "index.json is no index of shards"),
-    "a list": (index([]), "index.json is no index of shards"),
-    "no JSON": (index("{"), "index.json is no index of shards"),
-    "a key twice": (doubled, " is in .* and in "),
-    "a cut shard": (
-        lambda folder: shard(folder).write_bytes(shard(folder).read_bytes()[:-9]),
-        "is not a whole safetensors file",
-    ),
-    "one file besides": (
-        lambda folder: save_file({"a": np.zeros(1)}, folder / VAE),
-        "remove the one that is old",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", SHARDS)
-def test_wrong_shards(saved, tmp_path, kind):
-    """Shards that disagree with their index or among each other are one line that says so."""
-    folder = folders.copy(saved, tmp_path)
-    tensors = load_file(folder / VAE).items()
-    engine.write_shards(folder / "vae", "diffusion_pytorch_model", tensors, "float32", 20_000)
-    spoil, words = SHARDS[kind]
-    spoil(folder)
-    message = refusal(folder)
-    assert message.startswith(f"{folder}: vae/: ") and says(message, words), message
-
-
-def test_a_key_twice(saved, tmp_path):
-    """A header that lists a key twice, which safetensors would read, is refused by its name."""
-    folder = folders.copy(saved, tmp_path)
-    whole = (folder / VAE).read_bytes()
-    header = json.loads(whole[8 : 8 + struct.unpack("<Q", whole[:8])[0]])
-    key = next(iter(header.keys() - {"__metadata__"}))
-    text = json.dumps(header)
-    text = f"{text[:-1]}, {json.dumps(key)}: {json.dumps(header[key])}}}".encode()
-    text += b" " * (-len(text) % 8)
-    (folder / VAE).write_bytes(struct.pack("<Q", len(text)) + text + whole[-tail(header) :])
-    assert f"{key} is there twice" in refusal(folder)
-
-
-def tail(header):
-    return max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -3,14 +3,10 @@
 One run serves most of them: tiny random models, 6 steps on 2 virtual devices, saved every 2.
 """
 
-import errno
 import io
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,7 +16,15 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from runs import ROOT, assert_same_run, flags, make_home, metrics, previews
+from runs import (
+    assert_same_run,
+    flags,
+    make_home,
+    metrics,
+    paint,
+    previews,
+    run_and_act,
+)
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -135,20 +139,6 @@ def test_speed(unbroken):
         assert line["tflops"] == pytest.approx(speed, rel=0.01) and "mfu" not in line
 
 
-def test_share_of_the_peak():
-    """MFU is the gradient's FLOPs as a share of what all devices could do; what remat does again is
-    in the TFLOP/s alone."""
-    device = SimpleNamespace(device_kind="NVIDIA H200")
-    mesh = SimpleNamespace(size=4, devices=np.array([device] * 4))
-    preset = replace(tiny.TINY, flux=replace(tiny.TINY.flux, rank=4, remat="full"))
-    needed, done = plan.gradient_flops(preset, 16)
-    assert done == needed + plan.flux_flops(preset, 16)
-    seconds = 2 * needed / (4 * 989e12 * 0.4)  # of two grids at 40 % of the peak
-    speed = plan.training_speed(preset, [16, 16], seconds, mesh)
-    assert speed["mfu"] == 0.4
-    assert speed["tflops"] == pytest.approx(0.4 * 4 * 989 * done / needed, rel=1e-3)
-
-
 def test_adapter(unbroken, home, tmp_path):
     """The run's adapter is the state that was saved last; sampling with it is another picture than
     without, and training goes on from it."""
@@ -157,17 +147,6 @@ def test_adapter(unbroken, home, tmp_path):
     assert config.rank == 4
     assert all(np.asarray(x).any() for x in adapter.values())
     assert paint(home, tmp_path / "a") != paint(home, tmp_path / "b", unbroken / "lora.safetensors")
-
-
-def paint(home, out, lora=None, folder=None):
-    """Bytes of the picture that sample.py paints of one blank cell."""
-    out.mkdir()
-    picture = f"{ROOT}/examples/pictures/crab_edges.png"
-    spec = {"image": [[picture, None]], "resolution": 32, "num_inference_steps": 2}
-    (out / "spec.json").write_text(json.dumps(spec))
-    argv = ["--grid", f"{out}/spec.json", "--weights", f"{folder or home / 'weights'}"]
-    sample.main([*argv, "--out", f"{out}/out", *(["--lora", f"{lora}"] if lora else [])])
-    return (out / "out/spec.png").read_bytes()
 
 
 def test_finished(unbroken, home, capsys):
@@ -181,36 +160,6 @@ def test_finished(unbroken, home, capsys):
 
 
 # --- going on ---
-
-
-# A process that does something to itself once the metrics of a step are written.
-AFTER = """
-import os, sys, time
-import train
-from vcloze_jax.inputs.runfolder import Log
-from vcloze_jax.storage.checkpoint import SAVING
-
-step, number = int(sys.argv.pop(1)), int(sys.argv.pop(1))
-write = Log.write
-
-def write_and_act(log, record):
-    write(log, record)
-    if record["step"] == step:
-        SAVING.submit(int).result()  # what is being saved is whole then
-        os.kill(os.getpid(), number)
-        time.sleep(0.2)  # a step is shorter than a thread's turn
-
-Log.write = write_and_act
-train.cli.run(train.main)
-"""
-
-
-def run_and_act(home, out, step, number, **changes):
-    """The run as a process of its own, to which a signal is sent when a step is written."""
-    argv = [sys.executable, "-c", AFTER, str(step), str(int(number))]
-    return subprocess.run(
-        argv + flags(home, out, **changes), cwd=ROOT, capture_output=True, text=True
-    )
 
 
 @pytest.mark.parametrize(
@@ -244,23 +193,6 @@ def test_killed_is_unbroken(unbroken, home, tmp_path, capsys):
     assert train.main(flags(home, out)) == 0
     assert "\nprograms compiled after step 5: none\n" in capsys.readouterr().out
     assert_same_run(out, unbroken)
-
-
-def test_a_save_that_fails_ends_the_run(home, tmp_path, monkeypatch):
-    """What goes wrong in a save that a run does not wait for ends it, at the latest where it saves
-    again; the step before stays, with the adapter that was learnt until then."""
-    out, check = tmp_path / "run", checkpoint.digests.check_files
-
-    def check_files(path):
-        if path.name == "4.tmp":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return check(path)
-
-    monkeypatch.setattr(checkpoint.digests, "check_files", check_files)
-    with pytest.raises(UserError, match="step 4 cannot be saved: No space left .*free some space"):
-        train.main(flags(home, out, steps=60))
-    assert os.listdir(out / "checkpoints") == ["2"] and len(metrics(out)) < 8
-    assert safe_open(out / "lora.safetensors", "numpy").metadata()["step"] == "2"
 
 
 def test_adapter_while_it_trains(unbroken, plain):
@@ -367,12 +299,6 @@ def test_not_finite(unbroken, home, tmp_path):
     assert_same_run(out, unbroken)
 
 
-def test_preset_of_the_weights(home, tmp_path):
-    """Weights that name another preset than the command are refused: its recipe is not theirs."""
-    with pytest.raises(UserError, match="its preset is mini; add --preset mini"):
-        train.main(flags(home, tmp_path / "run", preset="flux-fill"))
-
-
 def test_failed_start_is_no_run(unbroken, plain, home, tmp_path, monkeypatch):
     """A mistake that is found late leaves nothing behind that would refuse the right command."""
     adapter = unbroken / "lora.safetensors"
@@ -386,38 +312,7 @@ def test_failed_start_is_no_run(unbroken, plain, home, tmp_path, monkeypatch):
             train.main(flags(home, tmp_path / "run", rank=rank))
 
 
-# --- every weight ---
-
-
-def test_rank_0(home, tmp_path, capsys):
-    """With rank 0 the MMDiT itself is trained, and RUN/weights is a folder that sample.py takes;
-    there is no adapter to export."""
-    change = dict(rank=0, mesh=1, batch=2, steps=1)
-    assert train.main(flags(home, tmp_path / "run", **change)) == 0
-    argv = [tmp_path / "run/checkpoints/1", "--to", "kohya", "--out", tmp_path / "a.safetensors"]
-    assert ports.main(["lora", *map(str, argv)]) == 2
-    assert "trains every weight; it has no adapter" in capsys.readouterr().err
-    before, after = home / "weights", tmp_path / "run/weights"
-    for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
-        assert changed(before / part, after / part) == (part == "transformer"), part
-    assert paint(home, tmp_path / "a", folder=before) != paint(home, tmp_path / "b", folder=after)
-
-
-@pytest.mark.slow
-def test_from_scratch(home, tmp_path, monkeypatch):
-    """From scratch the MMDiT and both text encoders are random and trained; the VAE is given."""
-    monkeypatch.setitem(PRESETS, "mini", tiny.TINY)
-    change = dict(rank=0, mesh=1, batch=2, steps=1)
-    assert train.main(flags(home, tmp_path / "run", **change) + ["--from-scratch"]) == 0
-    after = tmp_path / "run/weights"
-    for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
-        assert changed(home / "weights" / part, after / part) == (part != "vae"), part
-    paint(home, tmp_path / "a", folder=after)
-
-
-def changed(before, after):
-    """Whether two folders of a model hold other arrays; bfloat16, as which they are written."""
-    (old,), (new,) = (list(folder.glob("*.safetensors")) for folder in (before, after))
-    old, new = weights.engine.SafetensorsFile(old), weights.engine.SafetensorsFile(new)
-    assert old.header.keys() == new.header.keys()
-    return any((old.read(key).astype("bfloat16") != new.read(key)).any() for key in old.header)
+def test_preset_of_the_weights(home, tmp_path):
+    """Weights that name another preset than the command are refused: its recipe is not theirs."""
+    with pytest.raises(UserError, match="its preset is mini; add --preset mini"):
+        train.main(flags(home, tmp_path / "run", preset="flux-fill"))

@@ -1,17 +1,17 @@
-"""Laws of sample.py and of the Painter behind it: what is written, and what a picture depends on.
+"""Laws of sample.py: what is written, and what a picture depends on.
 
 Tiny random models paint; the last test is of the shipped ones.
 """
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny
+from paintspecs import BLANK, PARTLY, POODLE, ROCKET, SMALL, TOKENS, names, pixels
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -19,37 +19,15 @@ import sample
 from vcloze_jax.config import UserError
 from vcloze_jax.data.graph import NODES
 from vcloze_jax.data.graphemoji import read_nodes
-from vcloze_jax.devices import cpu_mesh
+from vcloze_jax.inputs.measures import rmse
 from vcloze_jax.inputs.specfiles import read_specs
-from vcloze_jax.model.mmdit import Flux
-from vcloze_jax.pipeline import load_painter
-from vcloze_jax.programs import spent
-from vcloze_jax.storage import adapters, weights
 
 ROOT = Path(__file__).parents[1]
-PICTURES = ROOT / "examples/pictures"
-POODLE, ROCKET = (
-    [f"{PICTURES}/{name}_{view}.png" for view in ("fluent_flat", "fluent_3d")]
-    for name in ("poodle", "rocket")
-)
-HALF = {"image": ROCKET[1], "mask": f"{PICTURES}/right_half.png"}
-TOKENS = 16  # of a grid of two rows of two cells of 32 x 32
-
-# What is asked of most tests: an example, and a query with its target blank or half blank.
-BLANK = {"image": [POODLE, [ROCKET[0], None]]}
-PARTLY = {"image": [POODLE, [None, HALF]], "task_prompt": "Draw.", "seed": 7}
-SMALL = {"resolution": 32, "num_inference_steps": 2}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny.weights_folder(tmp_path_factory.mktemp("weights") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def painters(folder):
-    """Painters of the same models on 1 and on 8 devices."""
-    return {size: load_painter(folder, None, str(size)) for size in (1, 8)}
 
 
 @pytest.fixture
@@ -66,20 +44,6 @@ def run(folder, tmp_path):
         return tmp_path / out
 
     return run
-
-
-def jobs(tmp_path, *specs):
-    """Specs as the Painter takes them."""
-    (tmp_path / "jobs.json").write_text(json.dumps([SMALL | spec for spec in specs]))
-    return read_specs([tmp_path / "jobs.json"], tiny.TINY)
-
-
-def pixels(file):
-    return np.asarray(Image.open(file))
-
-
-def names(out):
-    return sorted(file.name for file in out.iterdir()) if out.exists() else []
 
 
 # --- what is written ---
@@ -167,6 +131,23 @@ def test_wrong_flags(run, flags, message):
         run({"fox": BLANK, "owl": BLANK}, "out", *flags.split())
 
 
+def test_dial(run):
+    """The dial's numbers are those of the changed specs, as of another seed, painted by itself.
+    It changes no picture, and the record is otherwise the same."""
+    two = {"image": [POODLE, ROCKET, [POODLE[0], None]], "seed": 7}
+    plain, dialled = run({"fox": two}), run({"fox": two}, "dialled", "--dial")
+    was, same = (pixels(out / "fox_target0.png") for out in (plain, dialled))
+    assert np.array_equal(was, same)
+    record, other = (json.loads((out / "fox.json").read_text()) for out in (dialled, plain))
+    moves = record.pop("dial")
+    assert record.keys() == other.keys() and record["spec"] == other["spec"]
+    ways = "in reverse order", "without example 1", "without example 2", "without examples"
+    assert [*moves] == [*ways, "seed 8", "seed 9", "seed 10"]
+    out = run({"fox": two | {"seed": 8}}, "other")
+    moved = rmse(pixels(out / "fox_target0.png") / 255, was / 255)
+    assert moves["seed 8"] == pytest.approx(moved, abs=1e-3) and moved > 0
+
+
 def test_boxes(run):
     """The boxes are where the cells lie in the sheet: given cells are the resized inputs,
     painted ones the targets; all else is white but for the marks in the gutters."""
@@ -247,81 +228,6 @@ def test_latents(run, tmp_path):
     out = run({name: BLANK | change for name, change in specs.items()})
     sheets = [(out / f"{name}.png").read_bytes() for name in specs]
     assert sheets[0] == sheets[1] != sheets[2]
-
-
-def test_alone_is_in_a_batch(painters, tmp_path, monkeypatch):
-    """A grid's latents do not depend on who is painted beside it, nor on padding: 1e-5 of their
-    size, since sums of another length are ordered otherwise."""
-    small = {"image": [[POODLE[0], None]]}  # half the tokens: padded beside the others
-    batch = jobs(tmp_path, BLANK, PARTLY, BLANK | {"guidance_scale": 3}, small)
-    painter = painters[1]
-    with monkeypatch.context() as patch:
-        patch.setattr("vcloze_jax.painter.bucket", lambda tokens, resolution: 2 * TOKENS)
-        together = painter(batch)
-    for one, painted in zip(batch, together, strict=True):
-        (alone,) = painter([one])
-        assert alone.latents.shape == painted.latents.shape == (one.grid.tokens, 64)
-        assert tiny.relative(painted.latents, alone.latents) < 1e-5
-
-
-def test_split_evenly(painters, tmp_path, monkeypatch):
-    """A group larger than a batch is split into batches of one size, filled with copies that are
-    dropped: five grids, at most two at once, are one program, and each is what it is alone."""
-    painter = painters[1]
-    batch = jobs(tmp_path, *(BLANK | {"seed": seed} for seed in range(5)))
-    alone = [painter([one])[0] for one in batch]
-    monkeypatch.setattr("vcloze_jax.painter.BATCH_TOKENS", 4 * TOKENS)
-    labels, before = [], spent["programs"]
-    together = painter(batch, lambda steps, label: labels.append(label) or steps)
-    assert labels == [f"{n} x {2 * TOKENS} tokens" for n in (2, 2, 1)]
-    assert spent["programs"] - before <= 3  # a batch of two: modulations, those of a step, the step
-    for one, painted in zip(alone, together, strict=True):
-        assert tiny.relative(painted.latents, one.latents) < 1e-5
-
-
-def test_mesh(painters, tmp_path):
-    """Eight devices paint what one paints: 1e-5, since sums are ordered otherwise."""
-    batch = jobs(tmp_path, BLANK, PARTLY, BLANK | {"seed": 5})
-    for one, eight in zip(painters[1](batch), painters[8](batch), strict=True):
-        assert tiny.relative(eight.latents, one.latents) < 1e-5
-
-
-@pytest.mark.parametrize("mesh", ["1", "2"])
-def test_offload(folder, tmp_path, mesh):
-    """Where the MMDiT's blocks wait in host memory, adapter and all, the picture is the same."""
-    lora = tmp_path / "lora.safetensors"
-    ranked = replace(tiny.TINY.flux, rank=4)
-    adapters.save(lora, tiny.filled(weights.abstract(Flux, ranked)[1]))
-    one, other = (load_painter(folder, [str(lora)], mesh, offload) for offload in (False, True))
-    specs = jobs(tmp_path, BLANK)
-    assert np.array_equal(*(painter(specs)[0].pixels for painter in (one, other)))
-    blocks = other.models.flux.double, other.models.flux.single
-    assert {x.sharding.memory_kind for x in jax.tree.leaves(blocks)} == {"pinned_host"}
-    assert jax.tree.leaves(other.models.flux.final)[0].sharding.memory_kind == "device"
-
-
-def test_offload_needs_the_cpu(monkeypatch):
-    """It is there unless the environment keeps it out: said in a line."""
-    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    monkeypatch.setattr(jax, "devices", lambda *_: (_ for _ in ()).throw(RuntimeError))
-    with pytest.raises(UserError, match="JAX_PLATFORMS=cuda: --offload needs the CPU, too"):
-        cpu_mesh()
-
-
-def test_compiles(painters, tmp_path):
-    """Grids of the same bucket and rows share their programs; another number of steps costs no
-    more than its modulations."""
-    painter = painters[1]
-    painter(jobs(tmp_path, BLANK | {"content_prompt": f"{tmp_path}"}))  # which nothing remembers
-    before = spent["programs"]
-    painter(
-        jobs(
-            tmp_path, BLANK | {"seed": 5, "guidance_scale": 2, "content_prompt": f"{tmp_path} owl"}
-        )
-    )
-    assert spent["programs"] == before
-    painter(jobs(tmp_path, BLANK | {"num_inference_steps": 3}))
-    assert spent["programs"] - before <= 2  # the modulations, and those of a step
 
 
 # --- never a black picture, never a picture of wrong inputs ---

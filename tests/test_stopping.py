@@ -1,6 +1,8 @@
-"""Laws of signals: whenever they come, a command ends at once, rightly, and loses nothing."""
+"""Laws of ends: whenever a signal comes or a save fails, a command ends rightly, losing nothing."""
 
+import errno
 import json
+import os
 import random
 import signal
 import subprocess
@@ -11,9 +13,18 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from runs import ROOT, assert_same_run, assert_same_training, flags, make_home, metrics
+from runs import (
+    ROOT,
+    assert_same_run,
+    assert_same_training,
+    flags,
+    make_home,
+    metrics,
+)
+from safetensors import safe_open
 
 import train
+from vcloze_jax.config import UserError
 from vcloze_jax.inputs.signals import SIGNALS
 from vcloze_jax.storage import checkpoint
 
@@ -198,3 +209,20 @@ def test_signals_to_sample(home, tmp_path):
         assert_stopped(command, number, finished=[0])
         for file in out.glob("*.png"):
             Image.open(file).load()
+
+
+def test_a_save_that_fails_ends_the_run(home, tmp_path, monkeypatch):
+    """What goes wrong in a save that a run does not wait for ends it, at the latest where it saves
+    again; the step before stays, with the adapter that was learnt until then."""
+    out, check = tmp_path / "run", checkpoint.digests.check_files
+
+    def check_files(path):
+        if path.name == "4.tmp":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return check(path)
+
+    monkeypatch.setattr(checkpoint.digests, "check_files", check_files)
+    with pytest.raises(UserError, match="step 4 cannot be saved: No space left .*free some space"):
+        train.main(flags(home, out, steps=60))
+    assert os.listdir(out / "checkpoints") == ["2"] and len(metrics(out)) < 8
+    assert safe_open(out / "lora.safetensors", "numpy").metadata()["step"] == "2"

@@ -44,6 +44,20 @@ def test_photographs(name):
         assert sentence.endswith(" and does not do photographs well")
 
 
+@pytest.mark.parametrize(
+    "colour, is_told", [((20, 30, 90), True), ("black", False), ("white", False)]
+)
+def test_grounds(colour, is_told):
+    """A column of pictures on a colour is told, also where the other is an icon on white; one on
+    black or white is not."""
+    icon = Image.open(ROOT / "examples/pictures/rocket_fluent_3d.png").convert("RGB")
+    other = Image.new("RGB", (64, 64), colour)
+    other.paste(icon.resize((32, 32)), (16, 16))
+    sentence = describe_unlike_mini(read_spec({"image": [[icon, other], [icon, None]]}, MINI))
+    assert sentence.endswith("does not do grounds of other colours well") == is_told
+    assert bool(sentence) == is_told
+
+
 def test_all_at_once():
     """Size and second pass are told, too, all in one sentence."""
     icon = Image.open(ROOT / "examples/pictures/poodle_fluent_3d.png")

@@ -7,12 +7,13 @@ It needs pip install '.[demo]': Gradio, with which the authors' own demo is made
 lies in --out, with its pictures, its film and its record, which the page and sample.py open again.
 """
 
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs import cli, prompts
-from vcloze_jax.inputs.pictures import check_writable, open_picture
+from vcloze_jax.inputs.pictures import check_writable, decode_picture, open_picture
 from vcloze_jax.inputs.sheet import MARK
 from vcloze_jax.inputs.specfiles import IMAGES, output_names
 from vcloze_jax.inputs.tasks import list_tasks
@@ -43,17 +44,20 @@ class Page:
 
     def lay_out_grid(self):
         """All cells that a grid may have, those of one example and a query to be seen."""
-        gr, self.cells = self.gr, {}
-        # What is dropped is read by ours, not by Gradio, which paints black what is clear.
-        how = dict(type="filepath", image_mode=None, sources=["upload", "clipboard"], format="png")
+        gr = self.gr
+        self.cells = {}
+        self.examples = []
+        # What is dropped is read by ours, not by Gradio, which paints black what is clear, and has
+        # no line for what is no picture. A subclass would have it write a file beside this one.
+        gr.Image.preprocess = lambda _, dropped: dropped and dropped.path
+        how = dict(sources=["upload", "clipboard"], format="png")
         for r in range(MOST):
-            with gr.Row():
+            with gr.Row(visible=r < 1) as row:
+                self.examples.append(row)
                 for c in range(MOST):
-                    name, here = f"example {r + 1}, column {c + 1}", r < 1 and c < 2
-                    cell = gr.Image(
-                        label=name, height=170, visible=here, elem_id=f"cell_{r}_{c}", **how
-                    )
-                    self.cells[r, c] = cell
+                    name, id = f"example {r + 1}, column {c + 1}", f"cell_{r}_{c}"
+                    seen = dict(height=170, visible=c < 2, elem_id=id)
+                    self.cells[r, c] = gr.Image(label=name, **seen, **how)
         brush = gr.Brush(colors=[f"rgb{MARK}"], color_mode="fixed", default_size=12)
         how |= dict(type="pil", image_mode="RGBA", brush=brush, transforms=(), layers=False)
         with gr.Row():
@@ -107,9 +111,14 @@ class Page:
     def connect(self):
         """Say which component does what."""
         cells, fields = self.cells.values(), self.fields.values()
-        laid = [self.shape, *cells, *self.shows]
+        laid = [self.shape, *self.examples, *cells, *self.shows]
         for button, step in self.steps.items():
-            button.click(lambda shape, by=step: self.change_shape(shape, by), self.shape, laid)
+            change = partial(self.change_shape, by=step)
+            button.click(change, self.shape, laid, show_progress="hidden")
+        for (r, _), cell in self.cells.items():
+            if r < MOST:  # in the others the browser takes no file that it cannot read
+                look = partial(self.look_at, cell)
+                cell.upload(look, cell, [cell, self.told])
         for box in self.shows:
             box.change(self.say_task, [self.shape, *self.shows], self.words["task_prompt"])
         self.task.change(self.name_task, self.task, self.words["task_prompt"])
@@ -124,13 +133,21 @@ class Page:
 
     def show_shape(self, rows, columns):
         """Show the cells of a grid of so many rows, the query's included, and hide the others."""
-        seen = {(r, c): c < columns and (r == MOST or r < rows - 1) for r, c in self.cells}
         update = self.gr.update
         return {
             self.shape: (rows, columns),
-            **{cell: update(visible=seen[at]) for at, cell in self.cells.items()},
+            **{row: update(visible=r < rows - 1) for r, row in enumerate(self.examples)},
+            **{cell: update(visible=c < columns) for (_, c), cell in self.cells.items()},
             **{box: update(visible=c < columns) for c, box in enumerate(self.shows)},
         }
+
+    def look_at(self, cell, file):
+        """Take a file back out of a cell if it is no picture, and say why."""
+        try:
+            decode_picture(Path(file).read_bytes(), repr(Path(file).name))
+        except UserError as error:
+            return {cell: None, self.told: f"error: {cell.label}: {error}"}
+        return {self.told: ""}
 
     def say_task(self, shape, *phrases):
         """The task's sentence, once every column has a phrase."""
@@ -153,17 +170,22 @@ class Page:
         yield {self.told: "painting; at first the model is read and compiled", self.kept: None}
         try:
             for painted in self.studio.paint(grid, table, adapters):
-                sheets = [(getattr(sheet, "grid", sheet), name) for name, sheet in painted.items()]
-                yield {self.shown: sheets}
+                live = [(x, name) for name, x in painted.items() if isinstance(x, str)]
+                if live:
+                    yield {self.shown: live}
         except (UserError, FloatingPointError, OSError) as error:
             yield {self.told: f"error: {error}"}
             return
-        remarks = [remark for painting in painted.values() for remark in painting.remarks]
-        files = []
+        told, kept, shown = ["done"], [], []
         for name, painting in painted.items():
-            files += output_names(name, len(painting.images), film=True)
-        kept = [str(self.studio.out / file) for file in files]
-        yield {self.told: "\n".join(["done", *dict.fromkeys(remarks)]), self.kept: kept}
+            told += [painting.record["adapters"]] * bool(adapters) + painting.remarks
+            names = output_names(name, len(painting.images), film=True)
+            files = [str(self.studio.out / file) for file in names]
+            kept += files
+            sheet, *_, film, _ = zip(files, names, strict=True)
+            shown += [sheet, film]
+        said = "\n".join(dict.fromkeys(told))
+        yield {self.told: said, self.kept: kept, self.shown: shown}
 
     def open(self, file):
         """Lay out the grid of a record, or of a spec."""
@@ -174,7 +196,8 @@ class Page:
         if len(examples) > MOST or len(query) > MOST:
             most = f"{MOST} rows of examples and {MOST} columns"
             return {self.told: f"error: {Path(file).name}: more than {most}; use sample.py"}
-        update, laid = self.gr.update, self.show_shape(len(examples) + 1, len(query))
+        update = self.gr.update
+        laid = self.show_shape(len(examples) + 1, len(query))
         # As pictures: of files Gradio shows only those in folders that it was told of.
         examples = [[open_picture(file) for file in row] for row in examples]
         for r, row in [*enumerate(examples), (MOST, query)]:
@@ -191,8 +214,10 @@ def whole(value):
 def main(argv):
     parser = cli.Parser(__doc__)
     cli.add_model_flags(parser)
-    parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR")
-    parser.add_argument("--port", type=cli.positive_int, default=7860, help="on this machine alone")
+    add = parser.add_argument
+    add("--offload", action="store_true", help="slower; FLUX paints on 24 GB")
+    add("--out", type=Path, default=Path("outputs"), metavar="DIR")
+    add("--port", type=cli.positive_int, default=7860, help="on this machine alone")
     args = parser.parse_args(argv)
     if find_spec("gradio") is None:
         raise UserError("the page is made with Gradio: pip install 'vcloze-jax[demo]', please")
@@ -201,7 +226,7 @@ def main(argv):
 
     from vcloze_jax.studio import Studio  # JAX from here on
 
-    studio = Studio(cli.fetch_weights(args), args.lora, args.mesh, out)
+    studio = Studio(cli.fetch_weights(args), args.lora, args.mesh, out, args.offload)
     print(studio.pipeline.summary())
     page = Page(studio).blocks
     print(f"http://{LOCAL}:{args.port}")

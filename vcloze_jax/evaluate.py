@@ -104,7 +104,9 @@ def ask(source, task, shown, setting, subject):
 
 def measure(painter, source, task, subjects, steps, progress):
     """One task in all settings -> (row of the table, painted cells by setting)."""
-    asked, cells, row = truth(source, task.target, subjects), {}, {"settings": {}, "wrong": {}}
+    asked = truth(source, task.target, subjects)
+    cells = {}
+    row = {"settings": {}, "wrong": {}}
     others = other_tasks(source, task, subjects)
     for setting in SETTINGS:
         shown = others.get(setting.wrong, task)
@@ -141,7 +143,8 @@ def reconstruct(painter, rows):
 
 def scores(source, task, subjects, out):
     """Means of all measures over cells [N, 64, 64, 3] that were painted of a task."""
-    asked, everyone = truth(source, task.target, subjects), np.arange(len(source.names))
+    asked = truth(source, task.target, subjects)
+    everyone = np.arange(len(source.names))
     others = truth(source, task.target, everyone)[None]  # 1 128 64 64 3
     nodes = source.pictures[subjects].astype(np.float32) / 255  # N 17 64 64 3
     values = {

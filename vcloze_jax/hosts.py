@@ -94,7 +94,8 @@ def tell_all(text):
     that a thread may ask while devices are at work; it is answered by threads of its name."""
     if jax.process_count() == 1:
         return [text]
-    store, thread = distributed.global_state.client, threading.current_thread().name
+    store = distributed.global_state.client
+    thread = threading.current_thread().name
     ASKED[thread] += 1
     key = f"vcloze_jax/{thread}/{ASKED[thread]}"
     store.key_value_set(f"{key}/{jax.process_index()}", text[:LONGEST])

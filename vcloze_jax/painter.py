@@ -102,7 +102,7 @@ class Painter:
             self.encode(canvas)
         for size, members, copies in self.batches(canvases):
             label = f"{len(members)} x {size} tokens"
-            label += ", upsampling" if members[0].spec.strength else ""
+            label += ", upsampling" if members[0].spec.strength is not None else ""
             steps = progress(range(len(members[0].times) - 1), label)
             self.denoise(members, copies, size, steps, watch)
 

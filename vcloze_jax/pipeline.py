@@ -9,7 +9,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from typing import Never
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from vcloze_jax import __version__
 from vcloze_jax.config import UserError
 from vcloze_jax.devices import kernel_on, make_mesh, parse_mesh
+from vcloze_jax.dial import measure_moves
 from vcloze_jax.film import Step, tell_steps
 from vcloze_jax.grid import Spec, bucket
 from vcloze_jax.hosts import is_first, pick_share
@@ -32,7 +33,7 @@ from vcloze_jax.inputs.spec import read_spec
 from vcloze_jax.inputs.specfiles import check_picked, output_names, read_specs
 from vcloze_jax.inputs.world import describe_unlike_mini
 from vcloze_jax.painter import Canvas, Painter
-from vcloze_jax.programs import spent, timed
+from vcloze_jax.programs import tally, timed
 from vcloze_jax.storage import adapters, places, weights
 from vcloze_jax.storage.models import LazyModels
 
@@ -46,6 +47,7 @@ class Painting:
     canvas: Canvas
     painter: Painter
     is_ours: bool  # of several hosts, which all painted it, one decodes and writes it
+    moves: dict | None = None  # {change: RMSE to what was painted without it}, if asked for
 
     def decode(self):
         """Decode its pictures now. Raises FloatingPointError."""
@@ -69,7 +71,8 @@ class Painting:
     @property
     def record(self) -> dict:
         """The spec as resolved, prompt, sizes, boxes, tokens, seconds by part, versions."""
-        return describe(self.canvas, self.painter)
+        moves = {} if self.moves is None else {"dial": self.moves}
+        return describe(self.canvas, self.painter) | moves
 
     @property
     def dropped(self):
@@ -179,19 +182,27 @@ class Pipeline:
         *,
         progress: bool = False,
         on_step: Callable[[Step], None] | None = None,
+        dial: bool = False,
     ) -> list[Painting]:
         """Paint specs as batches, in order. Each is a Spec, what a spec's file would hold (where
         cells may be pictures, too), or the path of a file of specs or of a record; those that ask
-        for several pictures give as many paintings. Raises as a call does."""
+        for several pictures give as many paintings. The `dial` paints each again with its examples
+        in another order, one left out or all, and from other noises: how far it moves is in its
+        record. Raises as a call does."""
         found = []
         for spec in specs:
             read = isinstance(spec, Spec)
             found += [spec] if read else read_specs([spec], self.painter.preset)
         hooks = (steps_bar,) if progress else ()
         watch = tell_steps(on_step, self.painter) if on_step else None
-        canvases = paint_by_adapter(self.painter, found, *hooks, watch=watch)
+        paint = partial(paint_by_adapter, self.painter)
+        canvases = paint(found, *hooks, watch=watch)
         ours = pick_share(range(len(canvases)))
-        paintings = [Painting(c, self.painter, i in ours) for i, c in enumerate(canvases)]
+        moves = measure_moves(paint, canvases, *hooks) if dial else [None] * len(canvases)
+        paintings = [
+            Painting(canvas, self.painter, i in ours, moved)
+            for i, (canvas, moved) in enumerate(zip(canvases, moves, strict=True))
+        ]
         for i in ours:
             paintings[i].decode()
         return paintings
@@ -248,7 +259,10 @@ def paint_by_adapter(painter, specs, *hooks, watch=None):
 
 def describe(canvas, painter):
     """All that made a picture, as JSON."""
-    spec, grid, preset, models = canvas.spec, canvas.spec.grid, painter.preset, painter.models
+    spec = canvas.spec
+    grid = spec.grid
+    preset = painter.preset
+    models = painter.models
     is_mini = models.folder == places.MINI_FOLDER
     record = {
         "spec": spec.resolved,
@@ -256,7 +270,7 @@ def describe(canvas, painter):
         "sizes": [[width // grid.columns, height] for height, width in grid.shape],
         "boxes": cell_boxes(grid),
         **describe_pass(canvas, preset),
-        "compiles": spent["compiled"],
+        "compiles": tally["compiled"],
         "attention": kernel_on(painter.mesh, preset),
         "weights": str(models.folder),
         "adapters": places.describe_adapters(models.folder, models.bank[picked_adapter(spec)]),

@@ -128,7 +128,9 @@ def training(preset, data, mesh, device=None):
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     preset, settings = preset.learning, preset.recipe
     shape = max(data.shapes(), key=lambda shape: shape.tokens)
-    rows, tokens, grids = shape.sizes, shape.tokens, micro_size(settings, mesh) // shards
+    rows = shape.sizes
+    tokens = shape.tokens
+    grids = micro_size(settings, mesh) // shards
     encoded = Counter((*rows, rows[-1]))  # the query a second time, blanked
     _, total = gradient_flops(preset, tokens)
     # A gradient of all weights takes twice the work of what it is the gradient of.
@@ -177,7 +179,8 @@ def offloaded_on_device(preset, mesh, dtype):
 
 def on_device(tree, mesh, root, dtype):
     """Bytes of a tree of shapes on one device of the mesh."""
-    leaves, layout = jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, mesh, f"{root}/"))
+    leaves = jax.tree.leaves(tree)
+    layout = jax.tree.leaves(shardings(tree, mesh, f"{root}/"))
     counts = (math.prod(s.shard_shape(x.shape)) for x, s in zip(leaves, layout, strict=True))
     return sum(counts) * jnp.dtype(dtype).itemsize
 

@@ -20,11 +20,13 @@ from vcloze_jax.inputs.runfolder import Log
 from vcloze_jax.inputs.sheet import compose_columns, stack_sheets
 from vcloze_jax.inputs.signals import Stop
 from vcloze_jax.inputs.specfiles import write_spec
+from vcloze_jax.inputs.world import describe_unlike_mini
 from vcloze_jax.painter import Painter
-from vcloze_jax.programs import spent
+from vcloze_jax.programs import tally
 from vcloze_jax.step import merge_models
 from vcloze_jax.storage import checkpoint
 from vcloze_jax.storage.models import ready_export
+from vcloze_jax.storage.places import MINI_FOLDER
 from vcloze_jax.storage.textreader import TextMemory, TextReader
 from vcloze_jax.validation import Validation
 from vcloze_jax.watchers import Profile, tell_tensorboard
@@ -94,8 +96,11 @@ class RunWriter:
             self.preview()
         else:
             self.rehearse()
+        if self.folder == MINI_FOLDER:
+            for sentence in filter(None, dict.fromkeys(map(describe_unlike_mini, self.specs))):
+                print(f"warning: {sentence}")
         print(
-            f"{spent['programs']} programs in {spent['seconds']:.0f} s; a micro-batch takes "
+            f"{tally['programs']} programs in {tally['seconds']:.0f} s; a micro-batch takes "
             f"{plan.si(largest, 'B')} beside weights and state"
         )
         self.ending.enter_context(self.stop)
@@ -103,7 +108,7 @@ class RunWriter:
     def write(self, sent, seconds):
         """The metrics of a step, into the log, the bar, and to whoever listens to JAX."""
         if self.first is None:
-            self.first, self.programs = sent.step, spent["programs"]
+            self.first, self.programs = sent.step, tally["programs"]
         if not self.run.writes:
             return
         speed = self.measure([tokens for _, tokens in sent.shapes], seconds)
@@ -184,7 +189,7 @@ class RunWriter:
         """Say how the run ended -> the exit code."""
         recipe, step = self.trainer.recipe, self.trainer.step
         if self.first:
-            count = spent["programs"] - self.programs
+            count = tally["programs"] - self.programs
             print(f"programs compiled after step {self.first}: {count or 'none'}")
         if step < recipe.steps:
             print(f"{self.run.path}: stopped at step {step}, saved; the same command resumes")

@@ -2,9 +2,12 @@
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
@@ -21,8 +24,9 @@ from vcloze_jax.storage.places import file_and_scale
 class Studio:
     """Paints grids with one model, whose adapters may be changed, into the folder `out`."""
 
-    def __init__(self, weights, lora, mesh, out):
-        self.weights, self.mesh, self.out, self.pipeline = weights, mesh, out, None
+    def __init__(self, weights, lora, mesh, out, offload=False):
+        self.weights, self.mesh, self.offload = weights, mesh, offload
+        self.out, self.pipeline = out, None
         self.worker = ThreadPoolExecutor(1)  # one grid at a time
         self.marked = {}  # bytes of a picture with its mask drawn in: the cell that it shows
         self.load([f"{file}:{scale:g}" for file, scale in lora or []])
@@ -31,28 +35,37 @@ class Studio:
         """Make the pipeline of these adapters, FILE or FILE:SCALE, unless it is the one at hand."""
         if self.pipeline is None or adapters != self.adapters:
             pairs = [file_and_scale(adapter) for adapter in adapters]
-            self.pipeline = Pipeline.load(self.weights, pairs, self.mesh)
+            self.pipeline = Pipeline.load(self.weights, pairs, self.mesh, self.offload)
             self.adapters, self.preset = adapters, self.pipeline.painter.preset
 
     def paint(self, rows, table, adapters):
-        """Paint a grid; yields {name: sheet} as often as it changes, and last {name: Painting}.
+        """Paint a grid; yields {name: file of a sheet} as often as it changes, and last
+        {name: Painting}.
 
         `rows` holds cells as `save_cell` takes them, `table` the other keys of a spec. Raises
         UserError and FloatingPointError as sample.py does.
         """
-        frames, sheets = SimpleQueue(), {}
-        job = self.worker.submit(self.run, rows, table, adapters, frames.put)
-        while not (job.done() and frames.empty()):
-            try:
-                sheets |= frames.get(timeout=0.1)
-            except Empty:
-                continue
-            if frames.empty():  # a browser that is slower than the steps sees the last of them
-                yield sheets
+        frames, sheets, numbers = SimpleQueue(), {}, count()
+        with TemporaryDirectory() as folder:
+
+            def tell(name, sheet):  # a file is written once: while it is sent it must not change
+                file = Path(folder, f"{next(numbers)}.png")
+                with suppress(FileNotFoundError):  # the browser has left, and the folder is gone
+                    sheet.save(file)
+                    frames.put({name: str(file)})
+
+            job = self.worker.submit(self.run, rows, table, adapters, tell)
+            while not (job.done() and frames.empty()):
+                try:
+                    sheets |= frames.get(timeout=0.1)
+                except Empty:
+                    continue
+                if frames.empty():  # a browser that is slower than the steps sees the last of them
+                    yield sheets
         yield job.result()
 
     def run(self, rows, table, adapters, tell):
-        """`paint`, in the thread that computes; `tell({name: sheet})` after each step."""
+        """`paint`, in the thread that computes; `tell(name, sheet)` after each step."""
         self.load(adapters)
         numbers = (n for n in range(10**6) if not (self.out / f"page{n}_inputs").exists())
         name = f"page{next(numbers)}"
@@ -69,7 +82,7 @@ class Studio:
             raise
         specs = [replace(spec, name=spec.name.replace("grid-0", name)) for spec in specs]
         film = Film(self.out)
-        watch = lambda step: tell({step.spec.name: film(step)})  # noqa: E731
+        watch = lambda step: tell(step.spec.name, film(step))  # noqa: E731
         painted = self.pipeline.paint(specs, on_step=watch)
         for spec, painting in zip(specs, painted, strict=True):
             painting.save(self.out, spec.name)
@@ -92,7 +105,8 @@ class Studio:
             return None
         if not isinstance(cell, dict):
             return shutil.copyfile(cell, f"{stem}{Path(cell).suffix}")
-        picture, strokes = cell["background"], [np.asarray(x)[..., 3] > 0 for x in cell["layers"]]
+        picture = cell["background"]
+        strokes = [np.asarray(x)[..., 3] > 0 for x in cell["layers"]]
         if picture is None or picture.mode == "RGBA" and not picture.getchannel("A").getbbox():
             return None
         if known := self.marked.get(picture.convert("RGB").tobytes()):

@@ -21,12 +21,12 @@ BOTH = (
 DOWN = (
     ("{i}/res/{j}/shortcut", "{i}.block.{j}.nin_shortcut",     "{i}.resnets.{j}.conv_shortcut"),
     ("{i}/res/{j}/{part}",   "{i}.block.{j}.{part}",           "{i}.resnets.{j}.{part}"),
-    ("{i}/sample",           "{i}.downsample.conv",            "{i}.downsamplers.0.conv"),
+    ("{i}/resize",           "{i}.downsample.conv",            "{i}.downsamplers.0.conv"),
 )
 UP = (
     ("{i}/res/{j}/shortcut", "{3-i}.block.{j}.nin_shortcut",   "{i}.resnets.{j}.conv_shortcut"),
     ("{i}/res/{j}/{part}",   "{3-i}.block.{j}.{part}",         "{i}.resnets.{j}.{part}"),
-    ("{i}/sample/conv",      "{3-i}.upsample.conv",            "{i}.upsamplers.0.conv"),
+    ("{i}/resize/conv",      "{3-i}.upsample.conv",            "{i}.upsamplers.0.conv"),
 )
 ROWS = (
     *nest_rows(("{side}/",       "{side}.",       "{side}."),              BOTH),

@@ -72,10 +72,12 @@ class ArrowItems:
         if column not in self.table.column_names:
             self.notes.append(f"no column {column}")
             return np.zeros(len(self), bool)
-        values, kind = self.table[column], self.table.schema.field(column).type
+        values = self.table[column]
+        kind = self.table.schema.field(column).type
         if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
             raise UserError(f"{self.folder}: column {column} holds {kind}, not encoded pictures")
-        there, inside = values.is_valid(), pc.struct_field(values, "bytes").is_valid()
+        there = values.is_valid()
+        inside = pc.struct_field(values, "bytes").is_valid()
         outside = pc.sum(pc.xor(there, inside)).as_py()
         if outside:
             raise UserError(

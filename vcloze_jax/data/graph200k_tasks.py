@@ -156,7 +156,8 @@ def draw_phrases(rng, nodes: tuple[str, ...]) -> list[str]:
 
 def describe_graph() -> str:
     """Nodes with their phrases, groups and lists with their shares: text for people."""
-    number, total = sum(map(len, PHRASES.values())), sum(weight for weight, _ in GROUPS.values())
+    number = sum(map(len, PHRASES.values()))
+    total = sum(weight for weight, _ in GROUPS.values())
     lines = [f"{len(PHRASES)} nodes, {number} phrases"]
     for name, phrases in PHRASES.items():
         lines.append(f"  {name:20} {KINDS[name]:12} {len(phrases):2}  {phrases[0]}")

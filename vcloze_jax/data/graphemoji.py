@@ -253,7 +253,8 @@ def open_tasks(task: str, recipe: Recipe) -> GraphEmojiGrids:
     except ValueError as error:
         raise UserError(f"--data {error}") from None
     draw_sample = partial(graph.draw_sample, recipe=recipe, tasks=tasks)
-    draw_shape, shapes = partial(graph.draw_shape, tasks=tasks), graph.list_shapes(tasks)
+    draw_shape = partial(graph.draw_shape, tasks=tasks)
+    shapes = graph.list_shapes(tasks)
     content = ", ".join(f"{task.name} {weight:.6g}" for task, weight in tasks.items())
     return GraphEmojiGrids("train", draw_shape, draw_sample, shapes, content=content)
 

@@ -61,6 +61,7 @@ SPELLINGS = {
         ("conditioning_image", "control_image", "edit_image"), ("text", "caption", "prompt")
     ),
 }
+FILE_NAME = re.compile("(^|_)file_names?$")  # how an imagefolder of `datasets` ends such keys
 MOST = 3  # conditions in one list
 PLACEHOLDER = re.compile(r"(<img>)?<\|image_(\d+)\|>(</img>)?")  # OmniGen's, of a column
 INSTRUCTION = prompts.EDITING_PREFIXES[1]
@@ -152,16 +153,29 @@ def read_line(table: dict) -> OwnSample:
             raise UserError(f"{key}: a picture as `datasets` writes it; write its path alone")
     if table and all(value and isinstance(value, dict) for value in table.values()):
         raise UserError(TABLE)  # by columns, as to_json writes it unless told otherwise
+    given, table = ", ".join(table) or "(none)", without_file_name(table)
     for target, spelling in SPELLINGS.items():
         columns = [key for key in spelling.conditions if key in table]
         if target in table and columns:
             return read_pair(table, columns, target, spelling)
     if "image" not in table or isinstance(table["image"], str):
-        raise UserError(f"keys {', '.join(table) or '(none)'}: {describe_spellings()}")
+        raise UserError(f"keys {given}: {describe_spellings()}")
     check_keys(table, KEYS)
     return OwnSample(
         table["image"], {key: read_key(table, key, None, check_text) for key in KEYS[1:]}
     )
+
+
+def without_file_name(table: dict) -> dict:
+    """A line with what it has under input_file_name under input, and file_name's under image, as
+    `datasets` calls them once they are opened. Raises UserError for two of one name."""
+    plain = {}
+    for key in table:
+        name = FILE_NAME.sub("", key) or "image"
+        if name in plain:
+            raise UserError(f"{key}: there is another {name!r}; keep one")
+        plain[name] = table[key]
+    return plain
 
 
 def describe_spellings() -> str:

@@ -243,14 +243,16 @@ def open_own(path: str, recipe: Recipe) -> OwnGrids:
     be learnt from."""
     samples = read_samples(Path(path))
     table, reasons = measure_samples(samples)
-    broken, usable = Broken(samples, reasons), np.flatnonzero(table[:, -1])
+    broken = Broken(samples, reasons)
+    usable = np.flatnonzero(table[:, -1])
     kinds = table[usable, 0]
     if (other := usable[kinds != kinds[0]]).size:
         raise UserError(
             f"{samples.name(other[0])}: grids and pairs are mixed ({samples.name(usable[0])} is of "
             "the other kind); keep them in two files"
         )
-    pairs, buckets = bool(kinds[0]), fill_buckets(table, recipe.resolution)
+    pairs = bool(kinds[0])
+    buckets = fill_buckets(table, recipe.resolution)
     for shape, members in buckets.items():
         if (tokens := shape.tokens * (max(ROWS) if pairs else 1)) > MAX_TOKENS:
             reason = f"a grid has {tokens} tokens of at most {MAX_TOKENS}; lower the resolution"

@@ -8,6 +8,7 @@ import hashlib
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from vcloze_jax.config import UserError
@@ -54,7 +55,7 @@ class FolderSamples(Sequence):
     def __init__(self, path: Path):
         self.path = self.folder = path
         with error_context(path):
-            check_texts(path)
+            check_lines(path)
             names, inside = find_sides(path)
             sides = [list_pictures(path, side, inside) for side in names]
             check_partners(names, sides)
@@ -65,6 +66,7 @@ class FolderSamples(Sequence):
                     "no pair in it: neither in/NAME.png and out/NAME.png nor NAME_in.png and "
                     f"NAME_out.png; {known}"
                 )
+            check_texts(path)
             self.pairs = [(name, *(side[name] for side in sides)) for name in sorted(sides[0])]
             check_astray(path, self.pairs)
         self.digest = hashlib.sha256(repr(self.pairs).encode()).hexdigest()
@@ -89,18 +91,26 @@ def read_samples(path: Path) -> LineSamples | FolderSamples:
     return FolderSamples(path) if path.is_dir() else LineSamples(path)
 
 
+def check_lines(folder: Path) -> None:
+    """Raise UserError for a file, anywhere in a folder, whose lines are its pairs: with texts that
+    would be lost, or by `datasets`' name, which says that no other names of them count."""
+    stems = {file.stem for file in walk_pictures(folder)}
+    for file in walk_all_files(folder):
+        if file.stem not in stems and next(pairs_of_lines(file), None):
+            texts = (any(pair.texts.values()) for pair in pairs_of_lines(file))
+            if file.name in TEXTS_OF_OTHERS or any(texts):
+                lost = f"{file.relative_to(folder)}: its texts are not read beside pairs"
+                raise UserError(f"{lost}; give that file as --data, or move it away")
+
+
 def check_texts(folder: Path) -> None:
     """Raise UserError for a file, anywhere in a folder, whose texts would be lost beside pairs."""
     stems = {file.stem for file in walk_pictures(folder)}
-    for place, names in walk_places(folder):
-        for name in names:
-            file, remedy = place / name, "put what it says of NAME into NAME.txt"
-            lines = file.suffix.lower() in LINES and file.stem not in stems
-            if lines and tells_pairs(file):
-                remedy = "give that file as --data"
-            elif name not in TEXTS_OF_OTHERS and not (lines and tells_names(file, stems)):
-                continue
+    for file in walk_all_files(folder):
+        lines = file.suffix.lower() in LINES and file.stem not in stems
+        if file.name in TEXTS_OF_OTHERS or (lines and tells_names(file, stems)):
             lost = f"{file.relative_to(folder)}: its texts are not read beside pairs"
+            remedy = "put what it says of NAME into NAME.txt"
             raise UserError(f"{lost}; {remedy}, or move it away")
 
 
@@ -120,13 +130,13 @@ def check_astray(folder: Path, pairs: list[tuple[str, str, str]]) -> None:
                 raise UserError(f"{lost}; put it beside its picture, or move it away")
 
 
-def tells_pairs(file: Path) -> bool:
-    """Whether a file is of pairs, the first of which has a text."""
-    try:
-        first = LineSamples(file)[0]
-    except (UserError, OSError):
-        return False
-    return first.phrases is not None and any(first.texts.values())
+def pairs_of_lines(file: Path) -> Iterator[OwnSample]:
+    """The pairs that a file's lines are, up to the first that is none."""
+    with suppress(UserError, OSError):
+        for sample in LineSamples(file) if file.suffix.lower() in LINES else ():
+            if sample.phrases is None:
+                return
+            yield sample
 
 
 def tells_names(file: Path, stems: set[str]) -> bool:
@@ -164,6 +174,9 @@ def describe_unpaired(folder: Path) -> str:
             return f"{(place / odd[0]).relative_to(folder)} is not read: {remedy}"
         if place != folder and find_sides(place)[1]:
             return f"give the folder in it that has both, {place}"
+    for file in walk_all_files(folder):
+        if file.name in TEXTS_OF_OTHERS or next(pairs_of_lines(file), None):
+            return f"if {file.relative_to(folder)} names its pairs, give that file as --data"
     return ""
 
 
@@ -206,8 +219,13 @@ def list_pictures(folder: Path, side: str, inside: bool) -> dict[str, str]:
 
 def walk_pictures(root: Path, suffixes=SUFFIXES) -> Iterator[Path]:
     """The pictures in a folder and those in it, in the order of their names."""
+    return (file for file in walk_all_files(root) if file.suffix.lower() in suffixes)
+
+
+def walk_all_files(root: Path) -> Iterator[Path]:
+    """All files in a folder and those in it."""
     for place, names in walk_places(root):
-        yield from (place / name for name in names if Path(name).suffix.lower() in suffixes)
+        yield from (place / name for name in names)
 
 
 def walk_places(root: Path) -> Iterator[tuple[Path, list[str]]]:

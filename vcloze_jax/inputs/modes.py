@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageOps
 
 from vcloze_jax.config import UserError
+from vcloze_jax.inputs.primaries import make_profile, read_cicp
 
 MAX_PIXELS = 2**26  # 8192 x 8192, 256 MiB as Pillow holds it
 PHOTOMETRIC, MIN_IS_WHITE = 262, 0  # a tag of TIFF, and what it says of an X-ray
@@ -45,11 +46,24 @@ def to_upright_rgb(picture: Image.Image, ground: str) -> Image.Image:
 
 
 def _to_display(picture: Image.Image) -> Image.Image:
-    """A PNG that says only how its levels grow with light (gAMA), as a renderer's linear one, as a
-    display shows it; as it is where they grow as sRGB's do, about as the root 2.2 of light."""
-    gamma = picture.info.pop("gamma", None)
-    known = {"icc_profile", "srgb"} & picture.info.keys() or picture.mode not in BANDS
-    if not gamma or known or abs(gamma * 2.2 - 1) < 0.1:
+    """A PNG that says by numbers how its levels grow with light and what its primaries are, as a
+    renderer's linear one, as a display shows it, with a profile of the primaries; as it is where
+    they grow as sRGB's do, about as the root 2.2 of light. Raises UserError for HDR."""
+    said = picture.info
+    gamma, corners = said.pop("gamma", None), said.pop("chromaticity", ())
+    if numbers := said.pop("cicp", ()):  # it holds before a profile
+        said.pop("icc_profile", None)
+        gamma, corners = read_cicp(numbers)
+    elif not gamma or {"icc_profile", "srgb"} & said.keys():
+        return picture
+    picture = _bend(picture, gamma)
+    with suppress(ValueError):  # of primaries that are none
+        picture.info["icc_profile"] = make_profile(corners)
+    return picture
+
+
+def _bend(picture: Image.Image, gamma: float) -> Image.Image:
+    if picture.mode not in BANDS or abs(gamma * 2.2 - 1) < 0.1:
         return picture
     light = (np.arange(256) / 255) ** (1 / gamma)
     bent = 1.055 * light ** (1 / 2.4) - 0.055

@@ -27,10 +27,9 @@ from vcloze_jax.inputs.checks import (
     shorten,
 )
 from vcloze_jax.inputs.modes import MAX_PIXELS, to_upright_rgb
+from vcloze_jax.inputs.pngchunks import find_cicp, strip_png
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-TURNS = b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"  # keywords of text that may turn a PNG
-LARGE = 2**20  # bytes of such text
 EXIF = {"exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow keeps what may turn a picture
 TURNED = 0x0112, range(5, 9)  # EXIF's orientation, and those that swap width and height
 STREAM = re.compile("/dev/(stdin|fd/)")
@@ -82,12 +81,16 @@ def open_picture(path: str | Path, ground: str = "white") -> Image.Image:
     with _decoding(repr(shorten(str(path))), path):
         try:
             return _decode(path, ground)
-        except Image.DecompressionBombError:
+        except (UserError, Image.DecompressionBombError):
             raise
         except Exception:
-            for turned in (True, False):
-                with suppress(Exception):
-                    return _decode(_strip_png(path, turned), ground)
+            for told in (True, False):
+                try:
+                    return _decode(strip_png(path, told), ground)
+                except UserError:
+                    raise
+                except Exception:
+                    continue
             raise
 
 
@@ -280,25 +283,6 @@ def _describe_unread(file: Path | io.BytesIO) -> str:
 
 def _decode(file: Path | io.BytesIO, ground: str) -> Image.Image:
     with Image.open(file, formats=FORMATS) as picture:
+        if picture.format == "PNG":
+            picture.info["cicp"] = find_cicp(picture.fp)
         return to_upright_rgb(picture, ground)
-
-
-def _strip_png(path: Path, turned: bool) -> io.BytesIO:
-    """A PNG with no more chunks than its pixels need, and, if `turned`, those that may turn it:
-    Pillow refuses the whole picture for text or a profile that is large or broken."""
-    with path.open("rb") as file:
-        kept = io.BytesIO()
-        kept.write(file.read(8))
-        if kept.getvalue() != b"\x89PNG\r\n\x1a\n":
-            raise ValueError("no PNG")
-        while len(head := file.read(8)) == 8 and kept.tell() < 8 * MAX_PIXELS:
-            size, kind = int.from_bytes(head[:4]) + 4, head[4:]  # with the checksum
-            if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
-                kept.write(head + file.read(size))
-            elif turned and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") and size < LARGE:
-                body = file.read(size)
-                kept.write(head + body if kind == b"eXIf" or body.startswith(TURNS) else b"")
-            else:
-                file.seek(size, os.SEEK_CUR)
-    kept.seek(0)
-    return kept

@@ -44,7 +44,8 @@ def compose(grid: Grid, painted: np.ndarray | None = None) -> np.ndarray:
 def compose_columns(title: str, grid: Grid, columns: dict[str, np.ndarray | None]) -> np.ndarray:
     """One grid several times side by side, labelled: {label: its query row as painted, or None for
     the truth}. uint8 [height, width, 3]."""
-    above, sheets = ((LABEL, 0), (0, 0), (0, 0)), [compose(grid, q) for q in columns.values()]
+    above = ((LABEL, 0), (0, 0), (0, 0))
+    sheets = [compose(grid, q) for q in columns.values()]
     sheet = Image.fromarray(np.hstack([np.pad(s, above, constant_values=255) for s in sheets]))
     draw, width = ImageDraw.Draw(sheet), sheet.width // len(columns)
     for i, label in enumerate(columns):

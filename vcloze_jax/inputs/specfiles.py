@@ -51,6 +51,7 @@ def parse_sampling(argv, description=""):
     add_spec_flags(parser)
     add("--out", type=expanded, default=Path("outputs"), metavar="DIR")
     add("--film", action="store_true", help="NAME_film.webp, too: all steps of a grid")
+    add("--dial", action="store_true", help="record how far examples and noise move it")
     add("--list-tasks", action="store_true", help='names for "task" in a spec')
     add("--check", action="store_true", help="validate everything, paint nothing")
     add("--offload", action="store_true", help="slower; FLUX paints on 24 GB")
@@ -195,7 +196,8 @@ def _write_cell(file, pixels, mask):
     """One cell as a spec in the folder above has it, its picture and what is masked in files."""
     if mask.all():
         return None
-    name, mask_file = f"{file.parent.name}/{file.name}", file.with_stem(f"{file.stem}_mask")
+    name = f"{file.parent.name}/{file.name}"
+    mask_file = file.with_stem(f"{file.stem}_mask")
     save_png(file, pixels)
     if not mask.any():
         return name

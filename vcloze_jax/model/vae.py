@@ -109,15 +109,15 @@ class Mid(nnx.Module):
 class Level(nnx.Module):
     """Residual blocks of one width, then the conv that halves or doubles the picture, if any."""
 
-    def __init__(self, in_channels, out_channels, layers, groups, sample, *, rngs):
+    def __init__(self, in_channels, out_channels, layers, groups, resize, *, rngs):
         widths = [in_channels] + [out_channels] * (layers - 1)
         self.res = nnx.List([ResBlock(w, out_channels, groups, rngs=rngs) for w in widths])
-        self.sample = sample(out_channels, out_channels, rngs=rngs) if sample else None
+        self.resize = resize(out_channels, out_channels, rngs=rngs) if resize else None
 
     def __call__(self, x):
         for block in self.res:
             x = block(x)
-        return x if self.sample is None else self.sample(x)
+        return x if self.resize is None else self.resize(x)
 
 
 class Encoder(nnx.Module):

@@ -133,7 +133,8 @@ def _complete(draft: Path, step: int, arrays: dict, written, export, keep: int) 
 def _frugal_context(arrays: dict) -> ocp.Context:
     """Settings of orbax with which a thread of its own copies some arrays at a time, for which they
     stay as they are; else it would copy all of them before it begins."""
-    context, sizes = ocp.Context(), [x.size * x.dtype.itemsize for x in arrays.values()]
+    context = ocp.Context()
+    sizes = [x.size * x.dtype.itemsize for x in arrays.values()]
     room = ROOM + 2 * max(sizes, default=0)  # it refuses what is larger than its limit
     context.memory.transfer_concurrent_bytes = context.memory.read_concurrent_bytes = room
     context.memory.is_prioritized_key_fn = lambda _: False

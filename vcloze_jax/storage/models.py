@@ -91,7 +91,8 @@ class LazyModels:
             source = weights.match_files(module, config, self.folder)[0]
             files.append(places.digest_files(source.path))
         mesh = dict(self.mesh.shape), self.mesh.devices.flat[0].device_kind
-        dtype, versions = compute_dtype(self.mesh), (__version__, jax.__version__)
+        dtype = compute_dtype(self.mesh)
+        versions = (__version__, jax.__version__)
         return repr((files, preset.t5, preset.clip, dtype, mesh, versions))
 
 
@@ -200,7 +201,8 @@ def draw_weights(name, preset, mesh):
         _, adapter, base = split(weights.MODULES[name](config, rngs=nnx.Rngs(params=key)))
         return adapter or base
 
-    config, number = getattr(preset, name), list(weights.MODULES).index(name)
+    config = getattr(preset, name)
+    number = list(weights.MODULES).index(name)
     key = jax.random.fold_in(purpose_key(preset.recipe.seed, "init"), number)
     layout = shardings(jax.eval_shape(draw, key), mesh, root=f"{name}/")
     return jax.jit(draw, out_shardings=layout)(key)

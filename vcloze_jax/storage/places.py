@@ -77,7 +77,8 @@ def download_weights(weights) -> Path:
 def find_snapshot(path):
     """The folder of the files in one of Hugging Face's cache: that of its main branch, or the only
     one. Raises UserError."""
-    main, snapshots = path / "refs" / "main", sorted((path / "snapshots").glob("[!.]*"))
+    main = path / "refs" / "main"
+    snapshots = sorted((path / "snapshots").glob("[!.]*"))
     if main.is_file() and (found := path / "snapshots" / main.read_text().strip()) in snapshots:
         return found
     if len(snapshots) == 1:

@@ -55,7 +55,8 @@ def load_preset(folder: Path) -> Preset:
 
 def read_text_length(folder, t5):
     """The T5Config that reads as many tokens as its tokenizer says, and no more than it did."""
-    file, limit = folder / "tokenizer_2" / "tokenizer_config.json", t5.max_length
+    file = folder / "tokenizer_2" / "tokenizer_config.json"
+    limit = t5.max_length
     entries = read_json(file) if file.is_file() else {}
     told = read_fields(file, entries, {"model_max_length": "max_length"}, t5)
     return replace(t5, max_length=min(told.get("max_length", limit), limit))

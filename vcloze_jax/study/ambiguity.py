@@ -38,7 +38,8 @@ MOVES = (
 
 def measure_ambiguity(lab):
     """Chapter of a Lab: a table, curves and a sheet for every task."""
-    asker, tasks = Asker(lab), parse_tasks(TASKS, QUICK_TASKS if lab.quick else None)
+    asker = Asker(lab)
+    tasks = parse_tasks(TASKS, QUICK_TASKS if lab.quick else None)
     results, sheets = {}, []
     for task in tasks:
         pictures = {

@@ -90,7 +90,8 @@ class Onlooker:
         self.look = jax.jit(partial(look, queries=queries))
 
     def __call__(self, canvases, i, latents):
-        to_mesh, flux = partial(spread, mesh=self.painter.mesh), self.painter.models.flux
+        to_mesh = partial(spread, mesh=self.painter.mesh)
+        flux = self.painter.models.flux
         if i == 0:
             batch = canvases + canvases[:1] * (len(latents) - len(canvases))
             begun = self.painter.stack(batch, latents.shape[1])

@@ -64,7 +64,8 @@ def draw_sets(asker, rng):
 def find_nearest(asker, task):
     """For each subject the numbers of the others whose conditions are nearest to its own by RMSE
     of their latents, the nearest last."""
-    painter, everyone = asker.lab.painter, np.arange(len(asker.source.names))
+    painter = asker.lab.painter
+    everyone = np.arange(len(asker.source.names))
     nodes = [to_levels(truth(asker.source, node, everyone)) for node in task.conditions]
     rows = np.concatenate(nodes, 2)  # N 64 conditions*64 3
     vae, encode = painter.models.vae, painter.encode_picture

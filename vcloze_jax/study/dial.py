@@ -39,7 +39,8 @@ def turn_dial(lab):
     grids, if it has any."""
     if lab.grids:
         return turn_own_dial(lab)
-    asker, tasks = Asker(lab), parse_tasks(TASKS, QUICK_TASKS if lab.quick else None)
+    asker = Asker(lab)
+    tasks = parse_tasks(TASKS, QUICK_TASKS if lab.quick else None)
     changes = [{"task": f"`{task.name}`"} | change_examples(asker, task) for task in tasks]
     asker.noises = QUICK_SEEDS if lab.quick else SEEDS
     seeds, figures = [], []

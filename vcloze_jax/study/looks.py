@@ -107,7 +107,8 @@ def pose_all(asker, shown, task):
     specs = []
     for seed in range(asker.noises * len(asker.subjects)):
         number = seed % len(asker.subjects)
-        examples, subject = asker.examples(len(shown))[number], asker.subjects[number]
+        examples = asker.examples(len(shown))[number]
+        subject = asker.subjects[number]
         grids = [pose_question(asker.source, task, s, examples, subject) for s in [*shown, task]]
         rows = [grid.rows[i] for i, (grid, _) in enumerate(grids)]
         specs.append(specify(asker.lab, Grid(tuple(rows), task.columns), grids[-1][1], seed))
@@ -138,7 +139,9 @@ def settle(asker, one, other):
         looks.append(looked.masses[..., columns[1]] - looked.masses[..., columns[0]])
     follows, looks = np.concatenate(follows), np.concatenate(looks, -1)  # steps blocks grids
     early = looks[: max(len(looks) // 3, 1)].mean((0, 1))
-    by_block, half, rest = looks.mean(0), slice(0, None, 2), slice(1, None, 2)  # of subjects
+    by_block = looks.mean(0)
+    half = slice(0, None, 2)  # of subjects
+    rest = slice(1, None, 2)
     chosen = np.argmax([measure_auc(x[half], follows[half]) for x in by_block])
     return {
         "one, other": f"`{one.name}`, `{other.name}`",

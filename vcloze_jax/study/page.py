@@ -114,7 +114,8 @@ def show_block(block):
         caption = f"<caption>{mark_up(block.caption)}</caption>" if block.caption else ""
         return f'<div class="wide"><table>{caption}\n{inside}</table></div>'
     if isinstance(block, Figure):
-        caption, width = mark_up(block.caption), block.pixels.shape[1] * block.scale
+        caption = mark_up(block.caption)
+        width = block.pixels.shape[1] * block.scale
         image = f'<img width="{width}" alt="" src="{data_address(block.pixels)}">'
         return f"<figure>{image}\n<figcaption>{caption}</figcaption></figure>"
     return f"<p>{mark_up(block)}</p>"

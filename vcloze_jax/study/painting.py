@@ -23,7 +23,8 @@ MOMENTS = 6  # of the steps, at which the picture is looked at
 
 def visit_condition(j):
     grid, condition = j.spec.grid, j.canvas.condition
-    row, size = grid.query, (grid.query.height // 8, grid.query.width // 8)
+    row = grid.query
+    size = row.height // 8, row.width // 8
     last = condition[None, -(size[0] * size[1] // 4) :]  # 1 s 320
     latent, mask = np.split(last, [j.states.shape[-1]], -1)
     channels = np.moveaxis(np.asarray(ops.unpack(latent, *size))[0], -1, 0)  # 16 h/8 W/8
@@ -95,7 +96,9 @@ def visit_velocity(j):
         for i in steps
     }
     img = np.concatenate([j.states[0], j.canvas.condition], -1)
-    (guidance, pooled), times = (j.context.guidance, j.context.pooled), j.canvas.times[:1]
+    guidance = j.context.guidance
+    pooled = j.context.pooled
+    times = j.canvas.times[:1]
     mod = jax.eval_shape(j.painter.models.flux.modulation, times, guidance, pooled)
     shapes = {f"modulation.{name}": x for name, x in mod._asdict().items()}
     return Station(

@@ -106,7 +106,8 @@ def read_layers(network):
 def read_shares():
     """Alpha and beta of DISTS, whose sum is one: float32 [2, 1475]. They are the end of a file of
     torch's old format, each behind its length. Raises UserError for another file."""
-    file, count = package_folder("DISTS_pytorch") / "weights.pt", sum(CHANNELS)
+    file = package_folder("DISTS_pytorch") / "weights.pt"
+    count = sum(CHANNELS)
     content = file.read_bytes()
     if hashlib.sha256(content).hexdigest() != DISTS_DIGEST:
         raise UserError(f"{file}: not that of dists-pytorch 0.1; install that version")

@@ -142,7 +142,9 @@ def ask_items(lab, name):
     A query and its examples are a function of the query alone, so that with fewer examples the last
     ones are left. All sentences are said, as the authors' sampling has them.
     """
-    (task,), items, shape = NAMED[name], lab.items, Asker(lab)
+    (task,) = NAMED[name]
+    items = lab.items
+    shape = Asker(lab)
     if not items.can_show(task):
         return None
     able, nodes = items.candidates(task), (*task.conditions, task.target)

@@ -68,7 +68,9 @@ def measure_unseen(lab):
 def measure_square(lab):
     """Seen and unseen tasks of emoji and of photographs: what is said of it, a record and a figure
     for each of the four."""
-    most, squares, figures = QUICK_SQUARE if lab.quick else None, [], []
+    most = QUICK_SQUARE if lab.quick else None
+    squares = []
+    figures = []
     sources = {"emoji": lab.source, "photographs": read_photographs(lab.photographs)}
     for pictures, source in sources.items():
         asker = Asker(lab, source)

@@ -1,0 +1,62 @@
+"""Laws of the sizes that samples are joined to, few of them, and the same for what is held out."""
+
+import numpy as np
+import pytest
+
+from vcloze_jax.data.owndata import split_buckets
+from vcloze_jax.data.sizes import ASPECTS, fill_buckets, merge_buckets
+from vcloze_jax.inputs.cells import row_size
+
+
+def make_table(sizes, rows=1, columns=2):
+    """The table of samples whose first pictures have these sizes."""
+    return np.array([(1, rows, columns, *size) for size in sizes], np.int32)
+
+
+@pytest.mark.parametrize("resolution", [64, 384, 512])
+def test_few_sizes_of_cells(resolution):
+    """Pictures of any size make cells of at most nine sizes, all whole tokens, of about the area
+    that is asked for, and of the nearest aspect: within a quarter, from 1:2 to 2:1."""
+    rng = np.random.default_rng(0)
+    sizes = np.exp(rng.uniform(np.log(100), np.log(4000), (500, 2))).astype(int)
+    buckets = fill_buckets(make_table(sizes), resolution)
+    assert len(buckets) <= len(ASPECTS) == 9
+    assert sorted(np.concatenate(list(buckets.values()))) == list(range(500))
+    for shape, members in buckets.items():
+        assert shape.height % 16 == shape.width % 16 == 0
+        assert 0.6 < shape.height * shape.width / resolution**2 <= 1.05
+        for w, h in sizes[members]:
+            if 1 / 2 < w / h < 2 and resolution > 64:
+                assert abs(np.log(w / h * shape.height / shape.width)) < 0.25
+    for w, h in ASPECTS:
+        (shape,) = fill_buckets(make_table([(20 * w, 20 * h)]), resolution)
+        assert (shape.width, shape.height) == row_size(w, h, resolution)
+
+
+def test_small_buckets_join_their_neighbour():
+    """No bucket that can join one of as many rows and columns has less than asked for; nothing is
+    lost; what is large enough stays."""
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        sizes = np.exp(rng.uniform(np.log(100), np.log(4000), (60, 2))).astype(int)
+        table = make_table(sizes)
+        table[:, 2] = rng.integers(2, 4, 60)
+        buckets = fill_buckets(table, 384)
+        merged = merge_buckets(buckets, 8)
+        assert sorted(np.concatenate(list(merged.values()))) == list(range(60))
+        for columns in (2, 3):
+            own = [members for shape, members in merged.items() if shape.columns == columns]
+            assert len(own) == 1 or min(map(len, own)) >= 8
+        assert {s for s, m in buckets.items() if len(m) >= 8} <= merged.keys()
+
+
+def test_held_out_shapes_are_those_of_training():
+    """What is held out is cut as training's pictures are, so that it needs no program more, unless
+    its number of rows and columns is learnt nowhere."""
+    rng = np.random.default_rng(3)
+    sizes = np.exp(rng.uniform(np.log(100), np.log(4000), (40, 2))).astype(int)
+    buckets = fill_buckets(make_table(sizes), 384)
+    rest, reserve = split_buckets(buckets, np.arange(8), 8)
+    assert reserve.keys() <= rest.keys()
+    both = [*rest.values(), *reserve.values()]
+    assert sorted(np.concatenate(both)) == list(range(40))
