@@ -8,38 +8,19 @@ A spec holds rows of pictures; in its last row, null is what will be painted:
 For fox.json, --out gets fox.png (the grid), fox_target0.png … and fox.json (a record, a spec too).
 """
 
-from pathlib import Path
-
 from vcloze_jax.inputs import cli
-from vcloze_jax.inputs.specfiles import add_spec_flags, check_outputs, read_changes, read_specs
+from vcloze_jax.inputs.specfiles import check_commands, read_changes, read_specs
+from vcloze_jax.inputs.specfiles import parse_sampling as parse
 from vcloze_jax.inputs.tasks import describe_tasks
 
 
-def parse(argv):
-    p = cli.Parser(__doc__)
-    p.add_argument("--grid", nargs="+", action="extend", type=cli.path, metavar="SPEC.json")
-    cli.add_model_flags(p)
-    add_spec_flags(p)
-    p.add_argument("--out", type=cli.path, default=Path("outputs"), metavar="DIR")
-    p.add_argument("--film", action="store_true", help="NAME_film.webp, too: all steps of a grid")
-    p.add_argument("--dial", action="store_true", help="record how far examples and noise move it")
-    p.add_argument("--list-tasks", action="store_true", help='names for "task" in a spec')
-    p.add_argument("--check", action="store_true", help="validate everything, paint nothing")
-    p.add_argument("--offload", action="store_true", help="slower; FLUX paints on 24 GB")
-    cli.add_plan_flags(p, cli.PRESETS)
-    args = p.parse_args(argv)
-    if not args.grid and not args.list_tasks:
-        p.error("--grid SPEC.json is needed")
-    return args
-
-
 def main(argv):
-    args = parse(argv)
+    args = parse(argv, __doc__)
     preset = cli.read_preset(args)
     if args.list_tasks:
         return print(describe_tasks(preset))
     specs = read_specs(args.grid, preset, read_changes(args))
-    check_outputs(args.out, specs, args.film)
+    check_commands(args, specs)
 
     from vcloze_jax import plan
     from vcloze_jax.film import Film

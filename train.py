@@ -13,30 +13,17 @@ from pathlib import Path
 
 from vcloze_jax.data.report import show_source
 from vcloze_jax.data.sources import draw_groups, open_source
-from vcloze_jax.inputs import cli, recipeflags
-from vcloze_jax.inputs.runfolder import ORIGINS, RunFolder
+from vcloze_jax.inputs import cli
+from vcloze_jax.inputs.recipeflags import parse_training as parse
+from vcloze_jax.inputs.recipeflags import read_recipe
+from vcloze_jax.inputs.runfolder import RunFolder
 from vcloze_jax.storage import places
-
-
-def parse(argv):
-    parser = cli.Parser(__doc__)
-    add = parser.add_argument
-    add("--out", type=cli.path, metavar="RUN", help="the run's folder (default: runs/PRESET)")
-    add("--check", action="store_true", help="validate everything, train nothing")
-    cli.add_plan_flags(parser)
-    accept = "go on with a run although these are not those that it was begun with"
-    add("--accept", nargs="+", action="extend", choices=ORIGINS, default=[], help=accept)
-    add("--tensorboard", action=cli.PackageFlag, const="tensorboardX", help="into RUN/tensorboard")
-    trace = "trace so many steps into RUN/profile"
-    add("--profile", type=cli.positive_int, default=0, metavar="STEPS", help=trace)
-    recipeflags.add_recipe_flags(parser)
-    return parser.parse_args(argv)
 
 
 def main(argv):
     """Check all that the user may have to correct, then load and train; returns the exit code."""
-    args = parse(argv)
-    recipe = recipeflags.read_recipe(args)
+    args = parse(argv, __doc__)
+    recipe = read_recipe(args)
     run = RunFolder(args.out or Path("runs", recipe.preset))
     run.compare(recipe)
     source = open_source(recipe)

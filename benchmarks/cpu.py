@@ -77,9 +77,9 @@ def ours(folder, case, repeats):
     from flax import nnx
 
     from vcloze_jax.devices import ready_xla
-    from vcloze_jax.model.lora import split
     from vcloze_jax.model.ops import rope_table
     from vcloze_jax.storage import weights
+    from vcloze_jax.storage.folding import split
 
     ready_xla(1)
     config, module = case.preset("none").flux, weights.MODULES["flux"]

@@ -13,10 +13,11 @@ import jax
 import numpy as np
 from PIL import Image
 
-from vcloze_jax import Pipeline, conditioning, flow, prompts
+from vcloze_jax import Pipeline, conditioning, flow
 from vcloze_jax.data.graph import NODE_PHRASES, NODES
 from vcloze_jax.data.graphemoji import read_nodes
 from vcloze_jax.grid import Grid
+from vcloze_jax.inputs import prompts
 from vcloze_jax.inputs.sheet import compose
 from vcloze_jax.model import ops
 from vcloze_jax.study import draw

@@ -18,7 +18,9 @@ from vcloze_jax.config import UserError
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
 from vcloze_jax.inputs.cli import Parser, path
 from vcloze_jax.inputs.pictures import check_writable
+from vcloze_jax.inputs.runfolder import read_identity
 from vcloze_jax.inputs.terminal import guard_streams, tell_error
+from vcloze_jax.placement import PLACEMENTS
 from vcloze_jax.ports import engine, export
 from vcloze_jax.ports.adapters import open_adapter
 from vcloze_jax.ports.diagnose import PortError
@@ -72,6 +74,7 @@ def export_checkpoint(folder: Path, naming: Naming, out: Path) -> int:
     """Write the adapter that a run had learnt by a step, its average where it has one, as
     `write_adapter` says; UserError if the folder is not a step of a run that has an adapter."""
     from vcloze_jax.storage.checkpoint import load_group  # JAX from here on
+    from vcloze_jax.storage.weights import describe_placement
 
     average = load_group(folder, "average/flux/")
     arrays = average or load_group(folder, "trainable/flux/")
@@ -79,6 +82,8 @@ def export_checkpoint(folder: Path, naming: Naming, out: Path) -> int:
         raise UserError(f"{folder}: of a run that trains every weight; it has no adapter")
     norms = {path: array for path, array in arrays.items() if path.endswith("/scale")}
     note = {"step": folder.resolve().name, "weights": "average" if average else "last"}
+    if (config := folder.resolve().parents[1] / "config.json").is_file():
+        note |= describe_placement(PLACEMENTS[read_identity(config)["placement"]])
     read = partial(export.to_branches, arrays, arrays.get)
     return export.write_adapter(out, naming, read, norms, note)
 

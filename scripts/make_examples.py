@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vcloze_jax import prompts
 from vcloze_jax.data.graph import NODE_PHRASES, NODES
 from vcloze_jax.data.graphemoji import read_nodes
+from vcloze_jax.inputs import prompts
 from vcloze_jax.inputs.pictures import save_png, save_text
 
 FOLDER = Path(__file__).parents[1] / "examples"

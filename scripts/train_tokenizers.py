@@ -18,10 +18,10 @@ from pathlib import Path
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from vcloze_jax import prompts
 from vcloze_jax.config import MINI
 from vcloze_jax.data.graph import NODE_PHRASES
 from vcloze_jax.data.graphemoji import read_subjects
+from vcloze_jax.inputs import prompts
 
 MINI_FOLDER = Path(__file__).parents[1] / "vcloze_jax/mini"
 # Beyond ASCII: letters of western Europe and what editors make of quotes, dashes and dots.

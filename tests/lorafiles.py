@@ -10,12 +10,11 @@ import tiny
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from vcloze_jax.model import lora
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.ops import rope_table
 from vcloze_jax.ports import export, torchfile
 from vcloze_jax.ports.tables import namings
-from vcloze_jax.storage import adapters, weights
+from vcloze_jax.storage import adapters, folding, weights
 
 PLAIN = tiny.FLUX
 RANKED = replace(PLAIN, rank=11)  # between the widths 10 and 12 of two layers: ranks are mixed
@@ -120,5 +119,5 @@ def velocity(model):
 def folded(tree, adapter, scale=1.0):
     """A tree with an adapter folded in; the one given stays as it is, and its arrays are shared."""
     tree = jax.tree.map(lambda x: x, tree)
-    lora.fold(tree, adapter, scale)
+    folding.fold(tree, adapter, scale)
     return tree

@@ -13,7 +13,7 @@ from vcloze_jax.config import MINI, UserError
 from vcloze_jax.data import graph
 from vcloze_jax.data.graphemoji import open_tasks
 from vcloze_jax.inputs import recipeflags
-from vcloze_jax.study import ablations
+from vcloze_jax.study import ablations, placements
 from vcloze_jax.study.parts import PARTS, SLOW, Lab, choose_parts
 
 
@@ -74,3 +74,40 @@ def test_rows_tell_of_their_runs(tmp_path, monkeypatch):
     rows = ablations.ablate(lab).numbers["ablations"]
     assert [row["loss of the target, last fifth"] for row in rows] == [1.0, 2.0]
     assert trained == [shlex.split(flags) for flags in list(ablations.VARIANTS.values())[:2]]
+
+
+def test_placements_are_trained_alike(tmp_path, monkeypatch):
+    """Four runs differ in their placement, and in the base that it needs; each is asked for what it
+    has learnt, with an example more and more, and what it never saw."""
+    trained, asked = [], []
+
+    def pretend(flags, steps, run):
+        trained.append((flags, steps))
+        run.mkdir(parents=True)
+        line = json.dumps({"loss_by_region": {"target": 1.0}, "seconds": 0.5})
+        (run / "metrics.jsonl").write_text("\n".join([line] * 5))
+
+    class Still:
+        """One that answers nothing."""
+
+        preset = MINI
+
+        def __call__(self, specs, bar):
+            asked.append(len(specs[0].grid.rows))
+            return [SimpleNamespace(pixels=np.zeros_like(s.grid.query.pixels)) for s in specs]
+
+    for room in (placements, ablations):
+        monkeypatch.setattr(room, "train_variant", pretend)
+    monkeypatch.setattr(placements, "load_run", lambda weights, run: Still())
+    monkeypatch.setattr(placements, "derive_clean_base", lambda out: out.mkdir(parents=True))
+    source = open_tasks("", MINI.recipe).held_out()
+    lab = Lab(None, source, 2, True, lambda steps, label: steps, tmp_path)
+    rows = placements.compare_placements(lab).numbers["placements"]
+    base = ["--weights", f"{tmp_path}/placements/base"]
+    names = "fill", "dev", "kontext", "frames"
+    flags = [["--placement", name, *(base if name != "fill" else [])] for name in names]
+    assert trained == [(each, ablations.QUICK_STEPS) for each in flags]
+    assert asked == [1, 2, 3, 3, 3] * 4 and placements.UNSEEN in graph.HELD_OUT_TASKS
+    assert [row[""] for row in rows] == [*names]
+    assert [row["noisy tokens"] for row in rows] == ["96 of 96", *["16 of 96"] * 3]
+    assert {row["seconds a step"] for row in rows} == {0.5} and rows[0]["unseen"]["mean"] > 0

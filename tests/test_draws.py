@@ -13,7 +13,7 @@ from vcloze_jax.config import MINI
 from vcloze_jax.data.draws import draw_blank, draw_order, draw_sentences, renumber
 from vcloze_jax.data.owndata import open_own
 from vcloze_jax.data.sources import draw_group
-from vcloze_jax.prompts import CONTENT_PREFIXES, LAYOUTS
+from vcloze_jax.inputs.prompts import CONTENT_PREFIXES, LAYOUTS
 
 RECIPE = MINI.recipe
 ALL_TEXT = replace(RECIPE, caption_dropout=0.0)

@@ -24,8 +24,8 @@ ENTRIES = ("train", "sample")
 STORY = tuple(
     f"vcloze_jax.{name}"
     for name in (
-        "config grid prompts flow conditioning sharding programs painter step trainer "
-        "model.ops model.layers model.mmdit model.vae model.text model.lora"
+        "config placement grid flow conditioning sharding painter step trainer "
+        "model.ops model.layers model.mmdit model.vae model.text"
     ).split()
 )
 PORTS = "vcloze_jax.ports"  # where a link is to them

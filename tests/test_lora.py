@@ -13,12 +13,11 @@ from jax.extend.core import jaxprs_in_params
 from lorafiles import folded, velocity
 
 from vcloze_jax.config import FLUX_FILL, MINI
-from vcloze_jax.model import lora
 from vcloze_jax.model.layers import Dense, contract
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.ports.tables import lay_out, mmdit
 from vcloze_jax.sharding import Split
-from vcloze_jax.storage import weights
+from vcloze_jax.storage import folding, weights
 
 # 9 stands between the widths 6 and 10 of vector_in and txt_in, so that ranks are mixed.
 RANKED = replace(PLAIN, rank=9)
@@ -64,7 +63,7 @@ def test_folded_layer_equals_its_branch(monkeypatch):
     """x (W + A B) + (b + b_B) = x W + b + (x A) B + b_B within float32, in one layer."""
     monkeypatch.setattr(Dense, "folding_is_cheaper", lambda *_: False)
     dense = Dense(24, 40, rank=8, rngs=nnx.Rngs(0))
-    graphdef, adapter, base = lora.split(dense)
+    graphdef, adapter, base = folding.split(dense)
     adapter, x = filled(adapter), filled(jnp.zeros((3, 24)))
     with_branch = nnx.merge(graphdef, adapter, base)(x)
     sums = folded({"dense": base}, {"dense": adapter})["dense"]
@@ -89,7 +88,7 @@ def test_folding_before_the_product_changes_nothing(into, out, monkeypatch):
     """A layer gives the same output, and its adapter and input the same gradients to 1e-5, whether
     A B is folded into W or stands beside it."""
     split = Split(*((None,) * len(features) for features in (into, out)))
-    graphdef, adapter, base = lora.split(Dense(into, out, split=split, rank=8, rngs=nnx.Rngs(0)))
+    graphdef, adapter, base = folding.split(Dense(into, out, split=split, rank=8, rngs=nnx.Rngs(0)))
     adapter, base, x = filled(adapter), filled(base, 1), filled(jnp.zeros((5, *into)), 2)
     results = []
     for folds in (True, False):
@@ -206,7 +205,7 @@ def test_gradients_are_float32_from_the_dot_on(remat):
 def test_split(model):
     """A model is the union of the trees that split gives, and the two share no array."""
     _, ranked, adapter, base = model
-    _, adapter2, base2 = lora.split(nnx.merge(ranked, adapter, base))
+    _, adapter2, base2 = folding.split(nnx.merge(ranked, adapter, base))
     equal(adapter, adapter2)
     equal(base, base2)
     names = {path.rsplit("/")[-1] for path in weights.flat(adapter)}
@@ -216,7 +215,7 @@ def test_split(model):
 
 def test_new_adapter():
     """A layer's own adapter: A inside +-1/sqrt(in), B and its bias zero; another key, another A."""
-    first, second = (lora.split(Dense(24, 40, rank=8, rngs=nnx.Rngs(i)))[1] for i in range(2))
+    first, second = (folding.split(Dense(24, 40, rank=8, rngs=nnx.Rngs(i)))[1] for i in range(2))
     assert weights.shapes(first) == {"lora_a": (24, 8), "lora_b": (8, 40), "lora_bias": (40,)}
     assert not np.any(first["lora_b"]) and not np.any(first["lora_bias"])
     assert 0.9 < np.abs(first["lora_a"]).max() * 24**0.5 <= 1
@@ -238,7 +237,7 @@ def test_axes_change_no_number():
     axes.lora_b[...] = flat.lora_b.reshape(8, 5, 8)
     there = flat(x).reshape(3, 5, 8)
     np.testing.assert_allclose(axes(x.reshape(3, 2, 3, 4)), there, rtol=0, atol=1e-5)
-    _, adapter, base = lora.split(axes)
+    _, adapter, base = folding.split(axes)
     sums = folded({"dense": base}, {"dense": adapter})["dense"]
     out = jnp.tensordot(x.reshape(3, 2, 3, 4), sums["kernel"], 3) + sums["bias"]
     np.testing.assert_allclose(out, there, rtol=0, atol=1e-5)

@@ -14,9 +14,8 @@ from lorafiles import PLAIN, RANKED, renamed, same_tensors
 from safetensors.numpy import load_file, save_file
 
 from vcloze_jax.config import FLUX_FILL
-from vcloze_jax.model import lora
 from vcloze_jax.model.mmdit import Flux
-from vcloze_jax.storage import weights
+from vcloze_jax.storage import folding, weights
 
 
 @pytest.mark.parity
@@ -51,7 +50,7 @@ def test_diffusers_applies_our_adapter(tmp_path):
             return_dict=False,
         )[0].numpy()
     tree = jax.tree.map(jnp.asarray, base)
-    lora.fold(tree, jax.tree.map(jnp.asarray, adapter))
+    folding.fold(tree, jax.tree.map(jnp.asarray, adapter))
     here = lorafiles.velocity(nnx.merge(plain, tree))
     np.testing.assert_allclose(here, there, rtol=0, atol=1e-4)
 

@@ -11,8 +11,8 @@ import pytest
 import tiny
 from PIL import Image
 
-from vcloze_jax.grid import Spec, Upsampling
-from vcloze_jax.painter import second_passes
+from vcloze_jax.grid import Spec
+from vcloze_jax.inputs.upsampling import Upsampling
 from vcloze_jax.pipeline import load_painter
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
@@ -62,7 +62,7 @@ def test_same_picture(pipeline, painter, name):
 def upsample(painter, up, picture):
     """The picture by the second pass of ours, uint8."""
     spec = Spec(None, "", 1, 30.0, upsampling=up, content_prompt="a red fox")
-    (painted,) = painter(second_passes(spec, [picture]))
+    (painted,) = painter(up.specs(spec, [picture]))
     return painted.pixels
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from vcloze_jax import prompts
 from vcloze_jax.config import FLUX_FILL
+from vcloze_jax.inputs import prompts
 from vcloze_jax.inputs.tasks import find_task, list_tasks
 
 

@@ -23,7 +23,7 @@ from vcloze_jax.data.sources import (
     draw_of_shape,
     open_source,
 )
-from vcloze_jax.prompts import CONTENT_PREFIXES
+from vcloze_jax.inputs.prompts import CONTENT_PREFIXES
 
 NAMES = ["graphemoji", "graphemoji:gray->fluent_flat", "graphemoji-fill", "own.jsonl", "pairs"]
 NAMES += ["graph200k", "graph200k:restoration"]

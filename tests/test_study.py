@@ -3,17 +3,20 @@ shapes are the code's."""
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 
-from vcloze_jax.config import UserError
+from vcloze_jax.config import MINI, UserError
+from vcloze_jax.placement import DEV
 from vcloze_jax.study import __main__ as study
 from vcloze_jax.study import page
 from vcloze_jax.study.asker import Spread
 from vcloze_jax.study.journey import EXAMPLES, TASK
-from vcloze_jax.study.parts import PARTS
+from vcloze_jax.study.parts import PARTS, Lab, run_part
 
 STEPS = 2
 
@@ -129,3 +132,12 @@ def test_records_are_tables():
     rows = page.tabulate_records(records)
     assert rows == [["a", "b", "c"], ["x", "0.500", "–"], ["0.100 (0.200; 0.300)", "–", "2"]]
     assert page.list_records(records)[1]["a"] == {"mean": 0.1, "subjects": 0.2, "noise": 0.3}
+
+
+@pytest.mark.parametrize("part", ["walk", "looks"])
+def test_what_opens_the_model_knows_a_canvas(part):
+    """Parts that look into the MMDiT are refused where tokens have segments."""
+    preset = replace(MINI, flux=replace(MINI.flux, placement=DEV))
+    lab = Lab(SimpleNamespace(preset=preset), None, STEPS, True, None)
+    with pytest.raises(UserError, match=f"{part}: it follows .* is of placement dev"):
+        run_part(part, lab)

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from transformers import T5Tokenizer
 
-from vcloze_jax import prompts
 from vcloze_jax.config import MINI
 from vcloze_jax.data.graph import HELD_OUT_COMPOSITIONS, HELD_OUT_TASKS, NODE_PHRASES, TRAIN
 from vcloze_jax.data.graphemoji import open_fill, open_tasks, read_nodes
 from vcloze_jax.data.sources import draw_group
+from vcloze_jax.inputs import prompts
 from vcloze_jax.storage.textreader import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))

@@ -13,10 +13,10 @@ from PIL import Image
 
 from vcloze_jax import flow
 from vcloze_jax.config import MINI, UserError
-from vcloze_jax.grid import Upsampling
 from vcloze_jax.inputs.spec import upsampled_size
 from vcloze_jax.inputs.specfiles import read_specs
-from vcloze_jax.painter import Canvas, second_passes
+from vcloze_jax.inputs.upsampling import Upsampling
+from vcloze_jax.painter import Canvas
 from vcloze_jax.pipeline import describe, load_painter
 
 SIZES = {"a": (48, 32), "big": (2000, 1000), "small": (40, 20)}
@@ -150,7 +150,7 @@ def test_second_pass(painter, read):
     assert [t.shape for t in both.targets] == [(32, 64, 3)] * 2  # 64 * 32 / 48 = 42, floored
     passes = describe(both, painter)["upsampling"]
     assert [again["tokens"]["image"] for again in passes] == [8, 8]
-    again = second_passes(spec, first.targets)
+    again = spec.upsampling.specs(spec, first.targets)
     assert {second.prompt for second in again} == {"a fox"}
     for painted, target in zip(painter(again), both.targets, strict=True):
         assert len(painted.times) == 3  # of 5 steps the last 2
@@ -165,7 +165,7 @@ def test_start(painter, read):
     def start(strength, value, noise=None):
         target = np.full((32, 48, 3), value, np.uint8)
         up = Upsampling(64, 32, strength, 4, noise)
-        (second,) = second_passes(replace(read({}), upsampling=up), [target])
+        (second,) = up.specs(replace(read({}), upsampling=up), [target])
         canvas = Canvas(second, None, None, {}, Counter())
         painter.encode(canvas)
         return canvas.latents

@@ -31,12 +31,13 @@ class Models(NamedTuple):
 class Context(NamedTuple):
     """What the MMDiT reads beside the noisy tokens, the same for the loss and for sampling."""
 
-    condition: jax.Array  # [B, S, 320]: latent of the blanked grid | mask
+    condition: jax.Array  # [B, S, 320]: latent of the blanked grid | mask; [B, S, 0]: no canvas
     txt: jax.Array  # [B, T, text_width]; before the text is encoded its ids, int32 [B, T]
     pooled: jax.Array  # [B, vec_width]; or ids
     guidance: jax.Array  # float32 [B]
     pe: tuple[jax.Array, jax.Array]  # cos, sin float32 [B or 1, T + S, 1, K/2]
     lengths: jax.Array | None = None  # int32 [B], real tokens, text included; None: no padding
+    segments: jax.Array | None = None  # uint8 [B, S], of a Placement by segments
 
 
 def to_model(pixels, dtype=jnp.float32):
@@ -61,14 +62,11 @@ def blank(x, mask, fill):
     return jnp.where(mask[..., None], jnp.asarray(fill, x.dtype), x)
 
 
-def condition_tokens(latent, mask):
-    """Latent of the blanked picture [B, h/8, W/8, 16] and its mask [B, h, W] -> [B, S, 320]."""
-    return jnp.concatenate([pack(latent), pack_mask(mask.astype(latent.dtype))], -1)
-
-
 def encode_condition(vae, pixels, mask, fill=BLACK, dtype=jnp.float32):
-    """One row of a grid to paint, uint8 [B, h, W, 3] and bool [B, h, W] -> tokens [B, S, 320]."""
-    return condition_tokens(vae.encode(blank(to_model(pixels, dtype), mask, fill)), mask)
+    """One row of a grid to paint, uint8 [B, h, W, 3], and its mask, bool [B, h, W] -> tokens
+    [B, S, 320]: latent of the blanked row | mask."""
+    latent = vae.encode(blank(to_model(pixels, dtype), mask, fill))
+    return jnp.concatenate([pack(latent), pack_mask(mask.astype(latent.dtype))], -1)
 
 
 def encode_picture(vae, pixels, dtype=jnp.float32):
@@ -134,6 +132,26 @@ def encode_each(vae, pictures):
     return [posteriors[i] for i in range(len(pictures))]
 
 
+def enter(x, condition, segments, placement):
+    """Noisy tokens x [..., S, 64] and condition [..., S, 320] as they enter: what is clean is its
+    own latent, and without a canvas there are no channels beside it."""
+    if any(placement.clean):
+        x = put_clean(x, condition[..., : x.shape[-1]], segments, placement)
+    return x, condition[..., : placement.channels - x.shape[-1]]
+
+
+def put_clean(x, clean, segments, placement):
+    """x [..., S, D], but `clean` where a token's segment enters clean."""
+    return jnp.where(jnp.asarray(placement.clean)[segments][..., None], clean, x)
+
+
+def segment_table(grids, placement, size):
+    """Segments of the tokens, padded to `size`: uint8 [B, size]; None where nobody asks."""
+    if not placement.by_segment:
+        return None
+    return np.stack([np.pad(grid.segments(placement), (0, size - grid.tokens)) for grid in grids])
+
+
 def position_table(grids, config, text_tokens, size):
     """RoPE tables of text and image tokens, padded to `size`: float32 [B, T + size, 1, K/2].
 
@@ -141,7 +159,7 @@ def position_table(grids, config, text_tokens, size):
     """
     ids = np.zeros((len(grids), text_tokens + size, 3), np.float32)
     for of_grid, grid in zip(ids, grids, strict=True):
-        of_grid[text_tokens : text_tokens + grid.tokens] = grid.ids()
+        of_grid[text_tokens : text_tokens + grid.tokens] = grid.ids(config.placement)
     return rope_table(ids, config.axes_dim, config.theta)
 
 
@@ -151,10 +169,11 @@ def encode_text(t5, clip, t5_ids, clip_ids, dtype=jnp.float32):
 
 
 def velocity(flux, x, mod, context):
-    """What the MMDiT says about noisy tokens x [B, S, 64]: velocity [B, S, 64].
+    """What the MMDiT says about tokens x [B, S, 64]: velocity [B, S, 64], 0 of what is clean.
 
     `mod` is flux.modulation of their time, apart, so that a sampler computes all steps' at once.
     """
-    condition = context.condition
-    img = jnp.concatenate([x.astype(condition.dtype), condition], -1)  # B S 384
-    return flux(img, context.txt, mod, context.pe, context.lengths)
+    condition, segments = context.condition, context.segments
+    img = jnp.concatenate([x.astype(condition.dtype), condition], -1)  # B S 384, or 64
+    out = flux(img, context.txt, mod, context.pe, context.lengths, segments)
+    return out if segments is None else put_clean(out, 0, segments, flux.config.placement)

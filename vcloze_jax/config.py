@@ -6,6 +6,8 @@ Dtypes are strings: no JAX is imported here.
 
 from dataclasses import dataclass, field, replace
 
+from vcloze_jax.placement import FILL, PLACEMENTS, Placement
+
 REMAT = ("none", "light", "full")
 
 
@@ -32,6 +34,7 @@ class FluxConfig:
     guidance_embed: bool = True
     rank: int = 0  # of the LoRA branch in every Dense; 0 means no branch
     remat: str = "full"
+    placement: Placement = FILL  # of cells in the sequence; it says how many in_channels
 
     @property
     def head_dim(self) -> int:
@@ -88,11 +91,6 @@ class FlowConfig:
     max_tokens: int = 4096
 
 
-def flag(name):
-    """`micro_batch` -> `--micro-batch`."""
-    return f"--{name.replace('_', '-')}"
-
-
 START, DATA, RUN = "start from", "data", "run (all of it may change when a run goes on)"
 TRAINING = "training (defaults are the preset's, with --data of your own in part others)"
 
@@ -116,6 +114,7 @@ class Recipe:
     weights: str = setting("mini", "folder in diffusers' layout (default: mini's)", START)
     lora: str | None = setting(None, "an adapter to go on from", START)
     from_scratch: bool = setting(False, "random MMDiT and text encoders, all trained", START)
+    placement: str = setting("fill", "of cells in the sequence", START, choices=tuple(PLACEMENTS))
     data: str = setting("graph200k", "graphemoji[:TASK], graph200k, a file or a folder", DATA)
     data_dir: str = setting("", "where graph200k lies, or has moved to", DATA, free=True)
     resolution: int = setting(384, "a cell's area is its square", DATA, least=16)
@@ -177,46 +176,30 @@ class Preset:
     @property
     def learning(self) -> "Preset":
         """The same, with the MMDiT as training has it."""
-        rank, remat = self.recipe.rank, self.recipe.remat
-        return replace(self, flux=replace(self.flux, rank=rank, remat=remat))
+        recipe = self.recipe
+        return replace(self, flux=replace(self.flux, rank=recipe.rank, remat=recipe.remat))
 
 
 FLUX_FILL = Preset("flux-fill")
 
 # The true topology at a size that a laptop trains: every kind of layer and branch is there.
+# fmt: off
 MINI = Preset(
     "mini",
     flux=FluxConfig(
-        width=128,
-        heads=4,
-        double_blocks=2,
-        single_blocks=4,
-        text_width=128,
-        vec_width=64,
-        axes_dim=(8, 12, 12),
-        remat="none",
+        width=128, heads=4, double_blocks=2, single_blocks=4, text_width=128, vec_width=64,
+        axes_dim=(8, 12, 12), remat="none",
     ),
     # Scale and shift are measured when the autoencoder is trained, and said by mini/vae.
     vae=VAEConfig(channels=(8, 16, 32, 64), layers=1, groups=1, scale=1.0, shift=0.0),
     t5=T5Config(vocab=2048, width=128, head_dim=32, heads=4, mlp=256, layers=2, max_length=96),
     clip=CLIPConfig(vocab=2048, width=64, heads=2, mlp=256, layers=2, eos=2047),
     recipe=Recipe(
-        preset="mini",
-        resolution=64,
-        lr=2e-3,
-        batch=16,
-        micro_batch=16,
-        steps=150,
-        warmup=50,
-        rank=32,
-        time_mean=1.0,
-        guidance_range=(1.0, 50.0),
-        mask_fill=-1.0,
-        remat="none",
-        data="graphemoji:gray->fluent_flat",
-        save_every=50,
-        preview_every=50,
+        preset="mini", data="graphemoji:gray->fluent_flat", resolution=64, mask_fill=-1.0,
+        rank=32, lr=2e-3, warmup=50, batch=16, micro_batch=16, steps=150, remat="none",
+        time_mean=1.0, guidance_range=(1.0, 50.0), save_every=50, preview_every=50,
     ),
 )
+# fmt: on
 
 PRESETS = {preset.name: preset for preset in (MINI, FLUX_FILL)}

@@ -11,9 +11,8 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from vcloze_jax import prompts
 from vcloze_jax.config import UserError
-from vcloze_jax.inputs import cli
+from vcloze_jax.inputs import cli, prompts
 from vcloze_jax.inputs.pictures import check_writable, decode_picture, open_picture
 from vcloze_jax.inputs.sheet import MARK
 from vcloze_jax.inputs.specfiles import IMAGES, output_names

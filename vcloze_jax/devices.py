@@ -13,8 +13,8 @@ import jaxlib
 from jax.sharding import AxisType, SingleDeviceSharding
 
 from vcloze_jax import hosts
-from vcloze_jax.config import UserError, flag
-from vcloze_jax.inputs.checks import describe_error, shorten
+from vcloze_jax.config import UserError
+from vcloze_jax.inputs.checks import describe_error, flag, shorten
 from vcloze_jax.inputs.cluster import count_processes
 from vcloze_jax.model.ops import choose_kernel
 from vcloze_jax.sharding import AXES, compute_dtype, count_shards, shardings
@@ -117,7 +117,8 @@ def cpu_mesh():
 def kernel_on(mesh, preset):
     """What computes the MMDiT's attention on a mesh, by name."""
     platform = mesh.devices.flat[0].platform
-    return choose_kernel(platform, compute_dtype(mesh), preset.flux.head_dim)
+    flux = preset.flux
+    return choose_kernel(platform, compute_dtype(mesh), flux.head_dim, flux.placement.masked)
 
 
 def put(tree, mesh, root=""):

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from vcloze_jax import prompts
 from vcloze_jax.grid import Grid
+from vcloze_jax.inputs import prompts
 from vcloze_jax.inputs.measures import rmse
 from vcloze_jax.painter import initial_noise
 

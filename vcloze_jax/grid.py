@@ -1,5 +1,5 @@
-"""A grid of cells: its sizes, masks, tokens and 3-D positions, and its targets cut out again; and
-what is asked of it, the Spec.
+"""A grid of cells: its sizes, masks, tokens, their positions and segments, and its targets cut out
+again; and what is asked of it, the Spec.
 
 Every row is one picture of C equal cells side by side, and is encoded as one; rows may differ in
 size. The last row is the query: its masked pixels are generated, all other pixels are given. (What
@@ -7,10 +7,12 @@ mini's infilling base learns from may mask pixels of any row.)
 """
 
 from dataclasses import dataclass, field
+from itertools import count, repeat
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+
+from vcloze_jax.placement import EXAMPLE, EXAMPLE_TARGET, FILL, QUERY, TARGET, Placement
 
 PATCH = 16  # pixels of a token's side: 8 by the VAE, 2 by packing
 
@@ -71,13 +73,36 @@ class Grid:
         """Columns of the query's cells that have a masked pixel."""
         return [i for i, mask in enumerate(self.split(self.query.mask)) if mask.any()]
 
-    def ids(self) -> np.ndarray:
-        """Positions of the tokens, float32 [S, 3]: row number, then y, x in that row."""
-        ids = []
-        for number, (h, w) in enumerate(self.shape, start=self.first_row):
-            y, x = np.mgrid[: h // PATCH, : w // PATCH]
-            ids.append(np.stack([np.full_like(y, number), y, x], axis=-1).reshape(-1, 3))
+    def pictures(self, placement: Placement = FILL) -> list[Row]:
+        """What is encoded, each in one piece: the rows or, where they are apart, the cells."""
+        if not placement.apart:
+            return list(self.rows)
+        cut = [map(Row, self.split(row.pixels), self.split(row.mask)) for row in self.rows]
+        return [cell for cells in cut for cell in cells]
+
+    def ids(self, placement: Placement = FILL) -> np.ndarray:
+        """Positions of the tokens, float32 [S, 3]: number of their picture, then y, x in it."""
+        pictures, ids, top = self.pictures(placement), [], 0
+        targets, references = count(0, -1), count(1)
+        of_role = [next(targets if p.mask.any() else references) for p in pictures]
+        rules = dict(row=count(self.first_row), frame=count(), reference=of_role, canvas=repeat(0))
+        for number, picture in zip(rules[placement.axis0], pictures, strict=False):
+            y, x = np.mgrid[: picture.height // PATCH, : picture.width // PATCH]
+            ids.append(np.stack([np.full_like(y, number), y + top, x], -1).reshape(-1, 3))
+            top += len(y) * (placement.axis0 == "canvas")
         return np.concatenate(ids).astype(np.float32)
+
+    def segments(self, placement: Placement = FILL) -> np.ndarray:
+        """Of which of placement.SEGMENTS each token is, uint8 [S]."""
+        found = []
+        for number, row in enumerate(self.rows, 1):
+            h, w = row.height // PATCH, row.width // PATCH
+            masked = row.mask.reshape(h, PATCH, w, PATCH).any((1, 3))  # h w
+            shown = np.isin(np.arange(w) * self.columns // w, self.targets)  # w, as the query's
+            example = np.where(shown, EXAMPLE_TARGET, EXAMPLE)
+            kinds = np.where(masked, TARGET, QUERY if number == len(self.rows) else example)
+            found += self.split(kinds) if placement.apart else [kinds]
+        return np.concatenate([kinds.ravel() for kinds in found]).astype(np.uint8)
 
     def keep(self, painted: np.ndarray) -> np.ndarray:
         """Put the given pixels back into a painted query row, exactly: uint8 [h, C*w, 3]."""
@@ -94,33 +119,6 @@ class Grid:
 
 
 @dataclass(frozen=True, eq=False)
-class Upsampling:
-    """The second pass that a spec asks for (SDEdit): each target, enlarged and made noisy, is
-    painted again as stock FLUX.1-Fill does it with one picture, all of it masked.
-
-    Source: huggingface/diffusers:src/diffusers/pipelines/flux/pipeline_flux_fill.py.
-    """
-
-    width: int
-    height: int
-    strength: float  # (0, 1]: share of the steps that are taken; 1 forgets the first pass
-    num_inference_steps: int  # N, of which the last strength * N are taken
-    latents: np.ndarray | None = None  # float32 [S, 64] at t = 1, the same for every target
-
-    @property
-    def tokens(self) -> int:
-        """S of one target."""
-        return self.width // PATCH * (self.height // PATCH)
-
-    def grid(self, target: np.ndarray) -> Grid:
-        """A target, uint8 [h, w, 3], as the picture to start from: one cell, all of it masked."""
-        size = self.width, self.height
-        picture = Image.fromarray(target).resize(size, Image.Resampling.LANCZOS)
-        row = Row(np.asarray(picture), np.ones(size[::-1], bool))
-        return Grid((row,), columns=1, first_row=0)
-
-
-@dataclass(frozen=True, eq=False)
 class Spec:
     """One grid to paint, and how. With a `strength` it is a second pass: the masked pixels of its
     grid are what to start from."""
@@ -131,7 +129,7 @@ class Spec:
     guidance_scale: float
     seed: int = 0
     latents: np.ndarray | None = None  # float32 [S, 64], the noise at t = 1; None: by the seed
-    upsampling: Upsampling | None = None
+    upsampling: object | None = None  # of inputs/upsampling.py: it has specs(spec, targets)
     content_prompt: str = ""  # bare; all that the second pass is told
     strength: float | None = None
     name: str = "grid"

@@ -17,9 +17,10 @@ AT_ONCE = 512  # keys that its queries meet at once, at most
 TILE = 2**19  # scores at once, at most
 
 
-def cudnn(q, k, v, lengths):
-    """NVIDIA's flash attention: q, k, v [B, L, H, K], lengths int32 [B] or None -> [B, L, H, K]. A
-    mesh may split samples and heads.
+def cudnn(q, k, v, lengths, pairs=None):
+    """NVIDIA's flash attention: q, k, v [B, L, H, K], lengths int32 [B] or None, pairs bool
+    [B, L, L] or None -> [B, L, H, K]. A mesh may split samples and heads. Pairs are a bias, which
+    takes the memory of one head's scores; no GPU has run that yet.
 
     Its gradient takes an even number of tokens alone (seen on an H200, jax 0.11.2), so that an odd
     one gets a token that nobody sees.
@@ -28,8 +29,11 @@ def cudnn(q, k, v, lengths):
     if L % 2:
         lengths = jnp.full(B, L) if lengths is None else lengths
         q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-    lengths = dict(key_value_seq_lengths=lengths)
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)[:, :L]
+        pairs = None if pairs is None else jnp.pad(pairs, ((0, 0), (0, 1), (0, 1)), mode="edge")
+    seen = dict(key_value_seq_lengths=lengths)
+    if pairs is not None:
+        seen["mask"] = pairs[:, None]
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **seen)[:, :L]
 
 
 def splash(q, k, v, lengths, interpret=False):

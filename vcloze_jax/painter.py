@@ -10,6 +10,7 @@ does not depend on the others.
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -20,7 +21,6 @@ from jax.sharding import Mesh
 from vcloze_jax import conditioning, flow
 from vcloze_jax.grid import Spec, bucket
 from vcloze_jax.model.ops import unpack
-from vcloze_jax.programs import timed
 from vcloze_jax.sharding import batch_sharding, compute_dtype, count_shards, on_host, spread
 
 BATCH_TOKENS = 2**13  # image tokens per device and call: enough to keep any accelerator busy
@@ -38,14 +38,13 @@ class Canvas:
     times: np.ndarray = None  # float32 [N + 1], of the Euler steps
     condition: np.ndarray = None  # float32 [S, 320]
     latents: np.ndarray = None  # float32 [S, 64], from the first time to t = 0
-    decode: Callable = None  # (grid, latents) -> uint8 [h, C*w, 3]
+    decode: Callable = None  # of the Canvas -> uint8 [h, C*w, 3]
     second_passes: list["Canvas"] = field(default_factory=list)  # one a target, if asked for
 
     @cached_property
     def pixels(self):
         """The painted query row, uint8 [h, C*w, 3], decoded by the hosts that ask for it."""
-        with timed(self.seconds, "decode"):
-            return self.decode(self.spec.grid, self.latents)
+        return self.decode(self)
 
     @property
     def targets(self):
@@ -59,12 +58,13 @@ class Painter:
     """The models of a preset on a mesh, and the compiled parts of sampling.
 
     `models` has the attributes flux and vae, each asked for where its stage begins;
-    `read_texts(prompts)` -> {prompt: (txt, pooled, unread, seconds)}.
+    `read_texts(prompts)` -> {prompt: (txt, pooled, unread, seconds)}; what passes within
+    `timed(seconds, part)` is added to that part.
     """
 
-    def __init__(self, preset, models, read_texts, mesh):
+    def __init__(self, preset, models, read_texts, mesh, timed=lambda seconds, part: nullcontext()):
         self.preset, self.models, self.read_texts, self.mesh = preset, models, read_texts, mesh
-        self.shards = count_shards(mesh)
+        self.timed, self.shards = timed, count_shards(mesh)
         self.alone = Mesh(np.reshape(mesh.local_devices[0], (1, 1, 1, 1)), mesh.axis_names)
         self.dtype = dtype = compute_dtype(mesh)
         self.encode_condition = jax.jit(partial(conditioning.encode_condition, dtype=dtype))
@@ -73,7 +73,8 @@ class Painter:
         self.select_step = jax.jit(select_step)
         # Where its result lies is said, or the second step would be another program.
         self.euler_step = jax.jit(euler_step, out_shardings=batch_sharding(mesh))
-        self.decode_row = jax.jit(decode_row, static_argnums=(2, 3))
+        decode = lambda vae, z, h, w: vae.decode(unpack(z, h, w))  # noqa: E731
+        self.decode_row = jax.jit(decode, static_argnums=(2, 3))
 
     def __call__(self, specs, progress=lambda steps, label: steps, watch=None):
         """Paint every spec -> list of Canvas, in order.
@@ -84,12 +85,12 @@ class Painter:
         """
         prompts = [spec.prompt for spec in specs]
         texts = self.read_texts(prompts + [s.content_prompt for s in specs if s.upsampling])
-        start = lambda spec: Canvas(spec, *texts[spec.prompt], decode=self.decode)  # noqa: E731
+        start = lambda spec: Canvas(spec, *texts[spec.prompt], decode=self.decode_canvas)  # noqa: E731
         canvases = list(map(start, specs))
         self.run_pass(canvases, progress, watch)
         for canvas in canvases:
-            if canvas.spec.upsampling:
-                canvas.second_passes = list(map(start, second_passes(canvas.spec, canvas.targets)))
+            if up := canvas.spec.upsampling:
+                canvas.second_passes = list(map(start, up.specs(canvas.spec, canvas.targets)))
         self.run_pass([second for c in canvases for second in c.second_passes], progress, watch)
         return canvases
 
@@ -107,19 +108,24 @@ class Painter:
     def encode(self, canvas):
         """Condition, times and noise of one grid, whose rows are encoded at their exact width."""
         spec, seconds = canvas.spec, canvas.seconds
-        rows, second = spec.grid.rows, spec.strength is not None
-        with timed(seconds, "load"):
+        placement, second = self.preset.flux.placement, spec.strength is not None
+        rows = spec.grid.pictures(placement)
+        with self.timed(seconds, "load"):
             vae = self.models.vae
-        with timed(seconds, "vae"):
+        with self.timed(seconds, "vae"):
             fill = np.float32(conditioning.GREY if second else conditioning.BLACK)
             tokens = [self.encode_condition(vae, r.pixels[None], r.mask[None], fill) for r in rows]
             canvas.condition = np.concatenate([t[0].astype(np.float32) for t in on_host(tokens)])
-            how = spec.grid.tokens, self.preset.flow, spec.strength or 1.0
+            segments = spec.grid.segments(placement)
+            clean = np.array(placement.clean)[segments]  # and shifts no times
+            how = int((~clean).sum()), self.preset.flow, spec.strength or 1.0
             canvas.times = times = flow.schedule(spec.num_inference_steps, *how)
             canvas.latents = initial_noise(spec)
             if second:
                 picture = on_host(self.encode_picture(vae, rows[0].pixels[None])).astype("f4")[0]
                 canvas.latents = (1 - times[0]) * picture + times[0] * canvas.latents
+            entering = canvas.latents, canvas.condition, segments, placement
+            canvas.latents, canvas.condition = conditioning.enter(*entering)
 
     def batches(self, canvases):
         """(bucket, members, copies): canvases of one bucket and number of steps.
@@ -144,9 +150,9 @@ class Painter:
     def denoise(self, members, copies, size, steps, watch):
         """The Euler steps of a batch, padded to `size` tokens."""
         seconds, batch = Counter(), members + members[:1] * copies
-        with timed(seconds, "load"):
+        with self.timed(seconds, "load"):
             flux = self.models.flux
-        with timed(seconds, "paint"), jax.set_mesh(self.mesh):
+        with self.timed(seconds, "paint"), jax.set_mesh(self.mesh):
             to_mesh = partial(spread, mesh=self.mesh)
             x, times, context = jax.tree.map(to_mesh, self.stack(batch, size))
             mods = self.modulate_steps(flux, times, context)
@@ -173,26 +179,26 @@ class Painter:
             np.array([canvas.spec.guidance_scale for canvas in batch], np.float32),
             conditioning.position_table(grids, self.preset.flux, T, size),
             np.array([T + grid.tokens for grid in grids], np.int32),
+            conditioning.segment_table(grids, self.preset.flux.placement, size),
         )
         latents = np.stack([pad(canvas.latents, size) for canvas in batch])
         return latents, np.stack([canvas.times for canvas in batch]), context
+
+    def decode_canvas(self, canvas):
+        """`decode` of what was painted."""
+        with self.timed(canvas.seconds, "decode"):
+            return self.decode(canvas.spec.grid, canvas.latents)
 
     def decode(self, grid, latents):
         """Latents float32 [S, 64] of a grid -> its query row, uint8 [h, C*w, 3], in one piece:
         norms and attention see all of a picture, so that tiles would not give the same."""
         h, w = grid.query.height // 8, grid.query.width // 8
-        last = latents[None, -(h * w // 4) :].astype(self.dtype)
+        count = grid.columns if self.preset.flux.placement.apart else 1
+        last = latents[-(h * w // 4) :].astype(self.dtype).reshape(count, -1, latents.shape[-1])
         vae = jax.tree.map(lambda x: x.addressable_data(0), self.models.vae)  # each host has all
         with jax.set_mesh(self.alone):
-            return conditioning.to_pixels(self.decode_row(vae, last, h, w)[0])
-
-
-def second_passes(spec, targets):
-    """The specs of the second pass that a spec asks for, over its painted targets."""
-    up = spec.upsampling
-    how = dict(seed=spec.seed, latents=up.latents, strength=up.strength)
-    asked = spec.content_prompt, up.num_inference_steps, spec.guidance_scale
-    return [Spec(up.grid(target), *asked, **how) for target in targets]
+            pictures = conditioning.to_pixels(self.decode_row(vae, last, h, w // count))
+        return np.concatenate(list(pictures), 1)
 
 
 def initial_noise(spec):
@@ -216,11 +222,6 @@ def select_step(mods, times, i):
 def euler_step(flux, x, mod, context, t, t_next):
     """flow.euler along the velocity that the MMDiT has at x, float32 [B, S, 64]."""
     return flow.euler(x, conditioning.velocity(flux, x, mod, context), t, t_next)
-
-
-def decode_row(vae, z, rows, columns):
-    """Tokens [B, S, 64] of so many latent rows and columns -> picture [B, 8 rows, 8 columns, 3]."""
-    return vae.decode(unpack(z, rows, columns))
 
 
 def pad(x, size):

@@ -6,9 +6,10 @@ painting.images[0].save("b.png")
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from typing import Never
@@ -29,10 +30,10 @@ from vcloze_jax.hosts import is_first, pick_share
 from vcloze_jax.inputs.pictures import save_png, save_text
 from vcloze_jax.inputs.sheet import cell_boxes, compose
 from vcloze_jax.inputs.spec import read_spec
-from vcloze_jax.inputs.specfiles import output_names, read_specs
+from vcloze_jax.inputs.specfiles import check_picked, output_names, read_specs
 from vcloze_jax.inputs.world import describe_unlike_mini
 from vcloze_jax.painter import Canvas, Painter
-from vcloze_jax.programs import tally
+from vcloze_jax.programs import tally, timed
 from vcloze_jax.storage import adapters, places, weights
 from vcloze_jax.storage.models import LazyModels
 
@@ -122,9 +123,9 @@ class Pipeline:
         """Make ready what paints; files are checked now, and read when they are first needed.
 
         `weights` is a folder (default: mini, with its adapter), `lora` a list of adapters, each
-        "FILE", "FILE:SCALE" or (file, scale), `mesh` as the flag: 8 or "data=2,fsdp=4" (default:
-        all accelerators, or one CPU). `offload` keeps the MMDiT's blocks in host memory. Raises
-        UserError.
+        "FILE", "FILE:SCALE" or (file, scale), or "NAME=FILE" for specs that pick it; `mesh` as the
+        flag: 8 or "data=2,fsdp=4" (default: all accelerators, or one CPU). `offload` keeps the
+        MMDiT's blocks in host memory. Raises UserError.
         """
         return cls(load_painter(weights, lora, mesh, offload))
 
@@ -142,6 +143,7 @@ class Pipeline:
         seed: int | None = None,
         latents: np.ndarray | str | Path | None = None,
         upsampling: dict | None = None,
+        adapter: str | None = None,
         progress: bool = False,
         on_step: Callable[[Step], None] | None = None,
         **unknown: Never,
@@ -165,6 +167,7 @@ class Pipeline:
             seed=seed,
             latents=latents,
             upsampling=upsampling,
+            adapter=adapter,
         )
         if isinstance(image, str | PathLike | dict):
             raise UserError("image: rows of cells are wanted; paint([…]) takes specs and files")
@@ -192,9 +195,10 @@ class Pipeline:
             found += [spec] if read else read_specs([spec], self.painter.preset)
         hooks = (steps_bar,) if progress else ()
         watch = tell_steps(on_step, self.painter) if on_step else None
-        canvases = self.painter(found, *hooks, watch=watch)
+        paint = partial(paint_by_adapter, self.painter)
+        canvases = paint(found, *hooks, watch=watch)
         ours = pick_share(range(len(canvases)))
-        moves = measure_moves(self.painter, canvases, *hooks) if dial else [None] * len(canvases)
+        moves = measure_moves(paint, canvases, *hooks) if dial else [None] * len(canvases)
         paintings = [
             Painting(canvas, self.painter, i in ours, moved)
             for i, (canvas, moved) in enumerate(zip(canvases, moves, strict=True))
@@ -207,7 +211,10 @@ class Pipeline:
         """The weights that paint, and the adapters folded into them, a line each."""
         models = self.painter.models
         base = weights.summary(models.folder, self.painter.preset)
-        return f"weights: {base}\n{places.describe_adapters(models.folder, models.loras)}"
+        lines = [f"weights: {base}", places.describe_adapters(models.folder, models.bank[None])]
+        for name, pairs in models.bank.items():
+            lines += [f"{name}: {places.describe_pairs(pairs)}"] if name else []
+        return "\n".join(lines)
 
 
 def count_unread(part, reason):
@@ -218,13 +225,36 @@ def count_unread(part, reason):
 
 def load_painter(named, lora, mesh, offload=False):
     """A Painter of what those three name; see Pipeline.load."""
-    folder, loras = places.named_model(named, lora)
+    common, bank = places.split_bank(lora)
+    folder, loras = places.named_model(named, common)
     mesh = make_mesh(None if mesh is None else parse_mesh(str(mesh)))
-    preset = weights.checked_fill_preset(folder)
-    for file, _ in loras:
+    files = {Path(file): None for pairs in (loras, *bank.values()) for file, _ in pairs}
+    placement = adapters.agreed_placement([*files])
+    preset = weights.checked_grid_preset(folder, placement)
+    for file in files:
         adapters.check(file, preset.flux)
-    models = LazyModels(folder, preset, loras, mesh, offload)
-    return Painter(preset, models, models.text_reader(), mesh)
+    models = LazyModels(folder, preset, loras, mesh, offload, bank)
+    return Painter(preset, models, models.text_reader(), mesh, timed)
+
+
+def picked_adapter(spec):
+    """The name of the adapter that a spec picks of the bank, or None."""
+    return spec.resolved.get("adapter")
+
+
+def paint_by_adapter(painter, specs, *hooks, watch=None):
+    """What a Painter makes of specs, in their order, each painted by the adapter that it picks;
+    those of one adapter together. Raises UserError for one that is not there."""
+    groups, models = defaultdict(list), painter.models
+    for i, spec in enumerate(specs):
+        groups[picked_adapter(spec)].append(i)
+        check_picked(spec, models.bank)
+    canvases = {}
+    for name in sorted(groups, key=lambda name: name != models.selected):
+        models.select(name)
+        painted = painter([specs[i] for i in groups[name]], *hooks, watch=watch)
+        canvases |= dict(zip(groups[name], painted, strict=True))
+    return [canvases[i] for i in range(len(specs))]
 
 
 def describe(canvas, painter):
@@ -243,7 +273,7 @@ def describe(canvas, painter):
         "compiles": tally["compiled"],
         "attention": kernel_on(painter.mesh, preset),
         "weights": str(models.folder),
-        "adapters": places.describe_adapters(models.folder, models.loras),
+        "adapters": places.describe_adapters(models.folder, models.bank[picked_adapter(spec)]),
         "unlike_training": describe_unlike_mini(spec) if is_mini else "",
         "versions": {"vcloze_jax": __version__, "jax": jax.__version__, "flax": flax.__version__},
     }

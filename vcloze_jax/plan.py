@@ -23,6 +23,7 @@ from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.vae import VAE
 from vcloze_jax.painter import BATCH_TOKENS
 from vcloze_jax.pipeline import Pipeline
+from vcloze_jax.placement import TARGET
 from vcloze_jax.sharding import batch_sharding, compute_dtype, count_shards, shardings
 from vcloze_jax.storage.weights import MODULES, abstract
 
@@ -250,7 +251,8 @@ def flux_program(preset, grids, tokens, learning):
     def velocity(learnt, frozen, inputs):
         t, img, txt, pooled, *pe = inputs
         flux = nnx.merge(graphdef, learnt, frozen)
-        return flux(img, txt, flux.modulation(t, t, pooled), pe)
+        segments = jnp.full((grids, tokens), TARGET) if c.placement.by_segment else None
+        return flux(img, txt, flux.modulation(t, t, pooled), pe, None, segments)
 
     def loss(*args):
         return jnp.square(velocity(*args).astype("float32")).mean()

@@ -3,9 +3,9 @@ blank, and a prompt."""
 
 import numpy as np
 
-from vcloze_jax import prompts
 from vcloze_jax.data import graph
 from vcloze_jax.grid import Grid
+from vcloze_jax.inputs import prompts
 
 STRIDES = (37, 74, 111, 148)  # from a subject to its examples: never a relative of it
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from vcloze_jax.conditioning import Posteriors, blank, posterior_tokens, to_model
 from vcloze_jax.model.ops import pack_mask
+from vcloze_jax.placement import FILL
 from vcloze_jax.sharding import compute_dtype, spread
 from vcloze_jax.step import merge_models
 
@@ -28,7 +29,7 @@ def choose_readers(trainer, cache):
     if cache or alone:
         vae = merge_models(trainer.graphdefs, trainer.frozen, names=("vae",)).vae
         how = trainer.recipe.mask_fill, compute_dtype(trainer.mesh)
-        memory = RowMemory(vae, *how, cache and cache.rows)
+        memory = RowMemory(vae, *how, cache and cache.rows, trainer.preset.flux.placement)
         trainer.read_rows = partial(memory.read_rows, mesh=trainer.mesh)
     if cache:
         trainer.read_texts = partial(cache.read_texts, tokenizers=trainer.tokenizers)
@@ -39,10 +40,11 @@ class RowMemory:
     depends on no other and on no mesh, so that a run which goes on with an empty memory is the same
     run. With a `store` of arrays what is encoded is kept there, too."""
 
-    def __init__(self, vae, fill, dtype, store=None):
+    def __init__(self, vae, fill, dtype, store=None, placement=FILL):
         here = jax.tree.map(lambda x: x.addressable_data(0), vae)  # each device has all of it
         self.encode = partial(jax.jit(partial(encode_row, fill=fill, dtype=dtype)), here)
-        self.kept, self.room, self.store = OrderedDict(), LIMIT, store
+        self.placement, self.store = placement, store
+        self.kept, self.room = OrderedDict(), LIMIT
 
     def read_rows(self, examples, mesh):
         """Examples of one shape (None: another host's) -> their Posteriors on the mesh."""
@@ -54,7 +56,7 @@ class RowMemory:
         """Mean and std of a grid's rows, then those of its blanked rows, as tokens in model scale,
         [S, 64] each; and its mask's [S, 256]; in NumPy."""
         parts = []
-        for row in grid.rows:
+        for row in grid.pictures(self.placement):
             clean = self.look_up(row.pixels, np.zeros_like(row.mask))
             blanked = self.look_up(row.pixels, row.mask)
             parts.append((*clean, *blanked, pack_mask(row.mask[None])[0].astype(clean.dtype)))

@@ -12,6 +12,7 @@ from flax import nnx
 
 from vcloze_jax import conditioning, flow
 from vcloze_jax.conditioning import Context, Models, Posteriors
+from vcloze_jax.placement import FILL
 from vcloze_jax.sharding import spread
 
 ENCODERS = ("vae", "t5", "clip")
@@ -26,8 +27,9 @@ class Batch(NamedTuple):
     t5_ids: jax.Array  # int32 [B, T]; or what the encoder made of them, [B, T, text_width]
     clip_ids: jax.Array  # int32 [B, 77]; or [B, vec_width]
     numbers: jax.Array  # int32 [B], of each grid in the run: what is drawn for it depends on that
-    pe: tuple  # cos, sin float32 [1, T + S, 1, K/2], on the host: it is the same for all
+    pe: tuple  # cos, sin float32 [1 or B, T + S, 1, K/2]; one is on the host
     kinds: jax.Array | None = None  # uint8 [B, KIND], of their tasks, as UTF-8
+    segments: jax.Array | None = None  # uint8 [B, S], of a Placement by segments
 
 
 class NoisyBatch(NamedTuple):
@@ -58,22 +60,30 @@ def purpose_key(seed, purpose):
 
 def make_batch(examples, numbers, read_rows, read_texts, preset, mesh):
     """Examples of one shape (None: another host's) -> Batch, by what reads rows and prompts."""
-    grid = next(x.grid for x in examples if x)
+    to_mesh = lambda read: spread([x and read(x) for x in examples], mesh)  # noqa: E731
+    first, placement = next(filter(None, examples)).grid, preset.flux.placement
     *texts, _ = read_texts([x.prompt if x else "" for x in examples])
-    kind = lambda x: np.frombuffer(x.kind.encode()[:KIND].ljust(KIND), np.uint8)  # noqa: E731
-    pe = conditioning.position_table([grid], preset.flux, preset.t5.max_length, grid.tokens)
+    kinds = to_mesh(lambda x: np.frombuffer(x.kind.encode()[:KIND].ljust(KIND), np.uint8))
+    sizes = preset.flux, preset.t5.max_length, first.tokens
+    table = lambda grid: conditioning.position_table([grid], *sizes)  # noqa: E731
+    pe = table(first)
+    if placement.axis0 == "reference":  # which depends on what is masked
+        pe = tuple(to_mesh(lambda x, i=i: table(x.grid)[i][0]) for i in (0, 1))
+    segments = to_mesh(lambda x: x.grid.segments(placement)) if placement.by_segment else None
     arrays = (spread(x, mesh) for x in (*texts, np.asarray(numbers, np.int32)))
-    kinds = spread([x and kind(x) for x in examples], mesh)
-    return Batch(read_rows(examples), *arrays, pe, kinds)
+    return Batch(read_rows(examples), *arrays, pe, kinds, segments)
 
 
-def spread_rows(examples, mesh, masks_every_row=False):
+def spread_rows(examples, mesh, masks_every_row=False, placement=FILL):
     """Examples -> the rows of a Batch, as pixels. Rows that are never masked carry no mask."""
-    count, rows = next(len(x.grid.rows) for x in examples if x), []
-    for r in range(count):
-        pixels = spread([x and x.grid.rows[r].pixels for x in examples], mesh)
-        masks = [x and x.grid.rows[r].mask for x in examples]
-        rows.append((pixels, spread(masks, mesh) if masks_every_row or r == count - 1 else None))
+    read = [x and x.grid.pictures(placement) for x in examples]
+    count = next(x.grid.columns for x in examples if x) if placement.apart else 1  # of a row
+    rows = []
+    for r in range(total := len(next(filter(None, read)))):
+        pixels = spread([x and x[r].pixels for x in read], mesh)
+        masks = [x and x[r].mask for x in read]
+        maskable = masks_every_row or r >= total - count
+        rows.append((pixels, spread(masks, mesh) if maskable else None))
     return tuple(rows)
 
 
@@ -99,7 +109,8 @@ def encode_batch(frozen, batch, key, *, graphdefs, preset, dtype):
     if models.t5:  # where the encoders are learnt, `predict_velocity` encodes
         text = conditioning.encode_text(models.t5, models.clip, *text, dtype)
     x_t, velocity = flow.interpolate(x, noise, t)
-    context = Context(condition, *text, guidance, batch.pe)
+    x_t, condition = conditioning.enter(x_t, condition, batch.segments, preset.flux.placement)
+    context = Context(condition, *text, guidance, batch.pe, segments=batch.segments)
     return NoisyBatch(x_t, velocity, share, t, context, batch.kinds)
 
 

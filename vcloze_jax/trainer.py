@@ -51,7 +51,8 @@ class Trainer:
         self.graphdefs, trainable, self.frozen = parts
         self.preset, self.mesh, self.dtype = preset, mesh, compute_dtype(mesh)
         self.tokenizers = self.read_texts = tokenizers  # a cache or a memory may read both instead
-        self.read_rows = partial(spread_rows, mesh=mesh, masks_every_row=masks_every_row)
+        how = dict(masks_every_row=masks_every_row, placement=preset.flux.placement)
+        self.read_rows = partial(spread_rows, mesh=mesh, **how)
         self.recipe = recipe = preset.recipe
         statics = dict(graphdefs=self.graphdefs, dtype=self.dtype)
         loss = partial(loss_fn, region=recipe.loss_region, **statics)

@@ -3,6 +3,8 @@
 Sources: black-forest-labs/flux:src/flux/model.py and modules/layers.py;
 huggingface/diffusers:src/diffusers/models/transformers/transformer_flux.py and
 scripts/convert_flux_to_diffusers.py (which also shows the swapped halves of the last modulation).
+Of cond_in and cond_mod, of placements (vcloze_jax/placement.py), nobody has published any: these
+names are ours.
 """
 
 from vcloze_jax.ports.tables import Joining, Part, Swapped, Table, nest_rows, take_column
@@ -13,6 +15,7 @@ LATENT = 64  # channels of the noisy latent, which every base reads first
 INPUTS = (
     ("img_in", "img_in", "x_embedder"),
     ("txt_in", "txt_in", "context_embedder"),
+    ("cond_in", "cond_in", "condition_embedder"),
 )
 VECTOR = (
     ("time_in/in_layer",      "time_in.in_layer",      "timestep_embedder.linear_1"),
@@ -24,6 +27,7 @@ VECTOR = (
 )
 DOUBLE = (
     ("img/mod",           "img_mod.lin",                    "norm1.linear"),
+    ("img/cond_mod",      "cond_mod.lin",                   "norm1_condition.linear"),
     ("img/qkv",           "img_attn.qkv",                   "attn.to_{q,k,v}"),
     ("img/q_norm/scale",  "img_attn.norm.query_norm.scale", "attn.norm_q.weight"),
     ("img/k_norm/scale",  "img_attn.norm.key_norm.scale",   "attn.norm_k.weight"),
@@ -40,6 +44,7 @@ DOUBLE = (
 )
 SINGLE = (
     ("mod",              "modulation.lin",        "norm.linear"),
+    ("cond_mod",         "cond_modulation.lin",   "norm_condition.linear"),
     ("linear1",          "linear1",               "{attn.to_q,attn.to_k,attn.to_v,proj_mlp*4}"),
     (Joining("linear2"), "linear2",               "proj_out"),
     ("q_norm/scale",     "norm.query_norm.scale", "attn.norm_q.weight"),

@@ -11,9 +11,9 @@ from itertools import permutations, product
 
 import numpy as np
 
-from vcloze_jax import prompts
 from vcloze_jax.config import Recipe
-from vcloze_jax.prompts import CONTENT_PREFIXES, EDITING_PREFIXES
+from vcloze_jax.inputs import prompts
+from vcloze_jax.inputs.prompts import CONTENT_PREFIXES, EDITING_PREFIXES
 
 ROWS = {1: 0.3, 2: 0.4, 3: 0.3}  # of a grid, with their share
 AS_SAMPLED = dict(layout=0, task=9, content=1)  # templates: those that prompts.py has as defaults

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vcloze_jax import prompts
 from vcloze_jax.data.conditions import CONDITIONS
 from vcloze_jax.data.draws import ROWS, draw_blank, draw_order, draw_rows, draw_sentences
 from vcloze_jax.data.sources import Shape
+from vcloze_jax.inputs import prompts
 
 SIZE = 64  # pixels of a cell's side
 

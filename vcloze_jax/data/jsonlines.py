@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vcloze_jax import prompts
 from vcloze_jax.config import UserError
 from vcloze_jax.data.spans import scan_objects
+from vcloze_jax.inputs import prompts
 from vcloze_jax.inputs.checks import (
     WRAPPED,
     check_keys,

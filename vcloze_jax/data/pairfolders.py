@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from vcloze_jax import prompts
 from vcloze_jax.config import UserError
 from vcloze_jax.data.jsonlines import INSTRUCTION, KEYS, SOURCE, LineSamples, OwnSample
+from vcloze_jax.inputs import prompts
 from vcloze_jax.inputs.checks import (
     check_text,
     describe_error,

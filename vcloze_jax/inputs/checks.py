@@ -79,6 +79,11 @@ WRAPPED = "a list of objects within an object; give the list itself as the file,
 LONGEST = 300  # characters of a foreign message, or of a name
 
 
+def flag(name):
+    """`micro_batch` -> `--micro-batch`."""
+    return f"--{name.replace('_', '-')}"
+
+
 def describe_error(error: Exception) -> str:
     """What an exception that is not ours, but a library's or the file system's, says on one line:
     with what helps, where that is known, and without the file, which the caller names."""

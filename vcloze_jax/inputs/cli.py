@@ -145,8 +145,8 @@ def fetch_weights(args):
     return folder
 
 
-def add_model_flags(parser):
-    """The flags that say what to paint with, and where."""
+def add_model_flags(parser, read_adapter=file_and_scale):
+    """The flags that say what to paint with, and where; `read_adapter` is told what --lora says."""
     add = parser.add_argument
     default = "folder in diffusers' layout, or an id of Hugging Face (default: mini, adapted)"
     add("--weights", type=expand, metavar="DIR", help=default)
@@ -154,8 +154,8 @@ def add_model_flags(parser):
     add(
         "--lora",
         action="append",
-        type=lambda text: file_and_scale(expand(text)),
-        metavar="FILE[:SCALE]",
+        type=lambda text: read_adapter(expand(text)),
+        metavar="FILE[:SCALE]" if read_adapter is file_and_scale else "[NAME=]FILE[:SCALE]",
         help="adapter to fold in, repeatable; on mini it replaces mini's own",
     )
     add("--mesh", help="8, or data=2,fsdp=2,tensor=2 (default: all accelerators, or one CPU)")

@@ -1,18 +1,45 @@
-"""A training run's recipe as flags: one for each value, and what holds of it."""
+"""The flags of train.py: one for each value of a run's recipe, and what holds of it."""
 
 import math
 from dataclasses import fields, replace
 from pathlib import Path
 
-from vcloze_jax.config import DATA, PRESETS, Recipe, UserError, flag
+from vcloze_jax.config import DATA, PRESETS, Recipe, UserError
 from vcloze_jax.data.sources import is_own
-from vcloze_jax.inputs.cli import DOWNLOAD, expand
+from vcloze_jax.inputs.checks import flag
+from vcloze_jax.inputs.cli import (
+    DOWNLOAD,
+    PackageFlag,
+    Parser,
+    add_plan_flags,
+    expand,
+    path,
+    positive_int,
+)
 from vcloze_jax.inputs.pictures import check_no_address
+from vcloze_jax.inputs.runfolder import ORIGINS
+from vcloze_jax.placement import PLACEMENTS
 
 PATHS = "weights", "lora", "data", "cache"  # of the recipe
 # What a preset's recipe has otherwise for the user's own data: of twenty pairs mini learns a simple
 # task in about three minutes. All of it is free to change, so that runs which began before go on.
 OWN = {"mini": dict(lr=3e-3, steps=200, save_every=100, preview_every=100)}
+
+
+def parse_training(argv, description=""):
+    """The flags of train.py, which --help describes so."""
+    parser = Parser(description)
+    add = parser.add_argument
+    add("--out", type=path, metavar="RUN", help="the run's folder (default: runs/PRESET)")
+    add("--check", action="store_true", help="validate everything, train nothing")
+    add_plan_flags(parser)
+    accept = "go on with a run although these are not those that it was begun with"
+    add("--accept", nargs="+", action="extend", choices=ORIGINS, default=[], help=accept)
+    add("--tensorboard", action=PackageFlag, const="tensorboardX", help="into RUN/tensorboard")
+    trace = "trace so many steps into RUN/profile"
+    add("--profile", type=positive_int, default=0, metavar="STEPS", help=trace)
+    add_recipe_flags(parser)
+    return parser.parse_args(argv)
 
 
 def add_recipe_flags(parser):
@@ -94,6 +121,13 @@ def check_recipe(recipe):
         size = getattr(recipe, part)
         if size and recipe.batch % size:
             raise UserError(f"--batch {recipe.batch}: not a multiple of {flag(part)} {size}")
+    placement = PLACEMENTS[recipe.placement]
+    if recipe.loss_region == "grid" and any(placement.clean):
+        reason = "all but the target is clean, and has no loss; leave it at target"
+        raise UserError(f"--loss-region grid: with --placement {placement.name} {reason}")
+    if not recipe.rank and "cond_mod" in placement.branch:
+        reason = "its conditions' modulations are of an adapter, and --rank 0 has none"
+        raise UserError(f"--placement {recipe.placement}: {reason}")
     if recipe.from_scratch and (recipe.rank or recipe.lora):
         raise UserError("--from-scratch trains every weight: leave --rank and --lora away")
     if recipe.cache:

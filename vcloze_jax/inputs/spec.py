@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vcloze_jax import prompts
 from vcloze_jax.config import Preset, UserError
-from vcloze_jax.grid import PATCH, Spec, Upsampling
+from vcloze_jax.grid import PATCH, Spec
+from vcloze_jax.inputs import prompts
 from vcloze_jax.inputs.cells import Cell, build_grid, floor, row_size
 from vcloze_jax.inputs.checks import (
     TYPES,
@@ -38,6 +38,7 @@ from vcloze_jax.inputs.pictures import (
     to_mask,
 )
 from vcloze_jax.inputs.tasks import find_task, suggest_task
+from vcloze_jax.inputs.upsampling import Upsampling
 
 PROMPTS = ("layout_prompt", "task_prompt", "content_prompt")
 MAX_PICTURES = 1024  # of one grid, all of which are held at once
@@ -49,7 +50,7 @@ NUMBERS = {  # each with its check
     "guidance_scale": (check_number, 0, 1000),
     "seed": (check_integer, 0, MAX_SEED),
 }
-KEYS = ("image", *PROMPTS, "task", "latents", "upsampling", *NUMBERS)
+KEYS = ("image", *PROMPTS, "task", "latents", "upsampling", "adapter", *NUMBERS)
 UPSAMPLING = ("width", "height", "strength", "num_inference_steps", "latents")
 SIDE = 1024  # an upsampled target whose size nobody asked for has an area of at most SIDE²
 LATENT_WIDTH = 64  # channels of a packed token: 16 of the VAE, 2 x 2 pixels
@@ -124,6 +125,8 @@ def read_spec(table: dict, preset: Preset, name: str = "grid", source: Path = Pa
         "latents": latents_path,
         "upsampling": second,
     }
+    if adapter := read_key(table, "adapter", None, check_text):
+        resolved["adapter"] = adapter
     prompt = prompts.join(layout, task, prompts.content_sentence(content))
     bare = prompts.strip_prefix(content)
     return Spec(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vcloze_jax.config import Preset, UserError
+from vcloze_jax.config import PRESETS, Preset, UserError
 from vcloze_jax.grid import Spec
 from vcloze_jax.inputs.checks import (
     WRAPPED,
@@ -22,9 +22,12 @@ from vcloze_jax.inputs.checks import (
     parse_json,
     read_key,
 )
+from vcloze_jax.inputs.cli import Parser, add_model_flags, add_plan_flags
+from vcloze_jax.inputs.cli import path as expanded
 from vcloze_jax.inputs.cluster import count_processes
 from vcloze_jax.inputs.pictures import URL, check_file, check_writable, save_png, save_text
 from vcloze_jax.inputs.spec import MAX_SEED, NUMBERS, read_spec
+from vcloze_jax.storage.places import BankedAdapter, adapter_and_name
 
 MAX_BYTES = 2**22  # of a spec file
 MAX_SPECS = 1024  # of one command
@@ -36,6 +39,27 @@ FLAGS = {
     "--guidance": ("guidance_scale", "of the distilled guidance"),
     "--images": (IMAGES, "pictures of each spec, of as many seeds; written as NAME_seedK"),
 }
+
+
+def parse_sampling(argv, description=""):
+    """The flags of sample.py, which --help describes so. Raises UserError where neither specs nor
+    names are asked for."""
+    parser = Parser(description)
+    add = parser.add_argument
+    add("--grid", nargs="+", action="extend", type=expanded, metavar="SPEC.json")
+    add_model_flags(parser, adapter_and_name)
+    add_spec_flags(parser)
+    add("--out", type=expanded, default=Path("outputs"), metavar="DIR")
+    add("--film", action="store_true", help="NAME_film.webp, too: all steps of a grid")
+    add("--dial", action="store_true", help="record how far examples and noise move it")
+    add("--list-tasks", action="store_true", help='names for "task" in a spec')
+    add("--check", action="store_true", help="validate everything, paint nothing")
+    add("--offload", action="store_true", help="slower; FLUX paints on 24 GB")
+    add_plan_flags(parser, PRESETS)
+    args = parser.parse_args(argv)
+    if not args.grid and not args.list_tasks:
+        parser.error("--grid SPEC.json is needed")
+    return args
 
 
 def add_spec_flags(parser):
@@ -118,6 +142,24 @@ def write_spec(file: Path, spec: Spec, resolution: int) -> None:
     table |= {"resolution": resolution, "num_inference_steps": spec.num_inference_steps}
     table |= {"guidance_scale": spec.guidance_scale, "seed": spec.seed}
     save_text(file, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+
+
+def check_commands(args, specs: list[Spec]) -> None:
+    """Raise UserError where the flags of sample.py cannot do what specs ask: an adapter that no
+    --lora names, or as `check_outputs` does."""
+    names = [lora.name for lora in args.lora or () if isinstance(lora, BankedAdapter)]
+    for spec in specs:
+        check_picked(spec, names)
+    check_outputs(args.out, specs, args.film)
+
+
+def check_picked(spec: Spec, names) -> None:
+    """Raise UserError where a spec picks an adapter that is none of these."""
+    adapter = spec.resolved.get("adapter")
+    if adapter and adapter not in names:
+        known = ", ".join(filter(None, names))
+        remedy = f"one of {known}" if known else f"add --lora {adapter}=FILE"
+        raise UserError(f"{spec.name}: adapter: there is no {adapter!r}; {remedy}")
 
 
 def check_outputs(out: Path, specs: list[Spec], film: bool = False) -> None:

@@ -6,8 +6,8 @@ A task of mini is a path in its graph of tasks (vcloze_jax/data/graph.py): "gray
 
 from typing import NamedTuple
 
-from vcloze_jax import prompts
 from vcloze_jax.config import PRESETS
+from vcloze_jax.inputs import prompts
 from vcloze_jax.inputs.checks import suggest_name
 
 

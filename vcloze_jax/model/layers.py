@@ -31,7 +31,7 @@ class Dense(nnx.Module):
 
     No alpha: the branch has scale 1, its rank is clipped to min(in, out), A starts uniform in
     +-1/sqrt(in), B and its bias at zero (lzyhha/VisualCloze:models/modules/lora.py). A scale
-    belongs to folding (lora.py), never to the layer.
+    belongs to folding (storage/folding.py), never to the layer.
     """
 
     def __init__(self, into, out, *, split=WHOLE, rank=0, use_bias=True, std=None, rngs):
@@ -126,9 +126,10 @@ class MLPEmbedder(nnx.Module):
 class Stream(nnx.Module):
     """One side of a double block, image or text: its own weights around a shared attention."""
 
-    def __init__(self, c, *, rngs):
+    def __init__(self, c, mods=("mod",), *, rngs):
         dense, heads = dict(rank=c.rank, rngs=rngs), (c.heads, c.head_dim)
-        self.mod = Dense(c.width, 6 * c.width, split=VECTOR, std=0.0, **dense)
+        for name in mods:
+            setattr(self, name, Dense(c.width, 6 * c.width, split=VECTOR, std=0.0, **dense))
         self.qkv = Dense(c.width, (3, *heads), split=TO_HEADS, **dense)
         self.q_norm = RMSNorm(c.head_dim)
         self.k_norm = RMSNorm(c.head_dim)
@@ -143,7 +144,7 @@ class Stream(nnx.Module):
 
     def after(self, x, attn, gate1, shift2, scale2, gate2):
         """Close the residuals of attention and MLP around x [B, S, D]; attn is [B, S, H, K], the
-        others are [B, 1, D]."""
+        others are [B, 1 or S, D]."""
         x = x + gate1 * self.proj(attn)
         h = jax.nn.gelu(self.mlp_in(modulate(x, shift2, scale2)), approximate=True)
         return x + gate2 * self.mlp_out(h)
@@ -153,16 +154,16 @@ class DoubleBlock(nnx.Module):
     """Image and text keep weights of their own and meet in one attention."""
 
     def __init__(self, c, *, rngs):
-        self.img = Stream(c, rngs=rngs)
+        self.img = Stream(c, dict.fromkeys(c.placement.branch), rngs=rngs)
         self.txt = Stream(c, rngs=rngs)
 
-    def __call__(self, img, txt, img_mod, txt_mod, pe, lengths=None):
-        """img [B, S, D], txt [B, T, D], mods [B, 6D]; pe covers text, then image."""
+    def __call__(self, img, txt, img_mod, txt_mod, pe, seen=()):
+        """img [B, S, D], txt [B, T, D], mods [B, 6D]; pe of text, then image; seen: attention's."""
         img_mod, txt_mod = chunks(img_mod, 6), chunks(txt_mod, 6)
         img_qkv = self.img.before(img, *img_mod[:2])
         txt_qkv = self.txt.before(txt, *txt_mod[:2])
         q, k, v = (jnp.concatenate(pair, 1) for pair in zip(txt_qkv, img_qkv, strict=True))
-        attn = attention(rope(q, pe), rope(k, pe), v, lengths)  # B L H K
+        attn = attention(rope(q, pe), rope(k, pe), v, *seen)  # B L H K
         T = txt.shape[1]
         img = self.img.after(img, attn[:, T:], *img_mod[2:])
         txt = self.txt.after(txt, attn[:, :T], *txt_mod[2:])
@@ -174,20 +175,21 @@ class SingleBlock(nnx.Module):
 
     def __init__(self, c, *, rngs):
         dense, heads = dict(rank=c.rank, rngs=rngs), (c.heads, c.head_dim)
-        self.mod = Dense(c.width, 3 * c.width, split=VECTOR, std=0.0, **dense)
+        for name in dict.fromkeys(c.placement.branch):
+            setattr(self, name, Dense(c.width, 3 * c.width, split=VECTOR, std=0.0, **dense))
         self.linear1 = Dense(c.width, (3 + c.mlp_ratio, *heads), split=TO_HEADS, **dense)
         self.linear2 = Dense((1 + c.mlp_ratio, *heads), c.width, split=OF_PARTS, **dense)
         self.q_norm = RMSNorm(c.head_dim)
         self.k_norm = RMSNorm(c.head_dim)
 
-    def __call__(self, x, mod, pe, lengths=None):
+    def __call__(self, x, mod, pe, seen=()):
         """x [B, L, D], mod [B, 3D] -> [B, L, D]."""
         shift, scale, gate = chunks(mod, 3)
         h = self.linear1(modulate(x, shift, scale))  # B L 7 H K
         qkv, mlp = jnp.split(h, [3], 2)
         q, k, v = jnp.moveaxis(qkv, 2, 0)
         q, k = rope(self.q_norm(q), pe), rope(self.k_norm(k), pe)
-        attn = attention(q, k, v, lengths)  # B L H K
+        attn = attention(q, k, v, *seen)  # B L H K
         h = jnp.concatenate([attn[:, :, None], jax.nn.gelu(mlp, approximate=True)], 2)
         return x + gate * self.linear2(h)
 
@@ -205,8 +207,9 @@ class LastLayer(nnx.Module):
 
 
 def chunks(mod, n):
-    """[B, nD] -> n arrays [B, 1, D] that broadcast over tokens."""
-    return jnp.split(mod[:, None], n, -1)
+    """[B, nD] -> n arrays [B, 1, D] that broadcast over tokens; or of each token's own, [B, S, nD],
+    n arrays [B, S, D]."""
+    return jnp.split(mod[:, None] if mod.ndim == 2 else mod, n, -1)
 
 
 def stack(make, layers, rngs):

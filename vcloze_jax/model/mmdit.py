@@ -13,6 +13,7 @@ from flax import nnx
 
 from vcloze_jax.model.layers import Dense, DoubleBlock, LastLayer, MLPEmbedder, SingleBlock, stack
 from vcloze_jax.model.ops import keep_products, timestep_embedding
+from vcloze_jax.placement import TEXT
 from vcloze_jax.sharding import by_batch, gathered
 
 # A layer that waits in host memory (sample.py --offload) comes when it is used; others stay.
@@ -20,7 +21,8 @@ near = partial(jax.tree.map, partial(jax.device_put, device=jax.memory.Space.Dev
 
 
 class Modulation(NamedTuple):
-    """What time, guidance and pooled text say to every layer; a function of one vector alone."""
+    """What time, guidance and pooled text say to every layer; a function of one vector alone. Where
+    a Placement has K vectors, all but txt have an axis of them, K, before the last."""
 
     img: jax.Array  # [double, B, 6D]
     txt: jax.Array  # [double, B, 6D]
@@ -40,6 +42,8 @@ class Flux(nnx.Module):
         self.vector_in = MLPEmbedder(c.vec_width, c.width, **dense)
         if c.guidance_embed:
             self.guidance_in = MLPEmbedder(256, c.width, **dense)
+        if c.placement.embeds:
+            self.cond_in = Dense(1, c.width, std=0.0, **dense)
         self.double = stack(lambda rngs: DoubleBlock(c, rngs=rngs), c.double_blocks, rngs)
         self.single = stack(lambda rngs: SingleBlock(c, rngs=rngs), c.single_blocks, rngs)
         self.final = LastLayer(c, rngs=rngs)
@@ -51,33 +55,60 @@ class Flux(nnx.Module):
         vector is float32 up to one last rounding: every layer multiplies by what it says, and in
         bfloat16 it would be the largest error of the model.
         """
-        vec = self.time_in(timestep_embedding(t)) + self.vector_in(pooled.astype(jnp.float32))
-        if self.config.guidance_embed:
-            vec = vec + self.guidance_in(timestep_embedding(guidance))  # B D
-        # What is small is gathered, so that no kernel is: those of all layers are used at once.
-        vec = gathered(jax.nn.silu(vec).astype(pooled.dtype))
-        one = lambda layer: by_batch(gathered(near(layer)(vec)))  # noqa: E731
-        each, double = jax.vmap(one), self.double
-        img, txt, single = each(double.img.mod), each(double.txt.mod), each(self.single.mod)
-        return Modulation(img, txt, single, one(self.final.mod))
 
-    def __call__(self, img, txt, mod, pe, lengths=None):
+        def vector(t):
+            vec = self.time_in(timestep_embedding(t)) + self.vector_in(pooled.astype(jnp.float32))
+            if self.config.guidance_embed:
+                vec = vec + self.guidance_in(timestep_embedding(guidance))  # B D
+            # What is small is gathered, so that no kernel is: those of all layers are used at once.
+            return gathered(jax.nn.silu(vec).astype(pooled.dtype))
+
+        def of_vectors(say):
+            said = [say(branch, vec[time]) for branch, time in placement.vectors]
+            return said[0] if len(said) == 1 else jnp.stack(said, -2)
+
+        placement, double = self.config.placement, self.double
+        at = {"t": t, "0": jnp.zeros_like(t)}
+        vec = {time: vector(at[time]) for time in dict.fromkeys(placement.time)}
+        one = lambda layer, vec: by_batch(gathered(near(layer)(vec)))  # noqa: E731
+        each = jax.vmap(one, (0, None))
+        return Modulation(
+            of_vectors(lambda branch, vec: each(getattr(double.img, branch), vec)),
+            each(double.txt.mod, vec[placement.time[TEXT]]),
+            of_vectors(lambda branch, vec: each(getattr(self.single, branch), vec)),
+            of_vectors(lambda _, vec: one(self.final.mod, vec)),
+        )
+
+    def __call__(self, img, txt, mod, pe, lengths=None, segments=None):
         """img [B, S, in_channels], txt [B, T, text_width], pe of T + S tokens -> [B, S, out].
 
         `mod` is a `modulation`; `lengths` int32 [B] counts the real tokens, text included, where
-        img is padded.
+        img is padded; `segments` uint8 [B, S] is what img shows, where the config's Placement asks.
         """
         img = self.img_in(img)  # B S D
         txt = self.txt_in(txt)  # B T D
-        T = txt.shape[1]
+        T, placement, seen = txt.shape[1], self.config.placement, (lengths,)
+        if placement.embeds:
+            clean = jnp.asarray(placement.clean)[segments]  # B S
+            img = img + clean[..., None] * self.cond_in(jnp.ones((1, 1), img.dtype))
+        if placement.by_segment:
+            segments = jnp.pad(segments, ((0, 0), (T, 0)), constant_values=TEXT)  # B L
+        if placement.masked:
+            seen += (jnp.asarray(placement.sees)[segments[:, :, None], segments[:, None]],)  # B L L
+
+        def own(mod, first=0):  # of tokens from the first on
+            if len(placement.vectors) == 1:
+                return mod
+            which = jnp.asarray(placement.vector_of)[segments[:, first:]]
+            return jnp.take_along_axis(mod, which[..., None], 1)
 
         def double(x, layer):
             block, img_mod, txt_mod = near(layer)
-            return block(*x, img_mod, txt_mod, pe, lengths), None
+            return block(*x, own(img_mod, T), txt_mod, pe, seen), None
 
         def single(x, layer):
             block, mod = near(layer)
-            return block(x, mod, pe, lengths), None
+            return block(x, own(mod), pe, seen), None
 
         remat = self.config.remat
         if remat != "none":
@@ -89,4 +120,4 @@ class Flux(nnx.Module):
         (img, txt), _ = scan(double, (img, txt), (self.double, mod.img, mod.txt))
         x = jnp.concatenate([txt, img], 1)  # B L D
         x, _ = scan(single, x, (self.single, mod.single))
-        return self.final(x[:, T:], mod.final)
+        return self.final(x[:, T:], own(mod.final, T))

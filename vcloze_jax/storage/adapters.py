@@ -10,8 +10,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vcloze_jax.config import FluxConfig, UserError
 from vcloze_jax.model.mmdit import Flux
+from vcloze_jax.placement import PLACEMENTS, Placement
 from vcloze_jax.ports import export
 from vcloze_jax.ports.adapters import Adapter, open_adapter, read_arrays
+from vcloze_jax.ports.engine import SafetensorsFile
 from vcloze_jax.ports.tables import mmdit
 from vcloze_jax.ports.tables.namings import NAMINGS
 from vcloze_jax.storage import places
@@ -23,6 +25,28 @@ def open_for(config: FluxConfig, file: Path) -> Adapter:
     """The adapter of a file or folder, its keys and shapes checked against this config's base."""
     _, _, base = abstract(Flux, replace(config, rank=0))
     return open_adapter(file, shapes(base))
+
+
+def told_placement(file: Path) -> Placement | None:
+    """The placement that an adapter of ours was trained in, by its header; None: it does not say,
+    as files of others. Raises UserError for one that is not known."""
+    if file.suffix != ".safetensors" or not file.is_file():
+        return None
+    with translate_errors(file):
+        name = SafetensorsFile(file).metadata.get("placement")
+    if name and name not in PLACEMENTS:
+        known = ", ".join(PLACEMENTS)
+        raise UserError(f"{file}: of placement {name!r}, which is none of {known}")
+    return PLACEMENTS.get(name)
+
+
+def agreed_placement(files: list[Path]) -> Placement | None:
+    """The placement of all adapters that say one. Raises UserError where they say several."""
+    told = {file: placement for file in files if (placement := told_placement(file))}
+    if len(set(told.values())) > 1:
+        each = ", ".join(f"{file} of {placement.name}" for file, placement in told.items())
+        raise UserError(f"--lora: adapters of one placement, please: {each}")
+    return next(iter(told.values()), None)
 
 
 def check(file: Path, config: FluxConfig):

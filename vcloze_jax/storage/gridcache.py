@@ -102,7 +102,8 @@ class GridCache:
     def fill_rows(self, source):
         """Encode this host's share of the rows of a source, those that are not there."""
         vae, members = self.models.load("vae"), pick_share(list_members(source))
-        memory = RowMemory(vae, self.recipe.mask_fill, self.dtype, self.rows)
+        placement = self.models.preset.flux.placement
+        memory = RowMemory(vae, self.recipe.mask_fill, self.dtype, self.rows, placement)
         grids_by_sample = self.read_ahead(source, members)
         for grids in self.show(grids_by_sample, "samples", total=len(members)):
             for grid in grids:

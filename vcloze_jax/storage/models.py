@@ -8,16 +8,18 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 
 from vcloze_jax import __version__
 from vcloze_jax.config import PRESETS, UserError
 from vcloze_jax.devices import HOST, cpu_mesh, kernel_on, put
 from vcloze_jax.inputs.cachefolder import cache_folder
-from vcloze_jax.model.lora import fold, split
+from vcloze_jax.placement import PLACEMENTS
 from vcloze_jax.sharding import compute_dtype, on_host, shardings
 from vcloze_jax.step import purpose_key
 from vcloze_jax.storage import adapters, places, weights
+from vcloze_jax.storage.folding import fold, split
 from vcloze_jax.storage.preset import read_config, read_text_length
 from vcloze_jax.storage.textreader import TextCache, TextReader, Tokenizers
 
@@ -29,12 +31,25 @@ class LazyModels:
 
     MMDiT and autoencoder stay there. The text encoders, half as large as the MMDiT and needed for
     a moment, are loaded whenever they are asked for, and live no longer than they are held. With
-    `offload` the MMDiT's blocks wait in host memory, from where mmdit.near fetches them.
+    `offload` the MMDiT's blocks wait in host memory, from where mmdit.near fetches them. Of a
+    `bank`, {name: adapters}, `select` takes one in place of `loras`: the MMDiT is then loaded anew,
+    for folding is not undone without rounding.
     """
 
-    def __init__(self, folder, preset, loras, mesh, offload=False):
-        self.folder, self.preset, self.loras, self.mesh = folder, preset, loras, mesh
-        self.offload = offload
+    def __init__(self, folder, preset, loras, mesh, offload=False, bank=None):
+        self.folder, self.preset, self.mesh, self.offload = folder, preset, mesh, offload
+        self.bank, self.selected = {None: loras} | (bank or {}), None
+
+    @property
+    def loras(self):
+        """The adapters [(file, scale)] that are selected."""
+        return self.bank[self.selected]
+
+    def select(self, name):
+        """Paint with the adapters of this name, or None, those without."""
+        if name != self.selected:
+            self.__dict__.pop("flux", None)
+            self.selected = name
 
     @cached_property
     def flux(self):
@@ -88,7 +103,20 @@ class LazyModels:
 def load_model(name, preset, folder, dtype, mesh):
     """One model of a folder in its place on the mesh."""
     place = partial(shardings, mesh=mesh, root=f"{name}/")
-    return weights.load(weights.MODULES[name], getattr(preset, name), folder, dtype, place)
+    model = weights.load(weights.MODULES[name], getattr(preset, name), folder, dtype, place)
+    return grow(model, preset.flux, mesh) if name == "flux" else model
+
+
+def grow(flux, config, mesh):
+    """An MMDiT as it was loaded, with what the Placement of `config` adds: modulations that are, as
+    it begins, those of the image stream, and for clean tokens a vector of zeros."""
+    tree = nnx.to_pure_dict(nnx.state(flux))
+    for stream in (tree["double"]["img"], tree["single"]):
+        stream |= {name: stream["mod"] for name in config.placement.branch}
+    if config.placement.embeds:
+        zeros = np.zeros((1, config.width), flux.img_in.kernel.dtype)
+        tree["cond_in"] = put({"kernel": zeros, "bias": zeros[0]}, mesh, "flux/cond_in/")
+    return nnx.merge(weights.abstract(weights.Flux, config)[0], tree)
 
 
 def move_offloaded(tree, mesh):
@@ -109,18 +137,23 @@ def move_offloaded(tree, mesh):
 def checked_training_preset(folder, recipe):
     """The preset of this recipe and these weights, after everything was checked that can be wrong
     with weights and adapter without reading a tensor. Raises UserError."""
-    preset = PRESETS[recipe.preset]
+    preset, placement = PRESETS[recipe.preset], PLACEMENTS[recipe.placement]
+    sizes = dict(placement=placement, in_channels=placement.channels)
+    preset = replace(preset, flux=replace(preset.flux, **sizes))
     if recipe.weights == "mini" and preset.name != "mini":
         pass  # planned before there are weights
     elif recipe.from_scratch:
         vae, t5 = read_config(folder, "vae", preset.vae), read_text_length(folder, preset.t5)
         preset = replace(preset, vae=vae, t5=t5)
     else:
-        preset = weights.checked_fill_preset(folder)
+        preset = weights.checked_grid_preset(folder, placement)
         if preset.name != recipe.preset:
             raise UserError(f"{folder}: its preset is {preset.name}; add --preset {preset.name}")
         print(f"weights: {weights.summary(folder, preset)}")
     if recipe.lora:
+        told = adapters.told_placement(Path(recipe.lora))
+        if told not in (None, placement):
+            raise UserError(f"{recipe.lora}: of placement {told.name}; add --placement {told.name}")
         adapters.check(Path(recipe.lora), preset.flux)
     return replace(preset, recipe=recipe)
 
@@ -213,4 +246,5 @@ def ready_export(run, trainer, state, folder):
         return lambda: None
     what = f"average {recipe.ema:g}" if recipe.ema else "last"
     note = {"step": str(trainer.step), "weights": what}
+    note |= weights.describe_placement(PLACEMENTS[recipe.placement])
     return partial(adapters.save, run.path / "lora.safetensors", adapter, note=note)

@@ -3,11 +3,15 @@
 import hashlib
 import json
 import math
+import os
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from vcloze_jax.config import FLUX_FILL, PRESETS, UserError
 from vcloze_jax.inputs.checks import describe_error, explain_missing
+from vcloze_jax.placement import PLACEMENTS
 from vcloze_jax.ports.tables import mmdit
 
 MINI_FOLDER = (
@@ -95,14 +99,50 @@ def named_model(weights, lora):
     return find_weights(weights or MINI_FOLDER), pairs
 
 
+class BankedAdapter(NamedTuple):
+    """An adapter with a name, by which a spec picks it."""
+
+    name: str
+    file: Path
+    scale: float
+
+
+def adapter_and_name(text):
+    """'NAME=FILE[:SCALE]' -> BankedAdapter; without a name, or where that is a file's, as
+    `file_and_scale`."""
+    found = re.fullmatch(r"([\w-]+)=(.+)", text)
+    if not found or Path(text).exists():
+        return file_and_scale(text)
+    return BankedAdapter(found[1], *file_and_scale(os.path.expanduser(found[2])))
+
+
+def split_bank(lora):
+    """The adapters that --lora names: those without a name, or None, and {name: those that paint
+    where a spec picks it}. Raises UserError where two have one name."""
+    lora = [lora] if isinstance(lora, str | Path) else lora or []
+    lora = [adapter_and_name(str(x)) if isinstance(x, str | Path) else x for x in lora]
+    common = [x for x in lora if not isinstance(x, BankedAdapter)]
+    bank = {}
+    for name, *pair in (x for x in lora if isinstance(x, BankedAdapter)):
+        if name in bank:
+            raise UserError(f"--lora {name}={pair[0]}: {name} is named twice")
+        bank[name] = [*common, tuple(pair)]
+    return common or None, bank
+
+
 def describe_adapters(folder, pairs):
     """Which adapters [(file, scale)] are folded into the weights of a folder, in one line; on mini
     also whether its own is among them, since a --lora takes its place."""
-    files = " + ".join(f"{file}:{scale:g}" if scale != 1 else str(file) for file, scale in pairs)
+    files = describe_pairs(pairs)
     line = f"adapter: {files or 'none'}"
     if folder != MINI_FOLDER or any(file.resolve() == MINI_LORA for file, _ in pairs):
         return line
     return f"{line}, in place of mini's own" if files else f"{line}, not even mini's own"
+
+
+def describe_pairs(pairs):
+    """Adapters [(file, scale)] as their flags say them."""
+    return " + ".join(f"{file}:{scale:g}" if scale != 1 else str(file) for file, scale in pairs)
 
 
 def file_and_scale(text):
@@ -137,16 +177,20 @@ def suggest_adapter(file):
 
 
 def named_preset(folder):
-    """The preset that FOLDER/vcloze.json names, without it that of the transformer's sizes, or else
-    FLUX.1-Fill's. Raises UserError."""
+    """The preset that FOLDER/vcloze.json names, in its placement; without that file that of the
+    transformer's sizes, or else FLUX.1-Fill's. Raises UserError."""
     file = Path(folder) / "vcloze.json"
     if not file.is_file():
         return recognise_preset(Path(folder))
     try:
-        return PRESETS[json.loads(file.read_bytes())["preset"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        entries = json.loads(file.read_bytes())
+        preset, placement = PRESETS[entries["preset"]], PLACEMENTS[entries.get("placement", "fill")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         names = ", ".join(PRESETS)
         raise UserError(f'{file}: must say {{"preset": NAME}} with a name of {names}') from None
+    if placement == preset.flux.placement:
+        return preset
+    return replace(preset, flux=replace(preset.flux, placement=placement))
 
 
 def recognise_preset(folder):

@@ -8,6 +8,7 @@ have them (ports/locate.py).
 import json
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -17,14 +18,15 @@ from tqdm import tqdm
 
 from vcloze_jax.config import FLUX_FILL, Preset, UserError
 from vcloze_jax.hosts import is_first
-from vcloze_jax.model.lora import split
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.text import CLIPTextEncoder, T5Encoder
 from vcloze_jax.model.vae import VAE
+from vcloze_jax.placement import FILL, Placement
 from vcloze_jax.ports import engine
 from vcloze_jax.ports.locate import locate
 from vcloze_jax.ports.tables.folder import BASES, INDEX, PARTS, SCHEDULER, SHIFT
 from vcloze_jax.sharding import on_host
+from vcloze_jax.storage.folding import split
 from vcloze_jax.storage.preset import load_preset, translate_errors
 
 # field of Preset -> module, and its part of a weights folder
@@ -51,8 +53,11 @@ def shapes(tree):
 
 
 def match_files(module, config, folder):
-    """-> the open source of a module's files, graphdef, shapes of its base, its planned leaves."""
+    """-> the open source of a module's files, graphdef, shapes of its base, its planned leaves; of
+    an MMDiT without what a Placement adds to it, which no base has: models.grow makes it."""
     part = next(part for cls, part in MODELS.values() if cls is module)
+    if module is Flux:
+        config = replace(config, placement=FILL)
     graphdef, _, base = abstract(module, config)
     with translate_errors(folder):
         source, table = locate(folder, part)
@@ -69,15 +74,18 @@ def checked_preset(folder: Path) -> Preset:
     return preset
 
 
-def checked_fill_preset(folder: Path) -> Preset:
-    """`checked_preset` of a model that reads noise, condition and mask together, as grids need."""
-    preset, wanted = checked_preset(folder), FLUX_FILL.flux.in_channels
-    if preset.flux.in_channels != wanted:
+def checked_grid_preset(folder: Path, placement: Placement | None = None) -> Preset:
+    """`checked_preset` of a model that reads what grids are in this placement, or in the one that
+    the folder names."""
+    preset = checked_preset(folder)
+    placement = placement or preset.flux.placement
+    if preset.flux.in_channels != placement.channels:
+        who = "grids need" if placement == FILL else f"placement {placement.name} needs"
+        wanted = f"{placement.channels}, {BASES[placement.channels]}"
         raise UserError(
-            f"{folder}: {preset.flux.in_channels} input channels; grids need a model of {wanted}, "
-            "FLUX.1-Fill"
+            f"{folder}: {preset.flux.in_channels} input channels; {who} a model of {wanted}"
         )
-    return preset
+    return replace(preset, flux=replace(preset.flux, placement=placement))
 
 
 def summary(folder: Path, preset: Preset) -> str:
@@ -148,7 +156,7 @@ def described(preset: Preset, fields) -> dict:
     flow = {theirs: getattr(preset.flow, ours) for theirs, ours in SHIFT.items()}
     files = {
         "scheduler/scheduler_config.json": SCHEDULER | flow,
-        "vcloze.json": {"preset": preset.name},
+        "vcloze.json": {"preset": preset.name} | describe_placement(preset.flux.placement),
         "model_index.json": INDEX,
     }
     for field in fields:
@@ -157,6 +165,12 @@ def described(preset: Preset, fields) -> dict:
         fixed = {name: value for name, value in part.fixed.items() if value is not None}
         files[f"{part.folder}/config.json"] = entries | fixed | part.written(entries)
     return files
+
+
+def describe_placement(placement: Placement) -> dict[str, str]:
+    """What a file of ours says of it: nothing, where it is that of all files before there were
+    others."""
+    return {} if placement == FILL else {"placement": placement.name}
 
 
 def write_json(file, entries):

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from vcloze_jax import conditioning, prompts
+from vcloze_jax import conditioning
 from vcloze_jax.data.graphemoji import GraphEmojiGrids
 from vcloze_jax.grid import PATCH, Grid, Row, bucket
+from vcloze_jax.inputs import prompts
 from vcloze_jax.inputs.sheet import MARK, compose
 from vcloze_jax.model import ops
 from vcloze_jax.model.text import CLIPTextEncoder, T5Encoder

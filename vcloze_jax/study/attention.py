@@ -59,13 +59,13 @@ def hear_blocks(flux, img, txt, mod, pe, lengths, *, hear):
     def double(x, layer):
         block, img_mod, txt_mod = layer
         with listening(hear) as heard:
-            x = block(*x, img_mod, txt_mod, pe, lengths)
+            x = block(*x, img_mod, txt_mod, pe, (lengths,))
         return x, heard[0]
 
     def single(x, layer):
         block, mod = layer
         with listening(hear) as heard:
-            x = block(x, mod, pe, lengths)
+            x = block(x, mod, pe, (lengths,))
         return x, heard[0]
 
     x, T = (flux.img_in(img), flux.txt_in(txt)), txt.shape[1]

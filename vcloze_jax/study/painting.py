@@ -41,7 +41,6 @@ def visit_condition(j):
             VAE.encode,
             ops.pack,
             ops.pack_mask,
-            conditioning.condition_tokens,
             conditioning.encode_condition,
         ),
         {

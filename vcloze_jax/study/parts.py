@@ -20,8 +20,10 @@ PARTS = {  # name: its title, and where it is
     "looks": ("Where it looks", "looks:look_around"),
     "tables": ("The paper's tables", "tables:fill_tables"),
     "ablations": ("What each choice of the recipe is good for", "ablations:ablate"),
+    "placements": ("Four ways to place cells", "placements:compare_placements"),
 }
-SLOW = ("ablations",)  # --quick leaves them out, unless they are named
+OPENING = "walk", "looks"  # they open the MMDiT, and know no segments
+SLOW = "ablations", "placements"  # --quick leaves them out, unless they are named
 
 
 class Lab(NamedTuple):
@@ -48,6 +50,11 @@ def choose_parts(names, quick):
 
 
 def run_part(name, lab):
-    """(title, Chapter) of one part."""
+    """(title, Chapter) of one part. Raises UserError where it cannot see into this model."""
     title, place = PARTS[name]
+    if name in OPENING and (placement := lab.painter.preset.flux.placement).by_segment:
+        reason = (
+            f"it follows what is on a canvas, and this adapter is of placement {placement.name}"
+        )
+        raise UserError(f"{name}: {reason}; name other parts")
     return title, resolve_name(f"vcloze_jax.study.{place}")(lab)

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vcloze_jax import prompts
 from vcloze_jax.data import graph
 from vcloze_jax.data.graph200k import LEAST
 from vcloze_jax.data.graph200k_tasks import NAMED, PHRASES, node_type
 from vcloze_jax.data.sources import random_generator
+from vcloze_jax.inputs import prompts
 from vcloze_jax.questions import paint_cells
 from vcloze_jax.study import draw
 from vcloze_jax.study.asker import DIALLED, Asker, Spread, specify, to_levels

@@ -1,0 +1,115 @@
+"""How the cells of a grid are placed in the MMDiT's sequence: what papers differ in, as data.
+
+They make four choices: how a segment of the grid enters (noise beside the channels of a condition,
+or clean latents), which time its modulation is told, which modulation that is, and whom its tokens
+attend to; and one more, what axis 0 of the positions counts. Another paper is another Placement.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+SEGMENTS = ("text", "example", "example's target", "query", "target")  # of tokens, by number
+TEXT, EXAMPLE, EXAMPLE_TARGET, QUERY, TARGET = range(len(SEGMENTS))
+ALL = ("11111",) * len(SEGMENTS)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Tables over SEGMENTS, in their order, and the rule of axis 0. The default is VisualCloze's.
+
+    Only a token with a masked pixel is of the segment "target". What is not said to be otherwise
+    costs nothing: one vector modulates all tokens, and attention has no mask.
+    """
+
+    name: str
+    # "canvas": noise | latent | mask, of FLUX.1-Fill's 384 channels; "noise" or "clean": of 64.
+    enters: tuple[str, ...] = ("text", "canvas", "canvas", "canvas", "canvas")
+    time: tuple[str, ...] = ("t",) * 5  # or "0", of what is clean
+    branch: tuple[str, ...] = ("mod",) * 5  # or "cond_mod", which begins as a copy of "mod"
+    attends: tuple[str, ...] = ALL  # a row: whom a segment's tokens see
+    # "row", its number; "canvas", always 0, y running on; of cells apart, each a picture by itself:
+    # "frame", its number, or "reference", 1, 2, … for what is given and 0 for the target.
+    axis0: str = "row"
+    embeds: bool = False  # whether a learnt vector, zero at birth, is added to what is clean
+
+    @cached_property
+    def clean(self) -> tuple[bool, ...]:
+        """Whether a segment is never noisy."""
+        return tuple(how == "clean" for how in self.enters)
+
+    @cached_property
+    def channels(self) -> int:
+        """That a base of this placement reads."""
+        return 384 if "canvas" in self.enters else 64
+
+    @property
+    def apart(self) -> bool:
+        """Whether cells are encoded apart, not as rows."""
+        return self.axis0 in ("frame", "reference")
+
+    @cached_property
+    def vectors(self) -> tuple[tuple[str, str], ...]:
+        """The K pairs (branch, time) of vectors that modulate."""
+        return tuple(dict.fromkeys(zip(self.branch, self.time, strict=True)))
+
+    @cached_property
+    def vector_of(self) -> tuple[int, ...]:
+        """Which of them modulates a segment."""
+        return tuple(map(self.vectors.index, zip(self.branch, self.time, strict=True)))
+
+    @property
+    def masked(self) -> bool:
+        """Whether some segment does not see all."""
+        return self.attends != ALL
+
+    @property
+    def sees(self) -> list[list[bool]]:
+        """`attends` as a matrix: who sees whom."""
+        return [[entry == "1" for entry in row] for row in self.attends]
+
+    @property
+    def by_segment(self) -> bool:
+        """Whether the MMDiT has to know a token's segment."""
+        return any(self.clean) or len(self.vectors) > 1 or self.masked
+
+
+# The paper, section 3 and 4; lzyhha/VisualCloze:train.py.
+FILL = Placement("fill")
+
+# AnyRefill (arXiv 2502.11158): FLUX.1-Fill's own canvas, a reference on the left and on the right
+# what is painted, whole or in part. Its rank, rate and steps are not known here.
+ANYREFILL = replace(FILL, name="anyrefill", axis0="canvas")
+
+# fmt: off
+# VisualCloze on FLUX.1-dev (its appendix B): all but the target stays clean, and is told time 0. No
+# code of it is public: that text is told t is as in Yuanshi9815/OminiControl.
+DEV = Placement(
+    "dev",
+    #         text    example  its target  query    target
+    enters=  ("text", "clean", "clean",    "clean", "noise"),
+    time=    ("t",    "0",     "0",        "0",     "t"),
+)
+
+# FLUX.1-Kontext: pictures apart, and all told t. It knows one target, at 0; that more stand at -1,
+# -2, … is ours. huggingface/diffusers:src/diffusers/pipelines/flux/pipeline_flux_kontext.py
+KONTEXT = Placement(
+    "kontext",
+    enters=  ("text", "clean", "clean",    "clean", "noise"),
+    axis0=   "reference",
+)
+
+# RealGeneral (arXiv 2503.10406), on a video model: pictures are frames, text and conditions do not
+# see each other. That conditions see the target is as its figure shows it; in single blocks, which
+# it has not, text shares the target's modulation, as in FLUX. Its vector of a named subject is left
+# out: what stands for none is not said.
+FRAMES = Placement(
+    "frames",
+    enters=  ("text", "clean",    "clean",    "clean",    "noise"),
+    branch=  ("mod",  "cond_mod", "cond_mod", "cond_mod", "mod"),
+    attends= ("10001", "01111",   "01111",    "01111",    "11111"),
+    axis0=   "frame",
+    embeds=  True,
+)
+# fmt: on
+
+PLACEMENTS = {each.name: each for each in (FILL, ANYREFILL, DEV, KONTEXT, FRAMES)}

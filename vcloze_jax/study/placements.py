@@ -1,0 +1,79 @@
+"""Four ways to place the cells of a grid (vcloze_jax/placement.py), learnt alike: the paper's
+comparison of FLUX.1-Fill with FLUX.1-dev (appendix B, Fig. 14) in miniature, and two ways beside.
+
+Runs are kept as those of ablations are, in the report's placements/NAME.
+"""
+
+import json
+
+import numpy as np
+
+from vcloze_jax.data import graph
+from vcloze_jax.grid import PATCH
+from vcloze_jax.placement import ANYREFILL, PLACEMENTS
+from vcloze_jax.storage.cleanbase import derive_clean_base
+from vcloze_jax.storage.places import MINI_FOLDER
+from vcloze_jax.study import draw
+from vcloze_jax.study.ablations import QUICK_STEPS, SHOWN, TASK, ask_variant, train_variant
+from vcloze_jax.study.asker import DIALLED, Asker, to_levels
+from vcloze_jax.study.page import Chapter, Figure, TextTable, list_records, tabulate_records
+
+STEPS = 300
+NAMES = [name for name in PLACEMENTS if name != ANYREFILL.name]  # of one row, it is fill's
+UNSEEN = graph.parse_task("fluent_high_contrast->fluent_3d")
+SAYS = (
+    "Each learns `{task}` in {steps} steps of `python train.py --placement NAME`, with the same "
+    "data, seed and rank. `fill` begins with mini's base, which infills on that canvas; the others "
+    "with mini cut to 64 channels (`python scripts/derive_clean_base.py`), which has never seen a "
+    "clean token: what they have to learn is more, and the table does not say which way is the "
+    "better one where both have a base of their own. RMSE on held-out subjects with no sentence; "
+    "`backwards` asks for the condition of the target, `unseen` for `{unseen}`, with {dialled} "
+    "examples. Noisy tokens are those of a grid with as many examples."
+)
+
+
+def compare_placements(lab):
+    """Chapter of a Lab: trains, asks, and compares. Raises UserError if a training fails."""
+    folder = lab.out / "placements"
+    base, steps = folder / "base", QUICK_STEPS if lab.quick else STEPS
+    if not base.exists():
+        derive_clean_base(base)
+    records, columns = [], {}
+    for name in lab.bar(NAMES, "placements"):
+        run, weights = folder / name, MINI_FOLDER if name == "fill" else base
+        flags = ["--weights", f"{weights}"] if weights == base else []
+        train_variant(["--placement", name, *flags], steps, run)
+        asker = Asker(lab._replace(painter=load_run(weights, run)))
+        record, columns[name] = ask_variant(asker, run)
+        records.append({"": name} | record | ask_more(asker, PLACEMENTS[name], run))
+    given, truth = (asker.truth(node) for node in (*TASK.conditions, TASK.target))
+    columns = {TASK.conditions[0]: given} | columns | {"truth": truth}
+    sheet = draw.label_columns({label: to_levels(x[:SHOWN]) for label, x in columns.items()})
+    says = dict(task=TASK.name, steps=steps, unseen=UNSEEN.name, dialled=DIALLED)
+    blocks = [
+        SAYS.format(**says),
+        asker.spreads,
+        TextTable(tabulate_records(records)),
+        Figure(sheet, f"With {DIALLED} examples, the first noise."),
+    ]
+    return Chapter(blocks, {"placements": list_records(records)})
+
+
+def load_run(weights, run):
+    """A Painter of the adapter of a run, which says its placement."""
+    from vcloze_jax.pipeline import load_painter
+
+    return load_painter(weights, [(run / "lora.safetensors", 1.0)], None)
+
+
+def ask_more(asker, placement, run):
+    """What else is told of a placement: a task that was never shown to it, time and tokens."""
+    painted = asker.paint(UNSEEN, asker.examples(DIALLED))
+    log = (run / "metrics.jsonl").read_text().splitlines()
+    cells, each = (DIALLED + 1) * TASK.columns, (graph.SIZE // PATCH) ** 2
+    noisy = each if any(placement.clean) else each * cells
+    return {
+        "unseen": asker.error(painted, UNSEEN.target),
+        "seconds a step": float(np.median([json.loads(line)["seconds"] for line in log])),
+        "noisy tokens": f"{noisy} of {each * cells}",
+    }
