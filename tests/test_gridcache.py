@@ -74,6 +74,7 @@ def work(monkeypatch):
     return done
 
 
+@pytest.mark.slow
 def test_training_from_a_cache(home, work):
     """On one device a run from a cache is the run without it, to the bit, previews included; on a
     mesh it is to rounding, since rows are encoded one by one. The same cache serves both, and is
