@@ -68,7 +68,7 @@ def learn(run, origins, preset, folder, mesh, source, **watchers):
     cache = gridcache.fill_cache(source, preset, folder, mesh, tokenizers)
     parts = models.load_for_training(preset, folder, mesh)
     trainer = Trainer(parts, preset, tokenizers, mesh, source.masks_every_row)
-    choose_readers(trainer, cache)
+    choose_readers(trainer, cache)  # on one CPU and with --cache rows come encoded
     with agreed():
         run.create()  # after all that the user may have to correct
     trainer.step, trainer.state = checkpoint.resume(run.checkpoints, trainer.state)

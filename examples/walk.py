@@ -1,10 +1,10 @@
 # %% [markdown]
-# # One grid, from its cells to the painted one
+# # One grid, from its spec to the painted cell, and one training step
 #
-# What `sample.py` does, done by hand, a stage a cell: this file is a notebook (VS Code and PyCharm
-# open it as one, Jupyter by jupytext) and a script, `python examples/walk.py`, which leaves its
-# pictures in `outputs/walk/`. The functions are those of the story; only pictures, names and
-# weights come from elsewhere.
+# What `sample.py` and `train.py` do, done by hand, a stage a cell: this file is a notebook (VS Code
+# and PyCharm open it as one, Jupyter by jupytext) and a script, `python examples/walk.py`, which
+# leaves its pictures in `outputs/walk/`. With `grid`, `conditioning`, `flow` and `model/`'s `ops`,
+# `mmdit`, `layers` and `vae` beside it, all is read that computes; only files are read elsewhere.
 
 # %%
 from pathlib import Path
@@ -14,14 +14,13 @@ import numpy as np
 from PIL import Image
 
 from vcloze_jax import Pipeline, conditioning, flow
-from vcloze_jax.data.graph import NODE_PHRASES, NODES
-from vcloze_jax.data.graphemoji import read_nodes
 from vcloze_jax.grid import Grid
-from vcloze_jax.inputs import prompts
 from vcloze_jax.inputs.sheet import compose
+from vcloze_jax.inputs.specfiles import read_specs
 from vcloze_jax.model import ops
 from vcloze_jax.study import draw
 
+SPEC = Path(globals().get("__file__", "examples/walk.py")).with_name("3_two_examples.json")
 FOLDER = Path("outputs/walk")
 
 
@@ -35,19 +34,13 @@ def show(name, pixels, times=1):
 
 # %% [markdown]
 # ## 1. Cells
-# Two rows show a task, here colour to gray. The third asks: its last cell is blank, that is black.
+# Two rows show a task, here a picture and its mask. The third asks: its last cell is blank.
 
 # %%
-names, pictures = read_nodes("held_out")  # mini saw none of them; uint8 [subjects, nodes, h, w, 3]
-subjects, kinds = ("peacock", "hut", "rocket"), ("fluent_3d", "gray")
-rows = [names.index(name) for name in subjects]
-columns = [NODES.index(kind) for kind in kinds]
-cells = pictures[np.ix_(rows, columns)]  # 3 2 h w 3
-truth = cells[-1, -1].copy()
-cells[-1, -1] = 0
-asked = np.zeros((3, 2, 1, 1), bool)
-asked[-1, -1] = True
-grid = Grid.from_cells(cells, asked)
+painter = Pipeline.load().painter  # mini: its models are read when they are first needed
+preset = painter.preset
+(spec,) = read_specs([SPEC], preset)
+grid = spec.grid
 show("1_cells", compose(grid), 2)
 
 # %% [markdown]
@@ -66,12 +59,10 @@ show("2_tokens", draw.number_tokens(grid))
 # turns some pairs of channels, some fast, some slowly. Text will stand before all, at 0, 0, 0.
 
 # %%
-painter = Pipeline.load().painter  # mini: its models are read when they are first needed
-preset = painter.preset
 T = preset.t5.max_length
 ids = grid.ids()  # S 3
 pe = conditioning.position_table([grid], preset.flux, T, S)  # cos, sin: 1 T+S 1 K/2
-print(f"the last token stands at {ids[-1]} and is turned by {pe[0].shape[-1]} angles")
+print(f"tokens stand at {ids[0]} … {ids[-1]} and are turned by {pe[0].shape[-1]} angles")
 axes = [draw.map_tokens(grid, axis, 0, ids.max()) for axis in ids.T]
 show("3_positions", draw.tile(axes, 3))
 
@@ -82,7 +73,8 @@ show("3_positions", draw.tile(axes, 3))
 # %%
 row = grid.query
 mask = ops.pack_mask(row.mask[None].astype(np.float32))  # 1 s 256
-print(f"{int(mask.all(-1).sum())} of the {mask.shape[1]} tokens of the last row are asked")
+s = mask.shape[1]
+print(f"{int(mask.all(-1).sum())} of the {s} tokens of the last row are asked")
 show("4_mask", draw.colour(np.asarray(mask[0]), 0, 1), 3)  # a line for each token
 
 # %% [markdown]
@@ -94,8 +86,8 @@ show("4_mask", draw.colour(np.asarray(mask[0]), 0, 1), 3)  # a line for each tok
 vae = painter.models.vae
 encode = jax.jit(conditioning.encode_condition)
 condition = np.concatenate([encode(vae, r.pixels[None], r.mask[None]) for r in grid.rows], 1)
-latent = ops.unpack(condition[:, -mask.shape[1] :, :64], row.height // 8, row.width // 8)
 print(f"{condition.shape[-1]} channels: 64 of the latent, 256 of the mask")
+latent = ops.unpack(condition[:, -s:, :64], row.height // 8, row.width // 8)  # of the last row
 channels = [draw.colour(c) for c in np.moveaxis(np.asarray(latent[0]), -1, 0)]  # 16 of h/8 W/8
 show("5_condition", draw.tile([draw.magnify(c, 6) for c in channels], 4))
 
@@ -104,61 +96,97 @@ show("5_condition", draw.tile([draw.magnify(c, 6) for c in channels], 4))
 # T5 gives a vector for each token of the prompt, CLIP one for all of it.
 
 # %%
-layout = prompts.layout_prompt(len(grid.rows), grid.columns)
-task = prompts.task_prompt([NODE_PHRASES[kind][0] for kind in kinds])
-prompt = prompts.join(layout, task)
-txt, pooled, *_ = painter.read_texts([prompt])[prompt]
-print(f"{prompt!r} is {txt.shape} and {pooled.shape}")
+txt, pooled, *_ = painter.read_texts([spec.prompt])[spec.prompt]
+print(f"{spec.prompt!r} is {txt.shape} and {pooled.shape}")
 
 # %% [markdown]
-# ## 7. Velocity
+# ## 7. Modulation
+# Time, guidance and CLIP's vector become one; of it every layer makes, for each channel, how much
+# to shift and to scale what comes into attention and MLP, and how much of their result to add.
+
+# %%
+flux = painter.models.flux  # mini's adapter is folded into its weights
+guidance = np.array([spec.guidance_scale], np.float32)
+
+
+def modulate(t):
+    """What time t float32 [1] says to every layer."""
+    return flux.modulation(t, guidance, pooled[None])
+
+
+said = [np.asarray(modulate(np.float32([t])).img[0, 0]).reshape(6, -1) for t in (1.0, 0.5, 0.1)]
+print(f"{said[0].shape[0]} vectors of {said[0].shape[1]} channels to each stream of a double block")
+show("7_modulation", draw.magnify(np.concatenate([draw.colour(x) for x in said]), 6))
+
+# %% [markdown]
+# ## 8. Velocity
 # All rows begin as noise, also those that are given: the model paints them along. It reads noise
 # and condition side by side, and says dx/dt, noise minus picture. So x - t v is the picture that
 # it expects: blurred as long as there is much noise.
 
 # %%
-guidance = np.array([preset.guidance_scale], np.float32)
 context = conditioning.Context(condition, txt[None], pooled[None], guidance, pe)
-noise = jax.random.normal(jax.random.key(0), (1, S, 64))
 velocity_of = jax.jit(conditioning.velocity)
-
-
-def velocity(x, t):
-    """What the model says of x [1, S, 64] at t [1]."""
-    mod = painter.models.flux.modulation(t, guidance, pooled[None])
-    return velocity_of(painter.models.flux, x, mod, context)
+decode = jax.jit(lambda vae, x, h, w: vae.decode(ops.unpack(x, h, w)), static_argnums=(2, 3))
 
 
 def look(x):
-    """The last row of x as a picture."""
-    return painter.decode(grid, np.asarray(x)[0])
+    """The last row of x [1, S, 64] as a picture, uint8 [h, C*w, 3]."""
+    return conditioning.to_pixels(decode(vae, x[:, -s:], row.height // 8, row.width // 8))[0]
 
 
+noise = jax.random.normal(jax.random.key(spec.seed), (1, S, 64))
 t = np.ones(1, np.float32)
-v = velocity(noise, t)
-show("7_velocity", draw.tile([look(noise), look(noise - t * v)], 2), 2)
+v = velocity_of(flux, noise, modulate(t), context)
+show("8_velocity", draw.tile([look(noise), look(noise - t * v)], 2), 2)
 
 # %% [markdown]
-# ## 8. Euler steps
+# ## 9. Euler steps
 # From noise, t = 1, to the picture, t = 0, along the velocity; slowly where there is much noise.
 
 # %%
-times = flow.schedule(preset.num_inference_steps, S, preset.flow)
+times = flow.schedule(spec.num_inference_steps, S, preset.flow)
 x, seen = noise, []
 for i, (t, t_next) in enumerate(zip(times[:-1, None], times[1:, None], strict=True)):
-    v = velocity(x, t)
+    v = velocity_of(flux, x, modulate(t), context)
     if i % 5 == 0:
         seen += [look(x), look(x - t * v)]
     x = flow.euler(x, v, t, t_next)
 print(f"{len(times) - 1} steps from t = {times[0]:.2f} over {times[1]:.2f} to {times[-1]:.2f}")
-show("8_steps", draw.tile(seen, 2), 2)  # x | what it is expected to be, at every fifth step
+show("9_steps", draw.tile(seen, 2), 2)  # x | what it is expected to be, at every fifth step
 
 # %% [markdown]
-# ## 9. The painted cell
-# The last row is decoded, pixels that were given are put back, and the asked cell is cut out. Here
-# it stands between the query and the truth; `sample.py` paints the same.
+# ## 10. The painted cell
+# The last row is decoded, pixels that were given are put back, and the asked cell is cut out.
 
 # %%
-painted = look(x)
-(cell,) = grid.cut(painted)
-show("9_cell", draw.tile([cells[-1, 0], cell, truth], 3), 3)
+(cell,) = grid.cut(look(x))
+show("10_cell", cell, 3)
+
+# %% [markdown]
+# ## 11. A training step
+# The examples are a grid with its whole truth: its last cell is masked, and noise of a drawn time
+# laid over all. The loss asks for the velocity where the mask is. `step.py` does this for a batch,
+# by the gradient of the adapter alone, which AdamW then moves; `trainer.py` is the loop.
+
+# %%
+cells = np.stack([grid.split(r.pixels) for r in grid.rows[:-1]])  # 2 2 h w 3
+asked = np.zeros((*cells.shape[:2], 1, 1), bool)
+asked[-1, -1] = True
+shown = Grid.from_cells(cells, asked)
+rows = [(r.pixels[None], r.mask[None]) for r in shown.rows]
+posteriors = conditioning.encode_rows(vae, rows, conditioning.BLACK)
+for_vae, for_noise, for_time = jax.random.split(jax.random.key(0), (3, 1))  # of one grid
+truth, condition, share = conditioning.draw_training(posteriors, for_vae)
+noise = jax.random.normal(for_noise[0], truth.shape)
+pe = conditioning.position_table([shown], preset.flux, T, shown.tokens)
+context = context._replace(condition=condition, pe=pe)
+drawn = float(flow.draw_time(for_time, preset.recipe.time_mean)[0])
+seen = []
+for t in (np.float32([t]) for t in (0.3, drawn, 0.95)):
+    x_t, velocity = flow.interpolate(truth, noise, t)
+    v = velocity_of(flux, x_t, modulate(t), context)
+    loss = flow.masked_loss(v, velocity, share)
+    print(f"at t = {t[0]:.2f} the loss is {loss[0]:.3f}")
+    seen += [look(x_t), look(x_t - t * v), look(truth)]
+show("11_training", draw.tile(seen, 3), 2)  # noisy | expected | true, a line for each time

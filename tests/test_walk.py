@@ -18,10 +18,7 @@ def test_walk_paints_what_the_pipeline_paints(tmp_path, monkeypatch):
     chapter's picture is kept."""
     monkeypatch.chdir(tmp_path)
     walk = runpy.run_path(str(WALK))
-    grid = [list(row) for row in walk["cells"]]
-    grid[-1][-1] = None
-    painting = Pipeline.load()(grid, task_prompt=walk["task"], seed=0)
-    assert painting.record["prompt"] == walk["prompt"]
+    (painting,) = Pipeline.load().paint([WALK.with_name("3_two_examples.json")])
     assert np.abs(np.int16(walk["cell"]) - np.asarray(painting.images[0])).max() <= 1
     shown = re.findall(r'^show\("(\w+)"', WALK.read_text(), re.M)
     assert {file.stem for file in Path("outputs/walk").iterdir()} == set(shown)

@@ -110,7 +110,7 @@ class Recipe:
     authors' code's (lzyhha/VisualCloze:train.py); a preset brings its own.
     """
 
-    preset: str = setting("flux-fill", "sizes and defaults", START)
+    preset: str = setting("flux-fill", "sizes and defaults (train.py: mini)", START)
     weights: str = setting("mini", "folder in diffusers' layout (default: mini's)", START)
     lora: str | None = setting(None, "an adapter to go on from", START)
     from_scratch: bool = setting(False, "random MMDiT and text encoders, all trained", START)
@@ -143,7 +143,7 @@ class Recipe:
     # The authors multiply by 1 - mask, hence 0, but sample with -1, a black cell.
     mask_fill: float = setting(0.0, "of masked pixels in the condition picture, in [-1, 1]")
     seed: int = setting(0, "of all that is drawn")
-    mesh: str = setting("", "8, or data=2,tensor=4; state=8: base whole (else all)", RUN, free=True)
+    mesh: str = setting("", "8 (fsdp=8), or data=2,tensor=4; state=8: base whole", RUN, free=True)
     cache: str = setting("", "encode your own data once, into this folder", RUN, free=True)
     threads: int = setting(4, "that make grids ahead", RUN, least=1, free=True)
     micro_batch: int = setting(0, "grids at a time, at most", RUN, least=0, free=True)

@@ -36,7 +36,7 @@ class Canvas:
     unread: dict  # tokens and characters of the prompt, counted by encoder
     seconds: Counter  # by part
     times: np.ndarray = None  # float32 [N + 1], of the Euler steps
-    condition: np.ndarray = None  # float32 [S, 320]
+    condition: np.ndarray = None  # float32 [S, 320]; [S, 0] without a canvas
     latents: np.ndarray = None  # float32 [S, 64], from the first time to t = 0
     decode: Callable = None  # of the Canvas -> uint8 [h, C*w, 3]
     second_passes: list["Canvas"] = field(default_factory=list)  # one a target, if asked for
@@ -117,8 +117,8 @@ class Painter:
             tokens = [self.encode_condition(vae, r.pixels[None], r.mask[None], fill) for r in rows]
             canvas.condition = np.concatenate([t[0].astype(np.float32) for t in on_host(tokens)])
             segments = spec.grid.segments(placement)
-            clean = np.array(placement.clean)[segments]  # and shifts no times
-            how = int((~clean).sum()), self.preset.flow, spec.strength or 1.0
+            noisy = ~np.array(placement.clean)[segments]  # which alone shift the times
+            how = int(noisy.sum()), self.preset.flow, spec.strength or 1.0
             canvas.times = times = flow.schedule(spec.num_inference_steps, *how)
             canvas.latents = initial_noise(spec)
             if second:
@@ -151,7 +151,7 @@ class Painter:
         """The Euler steps of a batch, padded to `size` tokens."""
         seconds, batch = Counter(), members + members[:1] * copies
         with self.timed(seconds, "load"):
-            flux = self.models.flux
+            flux = self.models.flux  # adapters folded in
         with self.timed(seconds, "paint"), jax.set_mesh(self.mesh):
             to_mesh = partial(spread, mesh=self.mesh)
             x, times, context = jax.tree.map(to_mesh, self.stack(batch, size))

@@ -152,7 +152,7 @@ def learning_rate(recipe, n):
 
 
 def make_optimizer(clip, weight_decay=0.0):
-    """AdamW behind a clip of the global norm, of rate 1 (lzyhha/VisualCloze:train.py)."""
+    """AdamW behind a clip of the norm; `update` knows the rate (lzyhha/VisualCloze:train.py)."""
     adam, decay = optax.scale_by_adam(b1=0.9, b2=0.999), optax.add_decayed_weights(weight_decay)
     return optax.chain(optax.clip_by_global_norm(clip), adam, decay)
 

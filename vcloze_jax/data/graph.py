@@ -100,7 +100,7 @@ HELD_OUT_COMPOSITIONS = _tasks(
     "edges+gray->fluent_3d",
 )
 
-# Groups with their share of the draws; inside a group every task is as likely as another.
+# Groups with their share of the draws, held-out tasks counted; in one every task is as likely.
 # Pixel-aligned nodes come first and most: they are what a small model learns to follow.
 GROUPS = (
     (0.35, _pairs(NEAR, NEAR)),

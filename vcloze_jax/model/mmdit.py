@@ -60,7 +60,7 @@ class Flux(nnx.Module):
             vec = self.time_in(timestep_embedding(t)) + self.vector_in(pooled.astype(jnp.float32))
             if self.config.guidance_embed:
                 vec = vec + self.guidance_in(timestep_embedding(guidance))  # B D
-            # What is small is gathered, so that no kernel is: those of all layers are used at once.
+            # The vector is gathered and no kernel is, of which all layers' are used at once.
             return gathered(jax.nn.silu(vec).astype(pooled.dtype))
 
         def of_vectors(say):
