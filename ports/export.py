@@ -38,11 +38,15 @@ from vcloze_jax.ports.loraconfig import METADATA
 from vcloze_jax.ports.tables import is_stacked, lay_out, mmdit
 from vcloze_jax.ports.tables.namings import DIFFERENCE, NAMINGS, Naming
 
+NOTES = "step", "weights", "placement"  # what a header of ours tells of a run
+
 
 def convert_adapter(file: Path, naming: Naming, out: Path) -> int:
-    """Write the adapter of `file` as `out`, as `write_adapter` says; PortError if it is none."""
+    """Write the adapter of `file` as `out`, as `write_adapter` says, with what its header tells of
+    ours; PortError if it is none."""
     adapter = open_adapter(file)
-    return write_adapter(out, naming, partial(read_branches, adapter), read_norms(adapter))
+    note = {key: text for key, text in adapter.source.metadata.items() if key in NOTES}
+    return write_adapter(out, naming, partial(read_branches, adapter), read_norms(adapter), note)
 
 
 def write_adapter(
@@ -60,6 +64,9 @@ def write_adapter(
     `read()` gives the adapters, kernel by kernel: once to know what will lie where, and once to
     write it, so that no more than two kernels' are in memory.
     """
+    if naming.ending == ".pth" and "placement" in (note or ()):
+        reason = f"holds an adapter of placement {note['placement']}, which a .pth cannot say"
+        raise PortError(f"{reason}; choose --to diffusers")
     norms, layout, modules = spell_norms(norms, naming), {}, {}
     for branch in fit_branches(read(), naming):
         tensors = spell_branch(branch, naming)

@@ -63,6 +63,8 @@ def test_names_are_known_before_anything_is_loaded(folder, tmp_path):
         sample.main([*argv, f"{folder}/maps.safetensors"])
     with pytest.raises(UserError, match="maps is named twice"):
         places.split_bank(["maps=a", "maps=b"])
+    with pytest.raises(UserError, match="maps=a: is folded in for every spec already"):
+        places.split_bank(["a", "maps=a"])
     with pytest.raises(UserError, match="there is no such adapter"):
         Pipeline.load(folder / "weights", ["maps=a"])
 

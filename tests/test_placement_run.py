@@ -11,7 +11,10 @@ from safetensors.numpy import save_file
 import sample
 import train
 from vcloze_jax.config import MINI, UserError
-from vcloze_jax.placement import DEV, FILL, FRAMES, KONTEXT, PLACEMENTS
+from vcloze_jax.placement import ANYREFILL, DEV, FILL, FRAMES, KONTEXT, PLACEMENTS
+from vcloze_jax.ports import export
+from vcloze_jax.ports.diagnose import PortError
+from vcloze_jax.ports.tables.namings import NAMINGS
 from vcloze_jax.storage import adapters, places, weights
 
 CLEAN = replace(tiny.TINY, flux=replace(tiny.TINY.flux, in_channels=64))
@@ -74,6 +77,8 @@ def test_what_does_not_fit_is_named(home, tmp_path):
     assert "--placement frames: its conditions' modulations" in refused(train.main, fresh)
     whole = flags(home, tmp_path / "run", placement="dev", loss_region="grid")
     assert "--loss-region grid: with --placement dev" in refused(train.main, whole)
+    shifted = flags(home, tmp_path / "run", placement="kontext") + ["--time-shift"]
+    assert "--time-shift: with --placement kontext" in refused(train.main, shifted)
     assert "64 input channels; grids need a model of 384" in refused(
         train.main, flags(home, tmp_path / "run")
     )
@@ -85,6 +90,28 @@ def test_adapters_of_others_say_nothing(tmp_path):
     files = [adapter(tmp_path, KONTEXT), adapter(tmp_path, None)]
     assert adapters.agreed_placement(files) == KONTEXT
     assert adapters.agreed_placement(files[1:]) is None and adapters.agreed_placement([]) is None
+
+
+def test_fill_is_a_placement_too(tmp_path):
+    """Of a run in the default the header names no placement; it is none that another's may decide:
+    mini's own adapter, and one of another run."""
+    any_refill = adapter(tmp_path, ANYREFILL, tiny.TINY.flux)
+    ours = tmp_path / "ours.safetensors"
+    save_file({}, ours, {"step": "3", "weights": "last"})
+    for fill in (ours, places.MINI_LORA):
+        assert adapters.told_placement(fill) == FILL
+        with pytest.raises(UserError, match="of fill, .* of anyrefill"):
+            adapters.agreed_placement([fill, any_refill])
+
+
+def test_a_copy_says_its_placement(tmp_path):
+    """Converted, an adapter keeps what its header tells of it; a .pth, which has none, refuses."""
+    file, copy = adapter(tmp_path, FRAMES), tmp_path / "copy.safetensors"
+    export.convert_adapter(file, NAMINGS["diffusers"], copy)
+    assert adapters.told_placement(copy) == FRAMES
+    with pytest.raises(PortError, match="placement frames, which a .pth cannot say"):
+        export.convert_adapter(file, NAMINGS["visualcloze"], tmp_path / "copy.pth")
+    assert not (tmp_path / "copy.pth").exists()
 
 
 def test_a_base_says_its_placement(tmp_path):

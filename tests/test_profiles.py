@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from picturefiles import WHITE, pixels, png, quadrants
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.pictures import copy_picture, open_picture
@@ -63,6 +64,23 @@ def test_a_linear_png_is_shown_as_a_display_does(tmp_path, mode):
     assert read(100000, ground="black") == {55} and read(45455) == {55}
     srgb = struct.pack(">I", 1) + b"sRGB\0" + struct.pack(">I", zlib.crc32(b"sRGB\0"))
     assert read(100000, srgb) == {55}
+
+
+def test_curves_bend_a_palette_and_leave_what_is_clear(tmp_path):
+    """Law: colours of a palette are bent by gAMA as RGB's are, and a colour that is declared clear
+    is clear after it, too."""
+    picture, linear = Image.new("RGB", (2, 1), (60, 120, 200)), PngInfo()
+    picture.putpixel((1, 0), (10, 20, 30))
+    linear.add(b"gAMA", struct.pack(">I", 100000))
+    found = {}
+    for name, saved in {"rgb": picture, "palette": picture.quantize(2)}.items():
+        saved.save(tmp_path / f"{name}.png", pnginfo=linear)
+        found[name] = pixels(tmp_path / f"{name}.png")
+    np.testing.assert_array_equal(found["palette"], found["rgb"])
+    assert found["rgb"][0, 0].tolist() == [133, 182, 229]
+    picture.save(tmp_path / "clear.png", pnginfo=linear, transparency=(10, 20, 30))
+    clear = pixels(tmp_path / "clear.png")
+    assert clear.tolist() == [[[133, 182, 229], [255, 255, 255]]]
 
 
 DISPLAY_P3 = 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000  # as cHRM has it

@@ -175,7 +175,11 @@ def offloaded_on_device(preset, mesh, dtype):
     """
     base = dict(abstract(Flux, preset.flux)[2])
     blocks = base.pop("double") | {"single": base.pop("single")}
-    base |= {name: {"mod": block["mod"]} for name, block in blocks.items()}
+    modulates = preset.flux.placement.branch
+    base |= {
+        name: {part: block[part] for part in modulates if part in block}
+        for name, block in blocks.items()
+    }
     return on_device(base, mesh, "flux", dtype)
 
 

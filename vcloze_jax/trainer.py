@@ -101,7 +101,7 @@ class Trainer:
         """Grids of one shape, by their numbers in the run -> NoisyBatch on the mesh."""
         how = self.read_rows, self.read_texts, self.preset, self.mesh
         args = self.frozen, make_batch(examples, numbers, *how), key
-        shape = next(x.grid.shape for x in examples if x)
+        shape = next((x.grid.shape, x.grid.columns) for x in examples if x)
         return self.program("encode", shape, *args)(*args)
 
     def send(self, groups, stopped=lambda: False):

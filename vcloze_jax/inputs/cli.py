@@ -27,8 +27,10 @@ DOWNLOAD = "fetch --weights OWNER/NAME from Hugging Face, where it is not in its
 # Variables of libraries that change where and how fast they compute, and what they tell, and that
 # never make them fail.
 HARMLESS = re.compile(
-    "TQDM_DISABLE|JAX_(PLATFORMS|NUM_CPU_DEVICES|ENABLE_X64|DEFAULT_MATMUL_PRECISION|TRACEBACK_FILTERING|"
-    "COMPILATION_CACHE_DIR|PERSISTENT_CACHE_.*|COORDINATOR_.*|CPU_.*|LOG.*|.*VISIBLE_DEVICES)"
+    "TQDM_(DISABLE|ASCII|NCOLS|DYNAMIC_NCOLS|POSITION|COLOUR)|JAX_(PLATFORMS|PLATFORM_NAME|"
+    "NUM_CPU_DEVICES|NUM_PROCESSES|PROCESS_ID|LOCAL_DEVICE_IDS|ENABLE_X64|DEFAULT_MATMUL_PRECISION|"
+    "TRACEBACK_FILTERING|ENABLE_COMPILATION_CACHE|COMPILATION_CACHE_DIR|THREEFRY_PARTITIONABLE|"
+    "PERSISTENT_CACHE_.*|COORDINATOR_.*|CPU_.*|LOG.*|.*VISIBLE_DEVICES)"
 )
 UNSET = "", "0", "false", "no", "off"  # as JAX reads a switch
 AT_END = []  # functions to call before the process ends by itself

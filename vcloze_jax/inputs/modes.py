@@ -63,7 +63,11 @@ def _to_display(picture: Image.Image) -> Image.Image:
 
 
 def _bend(picture: Image.Image, gamma: float) -> Image.Image:
-    if picture.mode not in BANDS or abs(gamma * 2.2 - 1) < 0.1:
+    if abs(gamma * 2.2 - 1) < 0.1:
+        return picture
+    if picture.mode == "P" or "transparency" in picture.info:
+        picture = picture.convert("RGBA")  # else the colour that is clear stays as it was
+    if picture.mode not in BANDS:
         return picture
     light = (np.arange(256) / 255) ** (1 / gamma)
     bent = 1.055 * light ** (1 / 2.4) - 0.055

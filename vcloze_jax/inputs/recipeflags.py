@@ -125,6 +125,9 @@ def check_recipe(recipe):
     if recipe.loss_region == "grid" and any(placement.clean):
         reason = "all but the target is clean, and has no loss; leave it at target"
         raise UserError(f"--loss-region grid: with --placement {placement.name} {reason}")
+    if recipe.time_shift and any(placement.clean):
+        reason = "times are shifted by a grid's noisy tokens, which training does not count"
+        raise UserError(f"--time-shift: with --placement {placement.name} {reason}; leave it away")
     if not recipe.rank and "cond_mod" in placement.branch:
         reason = "its conditions' modulations are of an adapter, and --rank 0 has none"
         raise UserError(f"--placement {recipe.placement}: {reason}")

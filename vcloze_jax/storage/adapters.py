@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vcloze_jax.config import FluxConfig, UserError
 from vcloze_jax.model.mmdit import Flux
-from vcloze_jax.placement import PLACEMENTS, Placement
+from vcloze_jax.placement import FILL, PLACEMENTS, Placement
 from vcloze_jax.ports import export
 from vcloze_jax.ports.adapters import Adapter, open_adapter, read_arrays
 from vcloze_jax.ports.engine import SafetensorsFile
@@ -28,12 +28,14 @@ def open_for(config: FluxConfig, file: Path) -> Adapter:
 
 
 def told_placement(file: Path) -> Placement | None:
-    """The placement that an adapter of ours was trained in, by its header; None: it does not say,
-    as files of others. Raises UserError for one that is not known."""
+    """The placement that an adapter of ours was trained in, by its header, which says nothing of
+    FILL; None for files of others. Raises UserError for one that is not known."""
     if file.suffix != ".safetensors" or not file.is_file():
         return None
     with translate_errors(file):
-        name = SafetensorsFile(file).metadata.get("placement")
+        told = SafetensorsFile(file).metadata
+    is_ours = {"step", "weights"} <= told.keys() or file.resolve() == places.MINI_LORA
+    name = told.get("placement", FILL.name if is_ours else None)
     if name and name not in PLACEMENTS:
         known = ", ".join(PLACEMENTS)
         raise UserError(f"{file}: of placement {name!r}, which is none of {known}")

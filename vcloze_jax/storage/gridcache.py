@@ -75,7 +75,8 @@ class GridCache:
         are, no picture is opened, and no prompt tokenized, to know it."""
         recipe = self.recipe
         values = [getattr(recipe, f.name) for f in fields(recipe) if f.metadata["section"] == DATA]
-        of_rows = repr((source.digest(), recipe.group, *values))
+        apart = self.models.preset.flux.placement.apart
+        of_rows = repr((source.digest(), recipe.group, apart, *values))
         pairs = (self.rows, of_rows), (self.texts, repr(prompts))
         names = [(store.folder, sha256(text.encode()).hexdigest()[:16]) for store, text in pairs]
         return [folder / f"{name}{NOTE}" for folder, name in names]

@@ -15,7 +15,7 @@ from vcloze_jax import __version__
 from vcloze_jax.config import PRESETS, UserError
 from vcloze_jax.devices import HOST, cpu_mesh, kernel_on, put
 from vcloze_jax.inputs.cachefolder import cache_folder
-from vcloze_jax.placement import PLACEMENTS
+from vcloze_jax.placement import FILL, PLACEMENTS
 from vcloze_jax.sharding import compute_dtype, on_host, shardings
 from vcloze_jax.step import purpose_key
 from vcloze_jax.storage import adapters, places, weights
@@ -152,7 +152,7 @@ def checked_training_preset(folder, recipe):
         print(f"weights: {weights.summary(folder, preset)}")
     if recipe.lora:
         told = adapters.told_placement(Path(recipe.lora))
-        if told not in (None, placement):
+        if told not in (None, FILL, placement):
             raise UserError(f"{recipe.lora}: of placement {told.name}; add --placement {told.name}")
         adapters.check(Path(recipe.lora), preset.flux)
     return replace(preset, recipe=recipe)

@@ -126,6 +126,9 @@ def split_bank(lora):
     for name, *pair in (x for x in lora if isinstance(x, BankedAdapter)):
         if name in bank:
             raise UserError(f"--lora {name}={pair[0]}: {name} is named twice")
+        if any(Path(pair[0]).resolve() == Path(file).resolve() for file, _ in common):
+            reason = "is folded in for every spec already; give it with its name alone"
+            raise UserError(f"--lora {name}={pair[0]}: {reason}")
         bank[name] = [*common, tuple(pair)]
     return common or None, bank
 

@@ -57,7 +57,8 @@ def visit_tokens(j):
 
 
 def visit_positions(j):
-    ids, config = j.spec.grid.ids(), j.painter.preset.flux
+    config = j.painter.preset.flux
+    ids = j.spec.grid.ids(config.placement)
     names = "row of the grid", "y in the row", "x in the row"
     maps = [draw.map_tokens(j.spec.grid, axis, 0, ids.max(), 8) for axis in ids.T]
     sheet = draw.label_columns({n: m[None] for n, m in zip(names, maps, strict=True)})
