@@ -3,21 +3,25 @@
 #
 # What `sample.py` and `train.py` do, done by hand, a stage a cell: this file is a notebook (VS Code
 # and PyCharm open it as one, Jupyter by jupytext) and a script, `python examples/walk.py`, which
-# leaves its pictures in `outputs/walk/`. With `grid`, `conditioning`, `flow` and `model/`'s `ops`,
-# `mmdit`, `layers` and `vae` beside it, all is read that computes; only files are read elsewhere.
+# leaves its pictures in `outputs/walk/`. Beside it, `grid`, `conditioning`, `flow` and `model/`'s
+# `ops`, `mmdit`, `layers` and `vae` are all that paints, and `step` what trains: the other rooms
+# read files, and do this for many grids on many devices.
 
 # %%
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 from PIL import Image
 
-from vcloze_jax import Pipeline, conditioning, flow
+from vcloze_jax import Pipeline, conditioning, flow, step
 from vcloze_jax.grid import Grid
 from vcloze_jax.inputs.sheet import compose
 from vcloze_jax.inputs.specfiles import read_specs
 from vcloze_jax.model import ops
+from vcloze_jax.storage import models
+from vcloze_jax.storage.places import MINI_FOLDER
 from vcloze_jax.study import draw
 
 SPEC = Path(globals().get("__file__", "examples/walk.py")).with_name("3_two_examples.json")
@@ -164,29 +168,48 @@ show("9_steps", draw.tile(seen, 2), 2)  # x | what it is expected to be, at ever
 show("10_cell", cell, 3)
 
 # %% [markdown]
-# ## 11. A training step
+# ## 11. A training step: what is asked
 # The examples are a grid with its whole truth: its last cell is masked, and noise of a drawn time
-# laid over all. The loss asks for the velocity where the mask is. `step.py` does this for a batch,
-# by the gradient of the adapter alone, which AdamW then moves; `trainer.py` is the loop.
+# laid over all. The loss asks for the velocity where the mask is. (`train.py` draws its grids of a
+# source, `data/sources.py`; `step.encode_batch` is this for a batch of them.)
 
 # %%
+recipe = preset.recipe
 cells = np.stack([grid.split(r.pixels) for r in grid.rows[:-1]])  # 2 2 h w 3
 asked = np.zeros((*cells.shape[:2], 1, 1), bool)
 asked[-1, -1] = True
-shown = Grid.from_cells(cells, asked)
-rows = [(r.pixels[None], r.mask[None]) for r in shown.rows]
-posteriors = conditioning.encode_rows(vae, rows, conditioning.BLACK)
+drawn = Grid.from_cells(cells, asked)
+rows = [(r.pixels[None], r.mask[None]) for r in drawn.rows]
+posteriors = conditioning.encode_rows(vae, rows, recipe.mask_fill)
 for_vae, for_noise, for_time = jax.random.split(jax.random.key(0), (3, 1))  # of one grid
 truth, condition, share = conditioning.draw_training(posteriors, for_vae)
 noise = jax.random.normal(for_noise[0], truth.shape)
-pe = conditioning.position_table([shown], preset.flux, T, shown.tokens)
+pe = conditioning.position_table([drawn], preset.flux, T, drawn.tokens)
 context = context._replace(condition=condition, pe=pe)
-drawn = float(flow.draw_time(for_time, preset.recipe.time_mean)[0])
 seen = []
-for t in (np.float32([t]) for t in (0.3, drawn, 0.95)):
+for t in (np.float32([0.3]), np.float32([0.95]), flow.draw_time(for_time, recipe.time_mean)):
     x_t, velocity = flow.interpolate(truth, noise, t)
     v = velocity_of(flux, x_t, modulate(t), context)
-    loss = flow.masked_loss(v, velocity, share)
-    print(f"at t = {t[0]:.2f} the loss is {loss[0]:.3f}")
+    print(f"at t = {t[0]:.2f} the loss is {flow.masked_loss(v, velocity, share)[0]:.3f}")
     seen += [look(x_t), look(x_t - t * v), look(truth)]
 show("11_training", draw.tile(seen, 3), 2)  # noisy | expected | true, a line for each time
+
+# %% [markdown]
+# ## 12. A training step: what is learnt
+# The base stays as it is. Beside each of its products stands an adapter, x A B, born with B = 0,
+# and all that the gradient reaches: a step of AdamW against it makes the loss less. (`step.update`
+# does this to the mean of a batch's gradients; `trainer.py` is the loop.)
+
+# %%
+trained = models.checked_training_preset(MINI_FOLDER, recipe)
+graphdefs, adapter, frozen = models.load_for_training(trained, MINI_FOLDER, painter.mesh)
+noisy = step.NoisyBatch(x_t, velocity, share, t, context)
+how = dict(region=recipe.loss_region, graphdefs=graphdefs, dtype=np.float32)
+loss_of = jax.jit(jax.value_and_grad(partial(step.loss_fn, **how), has_aux=True))
+(before, _), gradient = loss_of(adapter, frozen, noisy)
+optimizer = step.make_optimizer(recipe.clip)
+updates, _ = optimizer.update(gradient, optimizer.init(adapter), adapter)
+adapter = jax.tree.map(lambda w, u: w - recipe.lr * u, adapter, updates)
+(after, _), _ = loss_of(adapter, frozen, noisy)
+count = sum(w.size for w in jax.tree.leaves(adapter))
+print(f"a step on {count} numbers takes the loss of the base from {before:.4f} to {after:.4f}")
