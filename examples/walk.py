@@ -38,13 +38,16 @@ def show(name, pixels, times=1):
 
 # %% [markdown]
 # ## 1. Cells
-# Two rows show a task, here a picture and its mask. The third asks: its last cell is blank.
+# Two rows show a task, here a picture and its mask. The third asks: its last cell is blank. Of
+# every cell `inputs/cells.py` made an area of resolution², sides of whole tokens, by scaling the
+# picture until it covers them and cropping its centre.
 
 # %%
 painter = Pipeline.load().painter  # mini: its models are read when they are first needed
 preset = painter.preset
 (spec,) = read_specs([SPEC], preset)
 grid = spec.grid
+print(*(preset.flux, preset.vae, preset.flow), sep="\n")  # all sizes; the authors' in config.py
 show("1_cells", compose(grid), 2)
 
 # %% [markdown]
@@ -88,7 +91,7 @@ show("4_mask", draw.colour(np.asarray(mask[0]), 0, 1), 3)  # a line for each tok
 
 # %%
 vae = painter.models.vae
-encode = jax.jit(conditioning.encode_condition)
+encode = jax.jit(partial(conditioning.encode_condition, dtype=painter.dtype))
 condition = np.concatenate([encode(vae, r.pixels[None], r.mask[None]) for r in grid.rows], 1)
 print(f"{condition.shape[-1]} channels: 64 of the latent, 256 of the mask")
 latent = ops.unpack(condition[:, -s:, :64], row.height // 8, row.width // 8)  # of the last row
@@ -97,10 +100,11 @@ show("5_condition", draw.tile([draw.magnify(c, 6) for c in channels], 4))
 
 # %% [markdown]
 # ## 6. Words
-# T5 gives a vector for each token of the prompt, CLIP one for all of it.
+# T5 gives a vector for each token of the prompt, CLIP one for all of it (`model/text.py`). T5's are
+# padded to T tokens, and the padding is attended to, as in FLUX.
 
 # %%
-txt, pooled, *_ = painter.read_texts([spec.prompt])[spec.prompt]
+txt, pooled, *_ = painter.read_texts([spec.prompt])[spec.prompt]  # storage/textreader.py
 print(f"{spec.prompt!r} is {txt.shape} and {pooled.shape}")
 
 # %% [markdown]
@@ -136,7 +140,8 @@ decode = jax.jit(lambda vae, x, h, w: vae.decode(ops.unpack(x, h, w)), static_ar
 
 def look(x):
     """The last row of x [1, S, 64] as a picture, uint8 [h, C*w, 3]."""
-    return conditioning.to_pixels(decode(vae, x[:, -s:], row.height // 8, row.width // 8))[0]
+    last = x[:, -s:].astype(painter.dtype)
+    return conditioning.to_pixels(decode(vae, last, row.height // 8, row.width // 8))[0]
 
 
 noise = jax.random.normal(jax.random.key(spec.seed), (1, S, 64))
@@ -170,8 +175,10 @@ show("10_cell", cell, 3)
 # %% [markdown]
 # ## 11. A training step: what is asked
 # The examples are a grid with its whole truth: its last cell is masked, and noise of a drawn time
-# laid over all. The loss asks for the velocity where the mask is. (`train.py` draws its grids of a
-# source, `data/sources.py`; `step.encode_batch` is this for a batch of them.)
+# laid over all. The loss asks for the velocity where the mask is. `train.py` draws its grids, and
+# their words, of a source (`data/sources.py`; the words here still tell of three rows);
+# `step.encode_batch` is this for a batch of them, and draws the guidance, too. What is masked in
+# the condition is black for mini, as in painting, and grey where FLUX is trained, as the authors'.
 
 # %%
 recipe = preset.recipe
@@ -180,9 +187,10 @@ asked = np.zeros((*cells.shape[:2], 1, 1), bool)
 asked[-1, -1] = True
 drawn = Grid.from_cells(cells, asked)
 rows = [(r.pixels[None], r.mask[None]) for r in drawn.rows]
-posteriors = conditioning.encode_rows(vae, rows, recipe.mask_fill)
+posteriors = conditioning.encode_rows(vae, rows, recipe.mask_fill, painter.dtype)
 for_vae, for_noise, for_time = jax.random.split(jax.random.key(0), (3, 1))  # of one grid
 truth, condition, share = conditioning.draw_training(posteriors, for_vae)
+truth = truth.astype(np.float32)
 noise = jax.random.normal(for_noise[0], truth.shape)
 pe = conditioning.position_table([drawn], preset.flux, T, drawn.tokens)
 context = context._replace(condition=condition, pe=pe)
@@ -196,15 +204,17 @@ show("11_training", draw.tile(seen, 3), 2)  # noisy | expected | true, a line fo
 
 # %% [markdown]
 # ## 12. A training step: what is learnt
-# The base stays as it is. Beside each of its products stands an adapter, x A B, born with B = 0,
-# and all that the gradient reaches: a step of AdamW against it makes the loss less. (`step.update`
-# does this to the mean of a batch's gradients; `trainer.py` is the loop.)
+# The base stays as it is, here without the adapter that mini learnt. Beside each of its products
+# stands a new one, x A B + b, born with B and b zero: `lora_a`, `lora_b` and `lora_bias`, float32,
+# are all that the gradient reaches. A step of AdamW against it, at the full rate, without warm-up,
+# makes the loss less. `trainer.py` is the loop: gradients of micro-batches are summed, and divided
+# by their number in `step.update`.
 
 # %%
 trained = models.checked_training_preset(MINI_FOLDER, recipe)
 graphdefs, adapter, frozen = models.load_for_training(trained, MINI_FOLDER, painter.mesh)
 noisy = step.NoisyBatch(x_t, velocity, share, t, context)
-how = dict(region=recipe.loss_region, graphdefs=graphdefs, dtype=np.float32)
+how = dict(region=recipe.loss_region, graphdefs=graphdefs, dtype=painter.dtype)
 loss_of = jax.jit(jax.value_and_grad(partial(step.loss_fn, **how), has_aux=True))
 (before, _), gradient = loss_of(adapter, frozen, noisy)
 optimizer = step.make_optimizer(recipe.clip)

@@ -87,7 +87,7 @@ class Flux(nnx.Module):
         """
         img = self.img_in(img)  # B S D
         txt = self.txt_in(txt)  # B T D
-        T, placement, seen = txt.shape[1], self.config.placement, (lengths,)
+        T, placement, seen = txt.shape[1], self.config.placement, (lengths,)  # FILL asks no more
         if placement.embeds:
             clean = jnp.asarray(placement.clean)[segments]  # B S
             img = img + clean[..., None] * self.cond_in(jnp.ones((1, 1), img.dtype))
