@@ -3,7 +3,7 @@
     python scripts/derive_clean_base.py DIR
     python train.py --weights DIR --placement dev
 
-It is cut out of the shipped one, and what it paints before it was trained is noise.
+It is cut out of the shipped one and its adapter, folded in; untrained it paints noise.
 """
 
 import sys

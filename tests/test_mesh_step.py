@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from runs import flags, make_home, metrics
 from test_sharding import MESHES, MODULES, OF_STATE, abstract
 from tiny import filled
 
+import train
 from vcloze_jax import flow
 from vcloze_jax.config import MINI, CLIPConfig, FluxConfig, T5Config, VAEConfig
 from vcloze_jax.devices import make_mesh, parse_mesh, put
@@ -282,3 +284,19 @@ def gathers(found):
 
 def squeeze(shape):
     return tuple(n for n in shape if n > 1)
+
+
+@pytest.mark.slow
+def test_a_base_that_is_whole(tmp_path):
+    """Ten steps on a mesh whose devices all hold the base, and split what is learnt, are those of
+    one that splits both, to rounding; a run may change from one to the other as it goes on."""
+    home = make_home(tmp_path / "home")
+    argv = dict(save_every=5, preview_every=10)
+    assert train.main(flags(home, tmp_path / "split", mesh=4, steps=10, **argv)) == 0
+    for steps, mesh in ((5, "state=4"), (10, "state=2,fsdp=2")):
+        assert train.main(flags(home, tmp_path / "whole", mesh=mesh, steps=steps, **argv)) == 0
+    here, there = (metrics(tmp_path / name) for name in ("whole", "split"))
+    assert [line["step"] for line in here] == [*range(1, 11)]
+    for ours, theirs in zip(here, there, strict=True):
+        for key in ("loss", "grad_norm"):
+            np.testing.assert_allclose(ours[key], theirs[key], rtol=1e-5)

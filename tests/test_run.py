@@ -62,21 +62,6 @@ def plain(unbroken, home):
     return home / "plain"
 
 
-@pytest.mark.slow
-def test_a_base_that_is_whole(home, tmp_path):
-    """Ten steps on a mesh whose devices all hold the base, and split what is learnt, are those of
-    one that splits both, to rounding; a run may change from one to the other as it goes on."""
-    argv = dict(save_every=5, preview_every=10)
-    assert train.main(flags(home, tmp_path / "split", mesh=4, steps=10, **argv)) == 0
-    for steps, mesh in ((5, "state=4"), (10, "state=2,fsdp=2")):
-        assert train.main(flags(home, tmp_path / "whole", mesh=mesh, steps=steps, **argv)) == 0
-    here, there = (metrics(tmp_path / name) for name in ("whole", "split"))
-    assert [line["step"] for line in here] == [*range(1, 11)]
-    for ours, theirs in zip(here, there, strict=True):
-        for key in ("loss", "grad_norm"):
-            np.testing.assert_allclose(ours[key], theirs[key], rtol=1e-5)
-
-
 # --- what a run writes ---
 
 

@@ -23,12 +23,13 @@ NAMES = [name for name in PLACEMENTS if name != ANYREFILL.name]  # of one row, i
 UNSEEN = graph.parse_task("fluent_high_contrast->fluent_3d")
 SAYS = (
     "Each learns `{task}` in {steps} steps of `python train.py --placement NAME`, with the same "
-    "data, seed and rank. `fill` begins with mini's base, which infills on that canvas; the others "
-    "with mini cut to 64 channels (`python scripts/derive_clean_base.py`), which has never seen a "
-    "clean token: what they have to learn is more, and the table does not say which way is the "
-    "better one where both have a base of their own. RMSE on held-out subjects with no sentence; "
-    "`backwards` asks for the condition of the target, `unseen` for `{unseen}`, with {dialled} "
-    "examples. Noisy tokens are those of a grid with as many examples."
+    "data, seed and rank. `fill` begins with mini's base, which infills on that canvas; the "
+    "others with mini, its adapter folded in, cut to 64 channels (`python "
+    "scripts/derive_clean_base.py`), which knows mini's tasks and has never seen a clean token: "
+    "the table does not say which way is the better one where each has a base of its own. RMSE on "
+    "held-out subjects with no sentence; `backwards` asks for the condition of the target, "
+    "`unseen` for `{unseen}`, with {dialled} examples. Noisy tokens are those of a grid with as "
+    "many examples."
 )
 
 
