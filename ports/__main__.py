@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
 from vcloze_jax.inputs.cli import Parser, path
+from vcloze_jax.inputs.papers import PLACEMENTS
 from vcloze_jax.inputs.pictures import check_writable
 from vcloze_jax.inputs.runfolder import read_identity
 from vcloze_jax.inputs.terminal import guard_streams, tell_error
-from vcloze_jax.placement import PLACEMENTS
 from vcloze_jax.ports import engine, export
 from vcloze_jax.ports.adapters import open_adapter
 from vcloze_jax.ports.diagnose import PortError

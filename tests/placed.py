@@ -15,13 +15,8 @@ from safetensors.numpy import load_file
 from vcloze_jax.conditioning import segment_table
 from vcloze_jax.devices import make_mesh
 from vcloze_jax.grid import Grid, Row
-from vcloze_jax.placement import (
-    DEV,
-    FILL,
-    FRAMES,
-    KONTEXT,
-    PLACEMENTS,
-)
+from vcloze_jax.inputs.papers import DEV, FRAMES, KONTEXT, PLACEMENTS
+from vcloze_jax.placement import FILL
 from vcloze_jax.storage.models import grow
 
 DATA = Path(__file__).parent / "data"

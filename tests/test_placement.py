@@ -36,15 +36,10 @@ from test_mmdit import TEXT, close
 from vcloze_jax import kernels
 from vcloze_jax.conditioning import segment_table
 from vcloze_jax.devices import kernel_on
+from vcloze_jax.inputs.papers import DEV, FRAMES, KONTEXT, PLACEMENTS
 from vcloze_jax.model.mmdit import Flux, Modulation
 from vcloze_jax.model.ops import attention, choose_kernel, timestep_embedding
-from vcloze_jax.placement import (
-    DEV,
-    FILL,
-    FRAMES,
-    KONTEXT,
-    PLACEMENTS,
-)
+from vcloze_jax.placement import FILL
 from vcloze_jax.storage import weights
 
 # --- what the default costs: nothing ---

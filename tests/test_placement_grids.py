@@ -15,19 +15,9 @@ from vcloze_jax import conditioning
 from vcloze_jax.conditioning import Context, segment_table
 from vcloze_jax.data.sources import Example
 from vcloze_jax.grid import Grid, Row, Spec
+from vcloze_jax.inputs.papers import DEV, FRAMES, KONTEXT, PLACEMENTS
 from vcloze_jax.painter import Painter
-from vcloze_jax.placement import (
-    DEV,
-    EXAMPLE,
-    EXAMPLE_TARGET,
-    FILL,
-    FRAMES,
-    KONTEXT,
-    PLACEMENTS,
-    QUERY,
-    TARGET,
-    Placement,
-)
+from vcloze_jax.placement import EXAMPLE, EXAMPLE_TARGET, FILL, QUERY, TARGET, Placement
 from vcloze_jax.step import encode_batch, loss_fn, make_batch, purpose_key, spread_rows
 from vcloze_jax.storage import weights
 from vcloze_jax.storage.models import LazyModels

@@ -11,7 +11,8 @@ from safetensors.numpy import save_file
 import sample
 import train
 from vcloze_jax.config import MINI, UserError
-from vcloze_jax.placement import ANYREFILL, DEV, FILL, FRAMES, KONTEXT, PLACEMENTS
+from vcloze_jax.inputs.papers import ANYREFILL, DEV, FRAMES, KONTEXT, PLACEMENTS
+from vcloze_jax.placement import FILL
 from vcloze_jax.ports import export
 from vcloze_jax.ports.diagnose import PortError
 from vcloze_jax.ports.tables.namings import NAMINGS

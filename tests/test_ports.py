@@ -11,8 +11,8 @@ from folders import FLUX, PRESET, VARIANTS, arrays, key_list, shapes
 from safetensors.numpy import load_file, save
 
 from vcloze_jax.config import FLUX_FILL
+from vcloze_jax.inputs.papers import FRAMES
 from vcloze_jax.model.mmdit import Flux
-from vcloze_jax.placement import FRAMES
 from vcloze_jax.ports import engine
 from vcloze_jax.ports.adapters import check_adapter
 from vcloze_jax.ports.diagnose import PortError

@@ -35,22 +35,23 @@ import train
 
 pause = float(sys.argv.pop(1))
 
-def tell(cls, name):
-    method = getattr(cls, name)
+def tell(home, name):
+    function = getattr(home, name)
 
     def told(*args, **options):
         print("at", name, time.monotonic(), flush=True)
         time.sleep(pause)
-        return method(*args, **options)
+        return function(*args, **options)
 
-    setattr(cls, name, told)
+    setattr(home, name, told)
 
 def learn(*args, learn=train.learn, **options):
+    from vcloze_jax import runwriter
     from vcloze_jax.runwriter import RunWriter
     from vcloze_jax.trainer import Trainer
 
-    for cls, name in (Trainer, "compile"), (Trainer, "send"), (Trainer, "encode"):
-        tell(cls, name)
+    for home, name in (runwriter, "compile_steps"), (Trainer, "send"), (Trainer, "encode"):
+        tell(home, name)
     for name in ("preview", "save", "write"):
         tell(RunWriter, name)
     return learn(*args, **options)
@@ -58,7 +59,7 @@ def learn(*args, learn=train.learn, **options):
 train.learn = learn
 train.cli.run(train.main)
 """
-PHASES = "start", "compile", "send", "preview", "save"
+PHASES = "start", "compile_steps", "send", "preview", "save"
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def train_and_tell(home, out, folder, pause=0, **changes):
 def test_stopped_while_it_compiles(home, tmp_path):
     """Before the first step there is nothing to save: nothing is waited for."""
     command = train_and_tell(home, tmp_path / "run", tmp_path)
-    command.wait_for("compile")
+    command.wait_for("compile_steps")
     command.send(signal.SIGHUP)
     assert_stopped(command, signal.SIGHUP)
     assert not command.times("send") and not command.times("save")

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from vcloze_jax.config import MINI, UserError
-from vcloze_jax.placement import DEV
+from vcloze_jax.inputs.papers import DEV
 from vcloze_jax.study import __main__ as study
 from vcloze_jax.study import page
 from vcloze_jax.study.asker import Spread

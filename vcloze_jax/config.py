@@ -6,7 +6,7 @@ Dtypes are strings: no JAX is imported here.
 
 from dataclasses import dataclass, field, replace
 
-from vcloze_jax.placement import FILL, PLACEMENTS, Placement
+from vcloze_jax.placement import FILL, Placement
 
 REMAT = ("none", "light", "full")
 
@@ -114,7 +114,7 @@ class Recipe:
     weights: str = setting("mini", "folder in diffusers' layout (default: mini's)", START)
     lora: str | None = setting(None, "an adapter to go on from", START)
     from_scratch: bool = setting(False, "random MMDiT and text encoders, all trained", START)
-    placement: str = setting("fill", "of cells in the sequence", START, choices=tuple(PLACEMENTS))
+    placement: str = setting("fill", "of cells in the sequence", START)
     data: str = setting("graph200k", "graphemoji[:TASK], graph200k, a file or a folder", DATA)
     data_dir: str = setting("", "where graph200k lies, or has moved to", DATA, free=True)
     resolution: int = setting(384, "a cell's area is its square", DATA, least=16)

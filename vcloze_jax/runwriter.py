@@ -6,6 +6,7 @@ from itertools import takewhile
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
 from vcloze_jax import plan
@@ -23,7 +24,7 @@ from vcloze_jax.inputs.specfiles import write_spec
 from vcloze_jax.inputs.world import describe_unlike_mini
 from vcloze_jax.painter import Painter
 from vcloze_jax.programs import tally
-from vcloze_jax.step import merge_models
+from vcloze_jax.step import merge_models, purpose_key
 from vcloze_jax.storage import checkpoint
 from vcloze_jax.storage.models import ready_export
 from vcloze_jax.storage.places import MINI_FOLDER
@@ -88,7 +89,7 @@ class RunWriter:
         then: a signal ends the process."""
         examples = [draw_of_shape(self.source, shape) for shape in self.source.shapes()]
         bar = tqdm(examples, "compiling", unit="shape", leave=False, disable=not self.run.writes)
-        largest = self.trainer.compile(bar)
+        largest = compile_steps(self.trainer, bar)
         self.measure([example.grid.tokens for example in examples], 1)  # FLOPs are counted now
         group = self.trainer.recipe.group
         groups = draw_validation(self.source.held_out(), group, VALIDATION)
@@ -211,6 +212,21 @@ class RunWriter:
         base = ["--weights", recipe.weights] if recipe.rank and recipe.weights != "mini" else []
         learnt = ["--lora" if recipe.rank else "--weights", str(written)]
         return shlex.join([*name_command("sample"), "--grid", str(file), *base, *learnt])
+
+
+def compile_steps(trainer, examples):
+    """Compile all that steps over grids of these shapes need, so that nothing is compiled later;
+    returns the bytes that the largest program takes beside its inputs."""
+    key, largest, size = purpose_key(0, "validation"), 0, trainer.micro
+    for example in examples:
+        noisy = trainer.encode([example] * size, range(size), key)
+        args = trainer.state.trainable, trainer.frozen, trainer.grads, noisy
+        program = trainer.program("accumulate", noisy.x_t.shape, *args)
+        largest = max(largest, program.memory_analysis().temp_size_in_bytes)
+    loss = jax.ShapeDtypeStruct((size,), np.float32, sharding=trainer.state.skipped.sharding)
+    losses = [loss] * (trainer.recipe.batch // size)
+    trainer.program("update", (), trainer.state, trainer.grads, losses, np.float32(0))
+    return largest
 
 
 def tell_listeners(what, record):

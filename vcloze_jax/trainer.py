@@ -11,19 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vcloze_jax import step
 from vcloze_jax.sharding import compute_dtype, shardings
-from vcloze_jax.step import (
-    encode_batch,
-    init_state,
-    learning_rate,
-    loss_fn,
-    make_batch,
-    make_optimizer,
-    make_step,
-    merge_models,
-    purpose_key,
-    spread_rows,
-)
 
 
 class Sent(NamedTuple):
@@ -52,15 +41,15 @@ class Trainer:
         self.preset, self.mesh, self.dtype = preset, mesh, compute_dtype(mesh)
         self.tokenizers = self.read_texts = tokenizers  # a cache or a memory may read both instead
         how = dict(masks_every_row=masks_every_row, placement=preset.flux.placement)
-        self.read_rows = partial(spread_rows, mesh=mesh, **how)
+        self.read_rows = partial(step.spread_rows, mesh=mesh, **how)
         self.recipe = recipe = preset.recipe
         statics = dict(graphdefs=self.graphdefs, dtype=self.dtype)
-        loss = partial(loss_fn, region=recipe.loss_region, **statics)
-        tx = make_optimizer(recipe.clip, recipe.weight_decay)
-        init = partial(init_state, tx=tx, ema=recipe.ema)
+        loss = partial(step.loss_fn, region=recipe.loss_region, **statics)
+        tx = step.make_optimizer(recipe.clip, recipe.weight_decay)
+        init = partial(step.init_state, tx=tx, ema=recipe.ema)
         layout = shardings(jax.eval_shape(init, trainable), mesh)
-        accumulate, update = make_step(tx, loss, layout, recipe.ema, recipe.skip_nonfinite)
-        encode = jax.jit(partial(encode_batch, preset=preset, **statics))
+        accumulate, update = step.make_step(tx, loss, layout, recipe.ema, recipe.skip_nonfinite)
+        encode = jax.jit(partial(step.encode_batch, preset=preset, **statics))
         self.jitted = {"encode": encode, "accumulate": accumulate, "update": update}
         self.programs, self.micro = {}, recipe.micro_batch
         self.state = jax.jit(init, out_shardings=layout)(trainable)
@@ -74,7 +63,7 @@ class Trainer:
 
     def models(self):
         """The four networks as they are now."""
-        return merge_models(self.graphdefs, self.learnt, self.frozen)
+        return step.merge_models(self.graphdefs, self.learnt, self.frozen)
 
     def program(self, name, shape, *args):
         """The program of some inputs' shape, compiled when it is first asked for."""
@@ -83,24 +72,10 @@ class Trainer:
                 self.programs[name, shape] = self.jitted[name].lower(*args).compile()
         return self.programs[name, shape]
 
-    def compile(self, examples):
-        """Compile all that steps over grids of these shapes need, so that nothing is compiled
-        later; returns the bytes that the largest program takes beside its inputs."""
-        key, largest = purpose_key(0, "validation"), 0
-        for example in examples:
-            noisy = self.encode([example] * self.micro, range(self.micro), key)
-            args = self.state.trainable, self.frozen, self.grads, noisy
-            program = self.program("accumulate", noisy.x_t.shape, *args)
-            largest = max(largest, program.memory_analysis().temp_size_in_bytes)
-        loss = jax.ShapeDtypeStruct((self.micro,), np.float32, sharding=self.state.skipped.sharding)
-        losses = [loss] * (self.recipe.batch // self.micro)
-        self.program("update", (), self.state, self.grads, losses, np.float32(0))
-        return largest
-
     def encode(self, examples, numbers, key):
         """Grids of one shape, by their numbers in the run -> NoisyBatch on the mesh."""
         how = self.read_rows, self.read_texts, self.preset, self.mesh
-        args = self.frozen, make_batch(examples, numbers, *how), key
+        args = self.frozen, step.make_batch(examples, numbers, *how), key
         shape = next((x.grid.shape, x.grid.columns) for x in examples if x)
         return self.program("encode", shape, *args)(*args)
 
@@ -108,7 +83,7 @@ class Trainer:
         """Send the next optimizer step to the devices -> Sent; None if `stopped()` between two
         micro-batches: the part that was done is lost, and the Trainer sends no more."""
         start, recipe = time.perf_counter(), self.recipe
-        key, shapes, told = purpose_key(recipe.seed, "draws"), [], []
+        key, shapes, told = step.purpose_key(recipe.seed, "draws"), [], []
         for first in range(self.step * recipe.batch, (self.step + 1) * recipe.batch, recipe.group):
             group = next(groups)
             shapes += [next((len(x.grid.rows), x.grid.tokens) for x in group if x)] * recipe.group
@@ -120,7 +95,7 @@ class Trainer:
                 args = self.state.trainable, self.frozen, self.grads, noisy
                 of_grids, self.grads = self.program("accumulate", noisy.x_t.shape, *args)(*args)
                 told.append(of_grids)
-        rate = np.float32(learning_rate(recipe, self.step))
+        rate = np.float32(step.learning_rate(recipe, self.step))
         args = self.state, self.grads, [each[recipe.loss_region] for each in told], rate
         self.state, self.grads, norms = self.program("update", (), *args)(*args)
         self.step += 1

@@ -16,11 +16,12 @@ from vcloze_jax.inputs.cli import (
     path,
     positive_int,
 )
+from vcloze_jax.inputs.papers import PLACEMENTS
 from vcloze_jax.inputs.pictures import check_no_address
 from vcloze_jax.inputs.runfolder import ORIGINS
-from vcloze_jax.placement import PLACEMENTS
 
 PATHS = "weights", "lora", "data", "cache"  # of the recipe
+TABLES = {"preset": PRESETS, "placement": PLACEMENTS}  # fields of it that name a row of one
 # What a preset's recipe has otherwise for the user's own data: of twenty pairs mini learns a simple
 # task in about three minutes. All of it is free to change, so that runs which began before go on.
 OWN = {"mini": dict(lr=3e-3, steps=200, save_every=100, preview_every=100)}
@@ -56,8 +57,8 @@ def add_recipe_flags(parser):
             options["type"] = expand
         elif f.default is not None:
             options["type"] = type(f.default)
-        if f.name == "preset":
-            options["choices"] = PRESETS
+        if f.name in TABLES:
+            options["choices"] = TABLES[f.name]
         section = f.metadata["section"]
         if section not in groups:
             groups[section] = parser.add_argument_group(section)

@@ -9,8 +9,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vcloze_jax.config import FluxConfig, UserError
+from vcloze_jax.inputs.papers import PLACEMENTS
 from vcloze_jax.model.mmdit import Flux
-from vcloze_jax.placement import FILL, PLACEMENTS, Placement
+from vcloze_jax.placement import FILL, Placement
 from vcloze_jax.ports import export
 from vcloze_jax.ports.adapters import Adapter, open_adapter, read_arrays
 from vcloze_jax.ports.engine import SafetensorsFile

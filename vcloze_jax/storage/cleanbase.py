@@ -7,8 +7,8 @@ from pathlib import Path
 from flax import nnx
 
 from vcloze_jax.devices import make_mesh
+from vcloze_jax.inputs.papers import DEV
 from vcloze_jax.model.mmdit import Flux
-from vcloze_jax.placement import DEV
 from vcloze_jax.storage import places, weights
 from vcloze_jax.storage.models import LazyModels
 from vcloze_jax.storage.preset import load_preset

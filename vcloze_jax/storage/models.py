@@ -15,7 +15,8 @@ from vcloze_jax import __version__
 from vcloze_jax.config import PRESETS, UserError
 from vcloze_jax.devices import HOST, cpu_mesh, kernel_on, put
 from vcloze_jax.inputs.cachefolder import cache_folder
-from vcloze_jax.placement import FILL, PLACEMENTS
+from vcloze_jax.inputs.papers import PLACEMENTS
+from vcloze_jax.placement import FILL
 from vcloze_jax.sharding import compute_dtype, on_host, shardings
 from vcloze_jax.step import purpose_key
 from vcloze_jax.storage import adapters, places, weights

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from vcloze_jax.config import FLUX_FILL, PRESETS, UserError
 from vcloze_jax.inputs.checks import describe_error, explain_missing
-from vcloze_jax.placement import PLACEMENTS
+from vcloze_jax.inputs.papers import PLACEMENTS
 from vcloze_jax.ports.tables import mmdit
 
 MINI_FOLDER = (

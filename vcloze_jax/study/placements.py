@@ -10,7 +10,7 @@ import numpy as np
 
 from vcloze_jax.data import graph
 from vcloze_jax.grid import PATCH
-from vcloze_jax.placement import ANYREFILL, PLACEMENTS
+from vcloze_jax.inputs.papers import ANYREFILL, PLACEMENTS
 from vcloze_jax.storage.cleanbase import derive_clean_base
 from vcloze_jax.storage.places import MINI_FOLDER
 from vcloze_jax.study import draw
