@@ -65,6 +65,22 @@ def bfl(saved, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def adapter_tree():
+    """A random adapter of the tiny transformer (tests/lorafiles.py); not to be changed."""
+    import lorafiles
+
+    return lorafiles.adapter()
+
+
+@pytest.fixture
+def adapter_file(adapter_tree, tmp_path):
+    """The same as training writes it: the test's own."""
+    import lorafiles
+
+    return lorafiles.written(tmp_path, adapter_tree)
+
+
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Answer a command as cli.run does: exit code, stdout and stderr. JAX cannot be imported."""

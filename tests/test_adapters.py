@@ -20,28 +20,17 @@ from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.storage import adapters, weights
 
 
-@pytest.fixture(scope="module")
-def tree():
-    return lorafiles.adapter()
-
-
-@pytest.fixture
-def file(tree, tmp_path):
-    """The random adapter as training writes it."""
-    return lorafiles.written(tmp_path, tree)
-
-
-def test_round_trip_is_bit_identical(tree, file):
+def test_round_trip_is_bit_identical(adapter_tree, adapter_file):
     """Our adapter, written for PEFT and read again, is the same to the last bit and can be trained
     on; every fused A is there once for each of its parts."""
-    again = adapters.load(file, PLAIN)
-    same_trees(tree, again)
-    assert adapters.fit(file, again, PLAIN) == RANKED
-    there = load_file(file)
+    again = adapters.load(adapter_file, PLAIN)
+    same_trees(adapter_tree, again)
+    assert adapters.fit(adapter_file, again, PLAIN) == RANKED
+    there = load_file(adapter_file)
     stem = "transformer.single_transformer_blocks.1."
     for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"):
         a = there[f"{stem}{part}.lora_A.weight"]
-        np.testing.assert_array_equal(a.T, tree["single"]["linear1"]["lora_a"][1])
+        np.testing.assert_array_equal(a.T, adapter_tree["single"]["linear1"]["lora_a"][1])
 
 
 def test_written_array_by_array(tmp_path):
@@ -60,9 +49,9 @@ def test_written_array_by_array(tmp_path):
     assert peak < 3 * max(sizes) + 2**20 < 0.6 * sum(sizes), (peak, max(sizes), sum(sizes))
 
 
-def test_swap_is_of_outputs_only(tree, file):
+def test_swap_is_of_outputs_only(adapter_tree, adapter_file):
     """In the final modulation the halves of B and of its bias are swapped, A is as it is."""
-    there, final = load_file(file), tree["final"]["mod"]
+    there, final = load_file(adapter_file), adapter_tree["final"]["mod"]
     stem = "transformer.norm_out.linear"
     np.testing.assert_array_equal(there[f"{stem}.lora_A.weight"].T, final["lora_a"])
     for key, name in ((".lora_B.weight", "lora_b"), (".lora_B.bias", "lora_bias")):
@@ -70,10 +59,10 @@ def test_swap_is_of_outputs_only(tree, file):
         np.testing.assert_array_equal(there[stem + key].T, np.concatenate([scale, shift], -1))
 
 
-def test_metadata_says_that_alpha_is_the_rank(file):
+def test_metadata_says_that_alpha_is_the_rank(adapter_file):
     """The header carries a LoraConfig in which alpha equals the rank of each module, clipped ones
     included, so that readers which know one alpha only are not misled."""
-    with safe_open(file, "numpy") as f:
+    with safe_open(adapter_file, "numpy") as f:
         config = json.loads(f.metadata()[LORA])
     assert config["transformer.r"] == config["transformer.lora_alpha"] == 11
     ranks = config["transformer.rank_pattern"]
@@ -131,42 +120,42 @@ def test_foreign_adapters_fold_exactly(tmp_path, alphas, prefix):
         adapters.fit(tmp_path / "theirs.safetensors", adapter, PLAIN)
 
 
-def test_alpha_of_the_header(tree, file):
+def test_alpha_of_the_header(adapter_tree, adapter_file):
     """Alphas of PEFT's header count as PEFT counts them: the first pattern that fits, else one for
     all; divided by the root of the rank where the header says so."""
     alpha = {"lora_alpha": 22, "alpha_pattern": {"^proj_out": 3, "out": 7}}
     for slora, last, others in ((False, 3 / 11, 2), (True, 3 / 11**0.5, 22 / 11**0.5)):
-        edited(file, lambda d: d, **alpha, use_rslora=slora)
-        got = adapters.load(file, PLAIN)
+        edited(adapter_file, lambda d: d, **alpha, use_rslora=slora)
+        got = adapters.load(adapter_file, PLAIN)
         for path, scale in (("final/linear", last), ("single/linear1", others)):
             block, name = path.split("/")
-            exact = np.float64(tree[block][name]["lora_b"]) * scale
+            exact = np.float64(adapter_tree[block][name]["lora_b"]) * scale
             np.testing.assert_allclose(got[block][name]["lora_b"], exact, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "int64", "int32", "uint8"])
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-def test_scalars_of_any_type(tree, file, dtype, shape):
+def test_scalars_of_any_type(adapter_tree, adapter_file, dtype, shape):
     """An alpha is a number, whatever the type and however many axes of length 1 it is written in;
     but true and false are none."""
     for good in (True, False):
         alpha = np.full(shape, 22, dtype) if good else np.full(shape, True)
-        edited(file, lambda d, alpha=alpha: d | {f"{Q}.alpha": alpha})
+        edited(adapter_file, lambda d, alpha=alpha: d | {f"{Q}.alpha": alpha})
         if good:
-            b = adapters.load(file, PLAIN)["double"]["img"]["qkv"]["lora_b"][0]
-            exact = np.float64(tree["double"]["img"]["qkv"]["lora_b"][0])
+            b = adapters.load(adapter_file, PLAIN)["double"]["img"]["qkv"]["lora_b"][0]
+            exact = np.float64(adapter_tree["double"]["img"]["qkv"]["lora_b"][0])
             exact[:, 0] *= 2
             np.testing.assert_array_equal(b.sum(0), exact.sum(0))
         else:
             with pytest.raises(UserError, match=f"{Q}.alpha is of type BOOL"):
-                adapters.check(file, PLAIN)
+                adapters.check(adapter_file, PLAIN)
 
 
 @pytest.mark.parametrize("alpha", [11, 22, 3])
-def test_a_difference_of_a_bias_is_added_whole(tree, tmp_path, alpha):
+def test_a_difference_of_a_bias_is_added_whole(adapter_tree, tmp_path, alpha):
     """ComfyUI adds `diff_b` to the bias of the base, whatever alpha / r is; so do we. Where alpha
     is 0 it has no place, and is refused."""
-    plain = renamed(lorafiles.written(tmp_path, tree, bias=False), "kohya")
+    plain = renamed(lorafiles.written(tmp_path, adapter_tree, bias=False), "kohya")
     file, wanted = tmp_path / "more.safetensors", np.arange(48, dtype=np.float32)
     change = {f"{K}.diff_b": wanted, f"{K}.alpha": np.array(alpha, np.float32)}
     save_file(load_file(plain) | change, file)
@@ -206,10 +195,10 @@ def test_adapters_of_dev_see_the_noise_alone(tmp_path, to, capsys):
 
 
 @pytest.mark.parametrize("to", lorafiles.NAMINGS)
-def test_adapter_of_another_base(tree, tmp_path, to):
+def test_adapter_of_another_base(adapter_tree, tmp_path, to):
     """An adapter of FLUX.1-Fill (384 channels) on FLUX.1-dev (64) says just that, in each naming;
     so does one of a deeper and of a wider model."""
-    file = lorafiles.written(tmp_path, tree, bias=False)
+    file = lorafiles.written(tmp_path, adapter_tree, bias=False)
     file = file if to == "diffusers" else renamed(file, to)
     for config, words in (
         (replace(PLAIN, in_channels=64), "[11, 384], expected [11, 64] (64 input channels"),

@@ -202,16 +202,16 @@ def test_damaged_entries(home, tmp_path, work):
     for one, other in zip(first, again.encode_grid(example.grid), strict=True):
         np.testing.assert_array_equal(one, other)
     tokenizers = Tokenizers(home / "weights", tiny.TINY.t5, tiny.TINY.clip)
-    cache.read_texts([example.prompt], tokenizers)
+    cache.read_prompts([example.prompt], tokenizers)
     for file in cache.texts.folder.glob("*.safetensors"):
         content = file.read_bytes()
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match="safetensors: damaged or gone; start"):
-        cache.read_texts([example.prompt], tokenizers)
+        cache.read_prompts([example.prompt], tokenizers)
     work.clear()
     fill(home, tmp_path / "cache")
     assert work == {"loads": 1, ("txt", "pooled"): 1}
-    cache.read_texts([example.prompt], tokenizers)
+    cache.read_prompts([example.prompt], tokenizers)
 
 
 def test_its_size_comes_first(home, tmp_path, work, monkeypatch, capsys):

@@ -12,31 +12,21 @@ from vcloze_jax.config import UserError
 from vcloze_jax.storage import adapters
 
 
-@pytest.fixture(scope="module")
-def tree():
-    return lorafiles.adapter()
-
-
-@pytest.fixture
-def file(tree, tmp_path):
-    """The random adapter as training writes it."""
-    return lorafiles.written(tmp_path, tree)
-
-
-def test_a_fault_is_told_once(file):
+def test_a_fault_is_told_once(adapter_file):
     """What is wrong with all in the same way is said of the first, and how many there are."""
     halves = {"F64": np.float64, "I32": np.int32}
     for kind, dtype in halves.items():
-        edited(file, lambda d, dtype=dtype: {key: x.astype(dtype) for key, x in d.items()})
+        edited(adapter_file, lambda d, dtype=dtype: {key: x.astype(dtype) for key, x in d.items()})
         with pytest.raises(UserError) as error:
-            adapters.check(file, PLAIN)
+            adapters.check(adapter_file, PLAIN)
         assert str(error.value).count(f"is of type {kind}") == 1
         assert str(error.value).endswith(", and 149 others likewise")
     edited(
-        file, lambda d: d | {f"{Q}.dora_scale": np.ones(16), f"{V}.dora_scale": np.ones((16, 1))}
+        adapter_file,
+        lambda d: d | {f"{Q}.dora_scale": np.ones(16), f"{V}.dora_scale": np.ones((16, 1))},
     )
     with pytest.raises(UserError, match=r"a DoRA.*PEFT\), and 1 others likewise$"):
-        adapters.check(file, PLAIN)
+        adapters.check(adapter_file, PLAIN)
 
 
 def without(key):
@@ -167,10 +157,10 @@ KOHYA = {
 @pytest.mark.parametrize(
     ("to", "kind"), [("diffusers", kind) for kind in SPOILED] + [("kohya", kind) for kind in KOHYA]
 )
-def test_spoiled_adapters_are_refused(tree, tmp_path, to, kind):
+def test_spoiled_adapters_are_refused(adapter_tree, tmp_path, to, kind):
     """An adapter that does not fit is one line that names the key, and is never half applied."""
     kohya = to == "kohya"
-    file = lorafiles.written(tmp_path, tree, bias=not kohya)
+    file = lorafiles.written(tmp_path, adapter_tree, bias=not kohya)
     file = renamed(file, "kohya") if kohya else file
     spoil, words = (KOHYA if kohya else SPOILED)[kind]
     save_file(spoil(load_file(file)), file)
@@ -182,23 +172,23 @@ def test_spoiled_adapters_are_refused(tree, tmp_path, to, kind):
     assert len(message.split("; ")) <= 12
 
 
-def test_broken_headers_and_tensors(file):
+def test_broken_headers_and_tensors(adapter_file):
     """NaN is named; a header that is no LoraConfig, DoRA, a folder and no file are errors."""
-    good = load_file(file)
-    save_file(good | {f"{Q}.lora_B.weight": np.full((16, 11), np.nan, np.float32)}, file)
+    good = load_file(adapter_file)
+    save_file(good | {f"{Q}.lora_B.weight": np.full((16, 11), np.nan, np.float32)}, adapter_file)
     with pytest.raises(UserError, match=f"{Q}.lora_B.weight holds NaN"):
-        adapters.load(file, PLAIN)
-    save_file(good, file)
+        adapters.load(adapter_file, PLAIN)
+    save_file(good, adapter_file)
     for config in (dict(lora_alpha=[]), dict(alpha_pattern={"(": 1}), dict(lora_alpha=1e999)):
         with pytest.raises(UserError, match="is not a LoraConfig"):
-            adapters.load(edited(file, lambda d: d, **config), PLAIN)
+            adapters.load(edited(adapter_file, lambda d: d, **config), PLAIN)
     with pytest.raises(UserError, match="DoRA"):
-        adapters.load(edited(file, lambda d: d, use_dora=True), PLAIN)
+        adapters.load(edited(adapter_file, lambda d: d, use_dora=True), PLAIN)
     with pytest.raises(UserError, match="a folder"):
-        adapters.check(file.parent, PLAIN)
+        adapters.check(adapter_file.parent, PLAIN)
     with pytest.raises(UserError, match="nowhere"):
-        adapters.check(file.with_name("nowhere"), PLAIN)
+        adapters.check(adapter_file.with_name("nowhere"), PLAIN)
     for data in (b"", b"GGUF" + bytes(100), b"<html>" * 9, b"version https://git-lfs" + bytes(40)):
-        file.write_bytes(data)
-        with pytest.raises(UserError, match=re.escape(str(file))):
-            adapters.check(file, PLAIN)
+        adapter_file.write_bytes(data)
+        with pytest.raises(UserError, match=re.escape(str(adapter_file))):
+            adapters.check(adapter_file, PLAIN)

@@ -1,8 +1,10 @@
 """A grid of cells: its sizes, masks, tokens, their positions and segments, and its targets cut out
 again; and what is asked of it, the Spec.
 
-Every row is one picture of C equal cells side by side, and is encoded as one; rows may differ in
-size. The last row is the query: its masked pixels are generated, all other pixels are given. (What
+Every row is one picture of C equal cells side by side, and is encoded as one. A cell has an area of
+about resolution², sides of whole tokens and the shape of its row's first picture: pictures are
+scaled until they cover it, their centre is kept (inputs/cells.py), and so rows may differ in size.
+The last row is the query: its masked pixels are generated, all other pixels are given. (What
 mini's infilling base learns from may mask pixels of any row.)
 """
 
@@ -81,7 +83,8 @@ class Grid:
         return [cell for cells in cut for cell in cells]
 
     def ids(self, placement: Placement = FILL) -> np.ndarray:
-        """Positions of the tokens, float32 [S, 3]: number of their picture, then y, x in it."""
+        """Positions of the tokens, float32 [S, 3]: number of their picture, then y, x in it. The
+        paper's pictures are the rows, from 1 on."""
         pictures, ids, top = self.pictures(placement), [], 0
         targets, references = count(0, -1), count(1)
         of_role = [next(targets if p.mask.any() else references) for p in pictures]
@@ -124,7 +127,7 @@ class Spec:
     grid are what to start from."""
 
     grid: Grid
-    prompt: str
+    prompt: str  # what the grid is, what a row does, what the last cell shows
     num_inference_steps: int
     guidance_scale: float
     seed: int = 0

@@ -58,8 +58,8 @@ class Painter:
     """The models of a preset on a mesh, and the compiled parts of sampling.
 
     `models` has the attributes flux and vae, each asked for where its stage begins;
-    `read_texts(prompts)` -> {prompt: (txt, pooled, unread, seconds)}; what passes within
-    `timed(seconds, part)` is added to that part.
+    `read_texts(prompts)` -> {prompt: (txt, pooled, unread, seconds)}: what T5 says of each token,
+    CLIP of the whole. What passes within `timed(seconds, part)` is added to that part.
     """
 
     def __init__(self, preset, models, read_texts, mesh, timed=lambda seconds, part: nullcontext()):

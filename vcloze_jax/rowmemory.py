@@ -32,7 +32,7 @@ def choose_readers(trainer, cache):
         memory = RowMemory(vae, *how, cache and cache.rows, trainer.preset.flux.placement)
         trainer.read_rows = partial(memory.read_rows, mesh=trainer.mesh)
     if cache:
-        trainer.read_texts = partial(cache.read_texts, tokenizers=trainer.tokenizers)
+        trainer.read_prompts = partial(cache.read_prompts, tokenizers=trainer.tokenizers)
 
 
 class RowMemory:

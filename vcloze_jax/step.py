@@ -16,7 +16,7 @@ from vcloze_jax.placement import FILL
 from vcloze_jax.sharding import spread
 
 ENCODERS = ("vae", "t5", "clip")
-PURPOSES = ("init", "draws", "validation")  # of a run's random numbers
+KEY_PURPOSES = ("init", "draws", "validation")  # of a run's random numbers in JAX
 KIND = 48  # bytes of a kind of task's name
 
 
@@ -55,14 +55,16 @@ class State(NamedTuple):
 
 def purpose_key(seed, purpose):
     """The key of a run's random numbers for one purpose, so that no two share a stream."""
-    return jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
+    return jax.random.fold_in(jax.random.key(seed), KEY_PURPOSES.index(purpose))
 
 
-def make_batch(examples, numbers, read_rows, read_texts, preset, mesh):
-    """Examples of one shape (None: another host's) -> Batch, by what reads rows and prompts."""
+def make_batch(examples, numbers, read_rows, read_prompts, preset, mesh):
+    """Examples of one shape (None: another host's) -> Batch, by what reads rows and prompts:
+    `read_prompts(prompts)` -> T5 ids int32 [B, T] and CLIP ids int32 [B, 77], or what the encoders
+    made of them, and what was not read."""
     to_mesh = lambda read: spread([x and read(x) for x in examples], mesh)  # noqa: E731
     first, placement = next(filter(None, examples)).grid, preset.flux.placement
-    *texts, _ = read_texts([x.prompt if x else "" for x in examples])
+    *texts, _ = read_prompts([x.prompt if x else "" for x in examples])
     kinds = to_mesh(lambda x: np.frombuffer(x.kind.encode()[:KIND].ljust(KIND), np.uint8))
     sizes = preset.flux, preset.t5.max_length, first.tokens
     table = lambda grid: conditioning.position_table([grid], *sizes)  # noqa: E731

@@ -39,7 +39,7 @@ class Trainer:
     def __init__(self, parts, preset, tokenizers, mesh, masks_every_row=False):
         self.graphdefs, trainable, self.frozen = parts
         self.preset, self.mesh, self.dtype = preset, mesh, compute_dtype(mesh)
-        self.tokenizers = self.read_texts = tokenizers  # a cache or a memory may read both instead
+        self.tokenizers = self.read_prompts = tokenizers  # a cache may read both instead
         how = dict(masks_every_row=masks_every_row, placement=preset.flux.placement)
         self.read_rows = partial(step.spread_rows, mesh=mesh, **how)
         self.recipe = recipe = preset.recipe
@@ -74,7 +74,7 @@ class Trainer:
 
     def encode(self, examples, numbers, key):
         """Grids of one shape, by their numbers in the run -> NoisyBatch on the mesh."""
-        how = self.read_rows, self.read_texts, self.preset, self.mesh
+        how = self.read_rows, self.read_prompts, self.preset, self.mesh
         args = self.frozen, step.make_batch(examples, numbers, *how), key
         shape = next((x.grid.shape, x.grid.columns) for x in examples if x)
         return self.program("encode", shape, *args)(*args)

@@ -66,7 +66,7 @@ MOST = 3  # conditions in one list
 PLACEHOLDER = re.compile(r"(<img>)?<\|image_(\d+)\|>(</img>)?")  # OmniGen's, of a column
 INSTRUCTION = prompts.EDITING_PREFIXES[1]
 SOURCE = "a source image"
-CONDITIONS = {"cond1": "a condition image", "cond2": "another condition image"}  # else SOURCE
+KEY_PHRASES = {"cond1": "a condition image", "cond2": "another condition image"}  # else SOURCE
 LIST = re.compile(rb"(\xef\xbb\xbf)?\s*\[")  # how a file begins that is one JSON list
 # … and one that holds such a list, after a few words about it.
 LIST_WITHIN = re.compile(rb'(\xef\xbb\xbf)?\s*\{[^][{}]*"(?!image")(?P<key>\w+)"\s*:\s*\[\s*\{')
@@ -198,7 +198,7 @@ def read_pair(table: dict, columns: list[str], target: str, spelling: Spelling) 
             if not 1 <= len(there) <= MOST:
                 raise UserError(f"{len(there)} pictures, must be 1 to {MOST}")
             row += [check_text(path) for path in there]
-        phrases += [CONDITIONS.get(key, SOURCE)] * len(there)
+        phrases += [KEY_PHRASES.get(key, SOURCE)] * len(there)
     row.append(read_key(table, target, None, check_text))
     given = [read_key(table, key, None, check_text) for key in spelling.texts if key in table]
     if len(given) > 1:

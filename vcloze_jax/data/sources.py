@@ -125,13 +125,13 @@ def explain_absent(data: str) -> str:
 
 # What a generator draws. NumPy pads seeds with zeros, so that (seed, 7) and (seed, 7, 0) would be
 # one stream; as spawn keys, behind a purpose of their own, no two are.
-PURPOSES = ("shape", "example", "preview", "validation")
+DRAW_PURPOSES = ("shape", "example", "preview", "validation")
 SPARE = 64  # numbers that a grid of a group may try, should the first not be one to show
 
 
 def random_generator(purpose: str, seed: int, number: int) -> np.random.Generator:
     """The generator of one thing that is drawn: a function of its purpose, the seed, its number."""
-    key = PURPOSES.index(purpose), number
+    key = DRAW_PURPOSES.index(purpose), number
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 

@@ -87,24 +87,23 @@ ANSWERS = {
 def read_spec(table: dict, preset: Preset, name: str = "grid", source: Path = Path()) -> Spec:
     """Validate one spec; its paths begin at the folder of `source`, the file that it stood in.
 
-    Pictures and masks may also be PIL images or arrays, latents NumPy arrays. Raises UserError
-    naming the key.
+    Its grid has what was opened at its final size, blank cells black and masked (cells.py); its
+    prompt is "6 images …", "Each row …" and "The last image …", what is not said left out. Pictures
+    and masks may also be PIL images or arrays, latents NumPy arrays. Raises UserError naming the
+    key.
     """
     check_keys(check_type(table, dict), KEYS, ANSWERS)
     if "image" not in table:
         raise UserError("image: missing; give rows of cells, the query last")
     table = {key: v for key, v in table.items() if v is not None or key == "image"}
-    defaults = preset.resolution, preset.num_inference_steps, preset.guidance_scale, 0
-    resolution, steps, guidance, seed = (
-        read_key(table, key, default, *NUMBERS[key])
-        for key, default in zip(NUMBERS, defaults, strict=True)
-    )
+    numbers = read_numbers(table, preset)
     given = {key: read_key(table, key, None, check_prompt) for key in (*PROMPTS, "task")}
 
     folder = source.parent
     with quiet_decoders():
         image, cells = open_cells(table["image"], folder)
-    grid = build_grid(cells, resolution)
+    resolution, steps, guidance, seed = numbers.values()
+    grid = build_grid(cells, resolution)  # of one row: cells of one size, joined as one picture
     none = None, None
     latents_path, latents = read_key(
         table, "latents", none, _open_latents, grid.tokens, "this grid", folder
@@ -112,36 +111,22 @@ def read_spec(table: dict, preset: Preset, name: str = "grid", source: Path = Pa
     own = next((cell.size for cell in map(_picture_of, cells[-1]) if cell), None)
     second, upsampling = read_key(table, "upsampling", none, _read_upsampling, steps, own, folder)
 
-    layout, task, content = sentences(given, len(grid.rows), grid.columns)
-    resolved = {
-        "image": image,
-        "layout_prompt": layout,
-        "task_prompt": task,
-        "content_prompt": content,
-        "resolution": resolution,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "seed": seed,
-        "latents": latents_path,
-        "upsampling": second,
-    }
+    layout, task, content = said = sentences(given, len(grid.rows), grid.columns)
+    resolved = {"image": image, **dict(zip(PROMPTS, said, strict=True)), **numbers}
+    resolved |= {"latents": latents_path, "upsampling": second}
     if adapter := read_key(table, "adapter", None, check_text):
         resolved["adapter"] = adapter
+    more = dict(name=name, source=source, resolved=resolved, upsampling=upsampling)
+    more["content_prompt"] = prompts.strip_prefix(content)
     prompt = prompts.join(layout, task, prompts.content_sentence(content))
-    bare = prompts.strip_prefix(content)
-    return Spec(
-        grid,
-        prompt,
-        steps,
-        guidance,
-        seed,
-        latents,
-        upsampling=upsampling,
-        content_prompt=bare,
-        name=name,
-        source=source,
-        resolved=resolved,
-    )
+    return Spec(grid, prompt, steps, guidance, seed, latents, **more)
+
+
+def read_numbers(table: dict, preset: Preset) -> dict[str, int | float]:
+    """Those of NUMBERS, in their order, each as the spec says it or as its preset has it."""
+    defaults = preset.resolution, preset.num_inference_steps, preset.guidance_scale, 0
+    pairs = zip(NUMBERS, defaults, strict=True)
+    return {key: read_key(table, key, default, *NUMBERS[key]) for key, default in pairs}
 
 
 def check_prompt(value) -> str:

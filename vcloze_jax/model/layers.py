@@ -2,7 +2,8 @@
 
 Shapes: B batch, S image tokens, T text tokens, L = T + S, D width, H heads, K head dim, R rank.
 Source: black-forest-labs/flux:src/flux/modules/layers.py. Weights may be of any dtype; a layer
-computes in the dtype of its input, with norms, angles and softmax in float32.
+computes in the dtype of its input, with norms, angles and softmax in float32. Of ops.py, `modulate`
+is a norm, then a scale and a shift, and `rope` turns pairs of channels by the angles of a position.
 """
 
 import math

@@ -52,7 +52,7 @@ class GridCache:
         digest = sha256(identity.encode()).hexdigest()[:16]
         return store(Path(self.recipe.cache, f"{kind}-{digest}"), identity, *names)
 
-    def read_texts(self, prompts, tokenizers):
+    def read_prompts(self, prompts, tokenizers):
         """What the encoders made of prompts, txt [B, T, text_width] and pooled [B, vec_width], and
         what they did not read; where Tokenizers gives ids. Raises UserError for one that is not
         there."""

@@ -19,7 +19,7 @@ from vcloze_jax.sharding import on_host, spread
 
 CHUNK = 256  # queries at once
 TEXT, QUERY, TARGET = "text", "the query's conditions", "the target itself"
-CONDITIONS, SHOWN = "conditions of example {}", "target of example {}"
+CONDITIONS_OF, TARGET_OF = "conditions of example {}", "target of example {}"
 
 
 def attention_heat(q, k, queries, lengths=None, chunk=CHUNK):
@@ -125,7 +125,7 @@ def segment_tokens(grid, text_tokens):
         cell = w // PATCH // grid.columns  # tokens across
         in_target = np.arange(w // PATCH) >= (grid.columns - 1) * cell
         found.append(np.tile(len(names) + in_target, h // PATCH))
-        names += [CONDITIONS.format(number), SHOWN.format(number)]
+        names += [CONDITIONS_OF.format(number), TARGET_OF.format(number)]
     return [*names[:-2], QUERY, TARGET], np.concatenate(found)
 
 
