@@ -16,10 +16,13 @@ def home(tmp_path_factory):
     return make_home(tmp_path_factory.mktemp("home"))
 
 
-def test_rank_0(home, tmp_path, capsys):
-    """With rank 0 the MMDiT itself is trained, and RUN/weights is a folder that sample.py takes;
-    there is no adapter to export."""
+@pytest.mark.parametrize("cached", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_rank_0(home, tmp_path, capsys, cached):
+    """With rank 0 the MMDiT itself is trained, and RUN/weights is a folder that sample.py takes,
+    with the text encoders as they were, also where a cache stood for them; there is no adapter to
+    export."""
     change = dict(rank=0, mesh=1, batch=2, steps=1)
+    change |= dict(cache=tmp_path / "cache") if cached else {}
     assert train.main(flags(home, tmp_path / "run", **change)) == 0
     argv = [tmp_path / "run/checkpoints/1", "--to", "kohya", "--out", tmp_path / "a.safetensors"]
     assert ports.main(["lora", *map(str, argv)]) == 2

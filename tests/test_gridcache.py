@@ -97,19 +97,6 @@ def test_a_cache_of_two_hosts(home, tmp_path):
     assert_equal(tmp_path / "two", tmp_path / "one")
 
 
-def test_the_whole_mmdit_from_a_cache(home):
-    """Where the MMDiT itself is learnt, the text encoders that the cache stood for are in what is
-    written, as they were."""
-    out = run(home, "whole", 1, cache=home / "cache-of-whole", rank=0)
-    for name in ("text_encoder", "text_encoder_2"):
-        ours, theirs = (folder / name for folder in (out / "weights", home / "weights"))
-        for file in theirs.glob("*.safetensors"):
-            here, there = (tiny.load_file(place / file.name) for place in (ours, theirs))
-            assert here.keys() == there.keys()
-            for key, x in there.items():  # kept in bfloat16
-                np.testing.assert_array_equal(here[key], x.astype(here[key].dtype))
-
-
 def test_each_is_encoded_once(home, tmp_path, work):
     """A filling that was interrupted goes on; one that is whole, of any run, is not begun again,
     and loads nothing."""

@@ -197,10 +197,10 @@ MESHES_OF_FLUX += "state=8", "state=2,fsdp=4", "state=2,fsdp=2,tensor=2"
 # Mesh, rows, samples on each device, and remat, of which each mesh has every kind.
 PLACES, REMATS = itertools.product(MESHES_OF_FLUX, ROWS, (1, 2)), ("none", "full", "light")
 EVERY = list(zip(PLACES, itertools.cycle(REMATS), strict=False))
-FAST = [
+FAST = [  # of two shapes, each once on one device
     (("8", 1, 1), "none"),
     (("data=4,fsdp=2", 3, 1), "full"),
-    (("data=2,fsdp=2,tensor=2", 2, 1), "light"),
+    (("data=2,fsdp=2,tensor=2", 3, 2), "light"),
     (("fsdp=4,tensor=2", 1, 2), "full"),
     (("state=8", 3, 1), "full"),
 ]

@@ -30,7 +30,6 @@ from vcloze_jax.storage import weights
 WAYS = (
     ("target", "none", 1),
     ("target", "light", 2),
-    ("grid", "none", 2),
     ("grid", "full", 1),
 )
 

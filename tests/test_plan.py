@@ -18,7 +18,7 @@ from vcloze_jax.data.sources import Shape
 from vcloze_jax.devices import make_mesh, parse_mesh
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.vae import VAE
-from vcloze_jax.storage import places, weights
+from vcloze_jax.storage import weights
 
 TERA = 1e12
 
@@ -86,7 +86,7 @@ def test_activations_are_split(learning):
 
 def test_activations_of_a_gradient():
     """A gradient keeps what a velocity lets go, block by block, and with remat a fraction of it."""
-    mesh, deep = make_mesh(parse_mesh("1")), replace(tiny.TINY.flux, single_blocks=5)
+    mesh, deep = make_mesh(parse_mesh("1")), replace(tiny.TINY.flux, single_blocks=3)
     ways = [replace(tiny.TINY, flux=replace(deep, remat=x)) for x in ("none", "light", "full")]
     size = 4, 64, mesh, "float32"
     velocity = plan.flux_temporaries(ways[2], *size)
@@ -143,16 +143,17 @@ def test_sample(tmp_path, capsys, nothing_loads):
 
 def test_train(tmp_path, capsys, nothing_loads):
     """train.py --plan says what an adapter, its gradients and its moments take, in float32."""
-    argv = ["--out", f"{tmp_path}/run", "--plan", "--data", "graphemoji:gray->fluent_flat"]
-    train.main(argv)
+    folder = tiny.weights_folder(tmp_path / "weights")
+    argv = ["--out", f"{tmp_path}/run", "--plan", "--weights", f"{folder}", "--data"]
+    train.main([*argv, "graphemoji:gray->fluent_flat"])
     out = capsys.readouterr().out
-    flux = ranked(weights.checked_preset(places.MINI_FOLDER), MINI.recipe.rank).flux
+    flux = ranked(weights.checked_preset(folder), MINI.recipe.rank).flux
     _, adapter, _ = weights.abstract(Flux, flux)
     exact = 4 * sum(x.size for x in jax.tree.leaves(adapter))
     assert f"learnt {plan.si(exact, 'B')}, its gradients {plan.si(2 * exact, 'B')}" in out
     assert "largest grid: rows of " in out and not (tmp_path / "run").exists()
     assert ", t5 " in out and ", clip " in out
-    train.main([*argv[:-1], "examples/pairs", "--cache", f"{tmp_path}/cache"])
+    train.main([*argv, "examples/pairs", "--cache", f"{tmp_path}/cache"])
     out = capsys.readouterr().out  # the encoders have gone; the autoencoder paints previews
     assert ", vae " in out and ", t5 " not in out and ", clip " not in out
     assert not (tmp_path / "cache").exists()

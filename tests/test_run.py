@@ -165,33 +165,34 @@ def test_finished(unbroken, home, capsys):
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in SIGNALS[1:])]
 )
-def test_stopped_is_unbroken(unbroken, home, tmp_path, number):
+def test_stopped_is_unbroken(unbroken, home, tmp_path, capsys, number):
     """A run that is stopped by a signal on the way and goes on is the unbroken one, to the bit. The
-    signal says what it does, saves the steps that were sent, and exits with 128 and its number."""
+    signal says what it does, saves the steps that were sent, and exits with 128 and its number. A
+    torn line in the log is gone; what goes on, too, compiles nothing after its first step."""
     out = tmp_path / "run"
     done = run_and_act(home, out, 4, number, save_every=100)
     assert done.returncode == 128 + number, done.stderr
     assert "stopping: the running micro-batch is the last; saving" in done.stderr
     assert "Traceback" not in done.stderr and "saved; the same command resumes" in done.stdout
     steps = len(metrics(out))
-    assert checkpoint.latest(out / "checkpoints") == steps and 4 <= steps <= 6
-    assert train.main(flags(home, out)) == 0
-    assert_same_run(out, unbroken)
-
-
-def test_killed_is_unbroken(unbroken, home, tmp_path, capsys):
-    """A process that is killed at its fifth step has saved the fourth; the run that goes on from
-    there in another process is the unbroken one, to the bit, without a torn line in its log. It,
-    too, compiles nothing after its first step."""
-    out = tmp_path / "run"
-    done = run_and_act(home, out, 5, signal.SIGKILL)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert checkpoint.latest(out / "checkpoints") == 4 and len(metrics(out)) == 5
+    assert checkpoint.latest(out / "checkpoints") == steps and 4 <= steps < 6
     with (out / "metrics.jsonl").open("a") as torn:
         torn.write('{"step": 6, "lo')
     jax.clear_caches()  # of the unbroken run's programs
     assert train.main(flags(home, out)) == 0
-    assert "\nprograms compiled after step 5: none\n" in capsys.readouterr().out
+    assert f"\nprograms compiled after step {steps + 1}: none\n" in capsys.readouterr().out
+    assert_same_run(out, unbroken)
+
+
+@pytest.mark.slow
+def test_killed_is_unbroken(unbroken, home, tmp_path):
+    """A process that is killed at its fifth step has saved the fourth; the run that goes on from
+    there in another process is the unbroken one, to the bit."""
+    out = tmp_path / "run"
+    done = run_and_act(home, out, 5, signal.SIGKILL)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert checkpoint.latest(out / "checkpoints") == 4 and len(metrics(out)) == 5
+    assert train.main(flags(home, out)) == 0
     assert_same_run(out, unbroken)
 
 
@@ -293,8 +294,6 @@ def test_not_finite(unbroken, home, tmp_path):
         with pytest.raises(FloatingPointError, match="step 5: loss (nan|inf)"):
             train.main(flags(home, out) + accept)
         assert len(metrics(out)) == checkpoint.latest(out / "checkpoints") == 4
-        with pytest.raises(FloatingPointError, match="picture is not finite"):
-            train.main(flags(home, tmp_path / "new"))
     assert train.main(flags(home, out) + accept) == 0
     assert_same_run(out, unbroken)
 

@@ -28,7 +28,7 @@ from vcloze_jax.config import UserError
 from vcloze_jax.inputs.signals import SIGNALS
 from vcloze_jax.storage import checkpoint
 
-# train.py that says when it comes to something, a name and the time, and waits there for a while.
+# train.py that says when it comes to something, a name and the time, and waits before it saves.
 TELLING = """
 import sys, time
 import train
@@ -40,7 +40,7 @@ def tell(home, name):
 
     def told(*args, **options):
         print("at", name, time.monotonic(), flush=True)
-        time.sleep(pause)
+        time.sleep(pause * (name == "save"))
         return function(*args, **options)
 
     setattr(home, name, told)
@@ -141,9 +141,11 @@ def test_stopped_while_it_compiles(home, tmp_path):
 def test_second_interrupt(home, tmp_path):
     """A second Ctrl-C does not wait for what the first one asked for: the process is gone, its run
     as it was saved last."""
-    command = train_and_tell(home, tmp_path / "run", tmp_path, pause=1, save_every=1)
-    for _ in range(2):
+    command = train_and_tell(home, tmp_path / "run", tmp_path, pause=3, save_every=1)
+    for _ in range(2):  # the first is in the background while the second waits
         command.wait_for("save")
+    while command.process.poll() is None and not checkpoint.latest(tmp_path / "run/checkpoints"):
+        time.sleep(0.001)
     command.send(signal.SIGINT)
     while "stopping" not in command.errors.read_text():
         time.sleep(0.001)
