@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import zlib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,15 @@ def process(folder, command, jax):
     )
 
 
+@cache
+def long_text():
+    """What stands in a PNG beside its picture: a text of 512 MiB, packed."""
+    packer = zlib.compressobj(1)
+    packed = b"".join(packer.compress(bytes(2**20)) for _ in range(512)) + packer.flush()
+    text = b"zTXtworkflow\0\0" + packed
+    return (len(text) - 4).to_bytes(4) + text + zlib.crc32(text).to_bytes(4)
+
+
 @pytest.mark.parametrize(
     "command, message",
     [
@@ -88,12 +98,7 @@ def test_as_commands(folder, command, message):
     (folder / "bomb.json").write_text(json.dumps({"image": [["bomb.png", None]]}))
     # A picture of 4 x 10^9 pixels, as its header says.
     png = bytearray((folder / "a.png").read_bytes())
-    # A picture beside a text of 512 MiB, packed.
-    packer = zlib.compressobj(1)
-    packed = b"".join(packer.compress(bytes(2**20)) for _ in range(512)) + packer.flush()
-    text = b"zTXtworkflow\0\0" + packed
-    text = (len(text) - 4).to_bytes(4) + text + zlib.crc32(text).to_bytes(4)
-    (folder / "wordy.png").write_bytes(png[:33] + text + png[33:])
+    (folder / "wordy.png").write_bytes(png[:33] + long_text() + png[33:])
     (folder / "wordy.json").write_text(json.dumps({"image": [["wordy.png", "wordy.png"]]}))
     (folder / "long.json").write_text(json.dumps({"image": [["a.png", "a.png"]] * 20_000}))
     (folder / "many.json").write_text(json.dumps([{"image": [["a.png", None]]}] * 20_000))

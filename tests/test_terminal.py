@@ -46,17 +46,33 @@ def test_any_character_is_printed(tmp_path, variables, line):
     assert (done.returncode, done.stderr) == (0, b"") and done.stdout.isascii()
 
 
+# sample.py for one name after the other, each in a process of its own, begun without imports.
+EACH = """
+import os, sys
+import sample
+from vcloze_jax.inputs import cli
+
+for name in sys.argv[1:]:
+    if not os.fork():
+        sys.argv = ["sample.py", "--grid", name]
+        cli.run(sample.main)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 2
+"""
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
-@pytest.mark.parametrize("name", ["模型.json", "a\nb.json", "a\x1b[31mb.json", "\u202egnp.json"])
-def test_a_mistake_is_one_line(tmp_path, encoding, name):
+def test_a_mistake_is_one_line(tmp_path, encoding):
     """Whatever a file is called, its mistake is one line without control characters."""
-    (tmp_path / name).write_text("{}")
-    done = shell(tmp_path, f"$P $S --grid '{name}'", PYTHONIOENCODING=encoding)
-    text = done.stderr.decode(encoding)
-    assert done.returncode == 2 and text.endswith(
-        ".json: image: missing; give rows of cells, the query last\n"
-    )
-    assert text.startswith("error: ") and text[:-1].isprintable()
+    names = "模型.json", "a\nb.json", "a\x1b[31mb.json", "\u202egnp.json"
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    quoted = " ".join(f"'{name}'" for name in names)
+    done = shell(tmp_path, f'$P -c "$EACH" {quoted}', EACH=EACH, PYTHONIOENCODING=encoding)
+    *lines, rest = done.stderr.decode(encoding).split("\n")
+    assert (done.returncode, rest, len(lines)) == (0, "", len(names)), done.stderr
+    for line in lines:
+        assert line.startswith("error: ") and line.isprintable()
+        assert line.endswith(".json: image: missing; give rows of cells, the query last")
 
 
 @pytest.mark.parametrize("ending", ["| true", "> /dev/full", ">&-", "2>&1 | true", ">&- 2>&- <&-"])
