@@ -67,7 +67,8 @@ def test_every_list_is_trained(source):
     """Each of the 129 lists gives, through the threads of a run, different grids of its columns
     that hold together: one cell of the last row blank, all pictures there, a sentence that names
     the columns. Their shapes are among those that a run compiles before its first step, and for
-    each of these a step is traced, from pictures and text to the gradient of an adapter."""
+    each of these a step is traced, from pictures and text to what the MMDiT reads, of which only
+    the number of tokens differs; and for one of them to the gradient of an adapter."""
     tokenizers = Tokenizers(places.MINI_FOLDER, PRESET.t5, PRESET.clip)
     shapes, traced = {shape.sizes: shape for shape in source.shapes()}, set()
     for number, task in enumerate(GROUP_OF):
@@ -84,13 +85,13 @@ def test_every_list_is_trained(source):
         batch = make_batch([one, other], range(GROUP), *how)
         shape = shapes[one.grid.shape]
         if shape not in traced:
-            trace_step(batch, shape)
+            trace_step(batch, shape, learning=not traced)
             traced.add(shape)
     assert traced == {*source.shapes()}
 
 
-def trace_step(batch, shape):
-    """A step over a micro-batch, by shapes alone: nothing is computed."""
+def trace_step(batch, shape, learning):
+    """A step over a micro-batch, or what it encodes, by shapes alone: nothing is computed."""
     parts = {
         name: weights.abstract(module, getattr(PRESET.learning, name))
         for name, module in weights.MODULES.items()
@@ -100,6 +101,8 @@ def trace_step(batch, shape):
     encode = partial(encode_batch, preset=PRESET, **statics)
     noisy = jax.eval_shape(encode, frozen, batch, purpose_key(0, "draws"))
     assert noisy.x_t.shape == noisy.velocity.shape == (GROUP, shape.tokens, 64)
+    if not learning:
+        return
     loss = jax.value_and_grad(partial(loss_fn, region="target", **statics), has_aux=True)
     (_, told), grads = jax.eval_shape(loss, trainable, frozen, noisy)
     assert told["target"].shape == told["grid"].shape == (GROUP,)
