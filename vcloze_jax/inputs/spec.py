@@ -123,7 +123,8 @@ def read_spec(table: dict, preset: Preset, name: str = "grid", source: Path = Pa
 
 
 def read_numbers(table: dict, preset: Preset) -> dict[str, int | float]:
-    """Those of NUMBERS, in their order, each as the spec says it or as its preset has it."""
+    """Those of NUMBERS, in their order, each as the spec says it or as its preset has it, of FLUX
+    384, 30, 30 and 0."""
     defaults = preset.resolution, preset.num_inference_steps, preset.guidance_scale, 0
     pairs = zip(NUMBERS, defaults, strict=True)
     return {key: read_key(table, key, default, *NUMBERS[key]) for key, default in pairs}
