@@ -140,14 +140,19 @@ DEPTH = dict(width=96, heads=4, axes_dim=(4, 10, 10), double_blocks=19, single_b
 DEEP = replace(TINY, flux=replace(TINY.flux, **DEPTH))
 
 
-def weights_folder(folder, seed=0, preset=TINY):
-    """A weights folder of random models of TINY's sizes, which compile fast, or of a preset's; it
-    says it is mini."""
-    modules = {
+@cache
+def random_models(preset, seed):
+    """The four networks of a preset's sizes, by name; not to be changed."""
+    return {
         name: filled_module(module, getattr(preset, name), seed)
         for name, (module, _) in weights.MODELS.items()
     }
-    weights.save_pipeline(folder, preset, modules, "float32")
+
+
+def weights_folder(folder, seed=0, preset=TINY):
+    """A weights folder of random models of TINY's sizes, which compile fast, or of a preset's; it
+    says it is mini."""
+    weights.save_pipeline(folder, preset, random_models(preset, seed), "float32")
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(places.MINI_FOLDER / name, folder / name)
     return folder
