@@ -10,7 +10,7 @@ from typing import NamedTuple
 from vcloze_jax.config import UserError
 
 PARTS = {  # name: its title, and where it is
-    "walk": ("One grid, followed through the house", "walk:follow_grid"),
+    "walk": ("One grid, followed through the house", "stations:follow_grid"),
     "ambiguity": ("Examples against ambiguity", "ambiguity:measure_ambiguity"),
     "dial": ("The dial, and how often a seed fails", "dial:turn_dial"),
     "unseen": ("Unseen tasks, unseen pictures", "unseen:measure_unseen"),
