@@ -86,7 +86,7 @@ def test_activations_are_split(learning):
 
 def test_activations_of_a_gradient():
     """A gradient keeps what a velocity lets go, block by block, and with remat a fraction of it."""
-    mesh, deep = make_mesh(parse_mesh("1")), replace(tiny.TINY.flux, single_blocks=3)
+    mesh, deep = make_mesh(parse_mesh("1")), replace(tiny.TINY.flux, single_blocks=5)
     ways = [replace(tiny.TINY, flux=replace(deep, remat=x)) for x in ("none", "light", "full")]
     size = 4, 64, mesh, "float32"
     velocity = plan.flux_temporaries(ways[2], *size)
