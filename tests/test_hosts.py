@@ -149,11 +149,17 @@ def test_two_hosts_are_one_process(home, alone, tmp_path):
     assert_equal(out, alone)
 
 
-# sample.py that tells which files it writes.
+# sample.py that tells which grids it encodes and which files it writes.
 TELLING = """
 import sys
 import sample
 from vcloze_jax import pipeline
+
+def tell_encoding(painter, canvas, encode=pipeline.Painter.encode):
+    print("encoded", canvas.spec.name, file=sys.stderr)
+    encode(painter, canvas)
+
+pipeline.Painter.encode = tell_encoding
 
 for name in ("save_png", "save_text"):
     def tell(file, content, write=getattr(pipeline, name)):
@@ -167,8 +173,9 @@ sample.cli.run(sample.main)
 
 @pytest.mark.slow
 def test_two_hosts_paint_as_one(home, tmp_path):
-    """Two hosts of one device paint the bytes that a process of two does; each decodes and writes
-    its own grids, also such as are enlarged, one record each; one speaks."""
+    """Two hosts of one device paint the bytes that a process of two does; each encodes what its
+    device holds, decodes and writes its own grids, also such as are enlarged, one record each; one
+    speaks."""
     grid = json.loads((home / "grids.jsonl").read_text().splitlines()[0])
     grid["image"][-1][-1] = None
     spec = grid | {"num_inference_steps": 2, "resolution": 32}
@@ -178,6 +185,8 @@ def test_two_hosts_paint_as_one(home, tmp_path):
     codes, outs, errors = ends(start_pair([*argv, f"--out={tmp_path / 'two'}"], (TELLING,) * 2))
     assert codes == [0, 0], errors
     assert "3 grids painted" in outs[0] and "painted" not in outs[1]
+    told = [[x.split()[1] for x in e.splitlines() if x.startswith("encoded ")] for e in errors]
+    assert told == [["grid-0", "grid-1", "grid"], ["grid-2", "grid"]]  # one is enlarged, and copied
     wrote = [{x[6:] for x in e.splitlines() if x.startswith("wrote ")} for e in errors]
     names = [{f"grid-{i}{end}" for end in (".png", "_target0.png", ".json")} for i in range(3)]
     assert wrote == [names[0] | names[2], names[1]]
