@@ -67,6 +67,14 @@ def test_never_two_states(tmp_path, monkeypatch):
     assert_equal(state, list(make_state(2)[:2]))
 
 
+def test_hosts_with_disks_of_their_own(tmp_path, monkeypatch):
+    """Hosts that do not see the same steps are told so: none takes up one alone."""
+    other = "True [1]"
+    monkeypatch.setattr(checkpoint, "tell_all", lambda text: [text, other])
+    with pytest.raises(UserError, match="hosts find different things there; give all one file"):
+        checkpoint.resume(tmp_path, jnp.zeros(3))
+
+
 def test_axes_that_were_one(tmp_path):
     """Arrays of which neighbouring axes, but for the first, were one are taken up with today's, bit
     for bit, where `like` says; another shape or dtype of as many numbers is refused by name."""

@@ -213,18 +213,22 @@ train.cli.run(train.main)
 @pytest.mark.slow
 def test_the_whole_depth(tmp_path):
     """A twin of FLUX.1-Fill, 19 + 38 blocks at a width of 96, on eight devices of two hosts, over
-    all axes of a mesh: it trains, saves, goes on from there, and paints. Each host digests what its
-    devices hold, so that an array has as many digests as parts."""
+    all axes of a mesh: it trains, saves, goes on from there with its base whole and from a cache,
+    and paints. Each host digests what its devices hold, so that an array has as many digests as
+    parts."""
     home, out = make_home(tmp_path, tiny.DEEP), tmp_path / "run"
-    argv = dict(mesh="data=2,fsdp=2,tensor=2", remat="light", save_every=1, preview_every=9)
-    for steps in (1, 2):
-        codes, outs, errors = ends(start_pair(flags(home, out, steps=steps, **argv), (BRIEF,) * 2))
+    common = dict(remat="light", save_every=1, preview_every=9)
+    ways = [dict(mesh="data=2,fsdp=2,tensor=2")]
+    ways += [dict(mesh="data=2,state=2,tensor=2", cache=home / "cache")]
+    for steps, way in enumerate(ways, 1):
+        argv = flags(home, out, steps=steps, **common, **way)
+        codes, outs, errors = ends(start_pair(argv, (BRIEF,) * 2))
         assert codes == [0, 0], errors
     assert [line["step"] for line in metrics(out)] == [1, 2]
     assert all(np.isfinite(line["loss"]) for line in metrics(out))
     stored = checkpoint.digests.check_files(out / "checkpoints/2")
     kind, parts = stored["trainable/flux/single/linear1/lora_b"]
-    assert kind.startswith("float32[38, ") and len(parts) == 4  # over fsdp and tensor
+    assert kind.startswith("float32[38, ") and len(parts) == 4  # over state and tensor
     spec = json.loads((out / "question.json").read_text())
     (out / "question.json").write_text(json.dumps(spec | {"num_inference_steps": 2}))
     paint = "import sample; sample.cli.run(sample.main)"
