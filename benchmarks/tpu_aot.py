@@ -61,7 +61,7 @@ def parse(argv):
     add = parser.add_argument
     add("topologies", nargs="*", default=["v5e:2x4"], help="as libtpu names them (v5e:2x4)")
     add("--mesh", help="as train.py has it (default: all chips on fsdp)")
-    add("--programs", nargs="+", default=["encode", "accumulate", "update", "euler"])
+    add("--programs", nargs="*", default=["encode", "accumulate", "update", "euler"])
     add("--grid", default="3x3", metavar="ROWSxCOLUMNS")
     add("--resolution", type=int, default=384)
     add("--per-chip", type=int, default=1, help="grids at a time on each chip")
