@@ -94,15 +94,14 @@ class Ours:
         img, txt, pooled, _ = case.inputs()
         spec = SimpleNamespace(grid=Grid.from_cells(cells, np.bool_(True)), guidance_scale=GUIDANCE)
         txt, pooled = (x[0].astype(self.programs.dtype) for x in (txt, pooled))  # as texts are read
-        canvas = Canvas(spec, txt, pooled, {}, {})
-        canvas.times = flow.schedule(STEPS, case.image, preset.flow)
+        canvas = Canvas(spec, txt, pooled, {}, {}, flow.schedule(STEPS, case.image, preset.flow))
         canvas.condition, canvas.latents = img[0, :, LATENT:], img[0, :, :LATENT]
         painter = Painter(preset, SimpleNamespace(flux=flux), None, self.mesh)
         canvas.seconds = {"load": 0, "paint": 0, "compile": 0}
 
         def call():
             canvas.latents = img[0, :, :LATENT]
-            painter.denoise([canvas], 0, case.image, range(STEPS), watch=None)
+            painter.denoise([canvas], [canvas], case.image, range(STEPS), watch=None)
 
         times = measure(call, max(2, self.repeats // 5))
         tell("ours", f"{STEPS} steps", times, STEPS * case.flops)

@@ -6,12 +6,14 @@
     python benchmarks/tpu_aot.py v6e:2x4 v5p:2x2x1 --grid 3x3
     python benchmarks/tpu_aot.py v5p:2x2x2 --mesh state=8        # the base whole on every chip
     python benchmarks/tpu_aot.py v5e:2x4 --keep-all              # the control: it must be refused
+    python benchmarks/tpu_aot.py H100x8 --mesh state=8           # arithmetic, in a second
 
 These are the functions of step.py and painter.py, not copies of them, on meshes of a topology that
 libtpu describes: its compiler places the buffers, cuts the arrays and refuses what does not fit, as
 it would there. Nothing runs: no numbers, no seconds. Bytes are of one chip; collectives are counted
 as often as the loops around them turn; FLOPs are XLA's count for one grid of the same program
-without loops (vcloze_jax.plan).
+without loops (vcloze_jax.plan). For GPUs nothing compiles here: what lies on each is counted from
+shapes, and beside it stand the temporaries that gpu.py measured of a gradient on one, in full.
 """
 
 import argparse
@@ -38,7 +40,11 @@ from vcloze_jax.config import FLUX_FILL, MINI, REMAT, FluxConfig  # noqa: E402
 from vcloze_jax.devices import kernel_on, parse_mesh  # noqa: E402
 from vcloze_jax.model import mmdit  # noqa: E402
 from vcloze_jax.sharding import AXES, count_shards  # noqa: E402
-from vcloze_jax.storage.weights import MODULES  # noqa: E402
+from vcloze_jax.storage.weights import MODULES, abstract  # noqa: E402
+
+GPUS = {"H100": 80e9, "H200": 141e9}  # bytes, as their names have them
+# Of a gradient on an H200 beside its arguments, of one grid of 3 x 3 cells of 384², rank 256.
+MEASURED = {"light": 22.3 * 2**30, "full": 5.9 * 2**30}
 
 SMALL = replace(
     MINI,
@@ -55,7 +61,7 @@ def parse(argv):
     add = parser.add_argument
     add("topologies", nargs="*", default=["v5e:2x4"], help="as libtpu names them (v5e:2x4)")
     add("--mesh", help="as train.py has it (default: all chips on fsdp)")
-    add("--programs", nargs="+", default=["encode", "accumulate", "update", "euler"])
+    add("--programs", nargs="*", default=["encode", "accumulate", "update", "euler"])
     add("--grid", default="3x3", metavar="ROWSxCOLUMNS")
     add("--resolution", type=int, default=384)
     add("--per-chip", type=int, default=1, help="grids at a time on each chip")
@@ -63,7 +69,16 @@ def parse(argv):
     add("--remat", choices=REMAT, default="light")
     add("--keep-all", action="store_true", help="as without remat, but in loops: the control")
     add("--small", action="store_true", help="a tiny model of the same topology")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    others = args.grid, args.resolution, args.per_chip, args.rank, args.small
+    if any(map(is_gpu, args.topologies)) and others != ("3x3", 384, 1, 256, False):
+        parser.error("of GPUs one grid of 3x3 cells of 384 was measured, at rank 256")
+    return args
+
+
+def is_gpu(name):
+    """Whether "H100x8" is meant, or a topology of libtpu."""
+    return name.partition("x")[0] in GPUS
 
 
 def topology_mesh(name, sizes):
@@ -72,6 +87,26 @@ def topology_mesh(name, sizes):
     sizes = parse_mesh(sizes or str(len(devices)))
     shape = tuple(sizes[axis] for axis in AXES)
     return jax.sharding.Mesh(np.array(devices).reshape(shape), AXES, (AxisType.Auto,) * len(AXES))
+
+
+def count_weights(preset, mesh):
+    """Bytes on each chip of a mesh while an adapter learns, by part."""
+    weights = plan.weights_on_device(preset, MODULES, mesh, "bfloat16")
+    adapter = abstract(MODULES["flux"], preset.flux)[1]
+    learnt = plan.on_device(adapter, mesh, "flux", "float32")
+    return weights | {"adapter": learnt, "gradients": learnt, "moments": 2 * learnt}
+
+
+def add_up(name, preset, args):
+    """Print what a gradient takes of a GPU, one grid on each: "H100x8" -> whether it fits."""
+    kind, _, count = name.partition("x")
+    sizes = parse_mesh(args.mesh or count)
+    mesh = jax.sharding.AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
+    parts = count_weights(preset, mesh) | {"temporaries": MEASURED[args.remat]}
+    total = sum(parts.values())
+    print(f"{name} as {dict(mesh.shape)}, remat {args.remat}, arithmetic: {in_bytes(parts)}")
+    print(f"  {plan.si(total, 'B')} of {plan.si(GPUS[kind], 'B')}")
+    return total <= GPUS[kind]
 
 
 def report(name, programs):
@@ -119,12 +154,11 @@ def main():
     rows, columns = map(int, args.grid.split("x"))
     fits = True
     for name in args.topologies:
+        if is_gpu(name):
+            fits &= add_up(name, preset, args)
+            continue
         mesh = topology_mesh(name, args.mesh)
-        shards = count_shards(mesh)
-        programs = Programs(preset, mesh, rows, columns, args.per_chip * shards)
-        weights = plan.weights_on_device(preset, MODULES, mesh, programs.dtype)
-        learnt = plan.on_device(programs.state.trainable["flux"], mesh, "flux", "float32")
-        weights |= {"adapter": learnt, "gradients": learnt, "moments": 2 * learnt}
+        programs = Programs(preset, mesh, rows, columns, args.per_chip * count_shards(mesh))
         tokens, text = programs.tokens, preset.t5.max_length
         folded = replace(preset, flux=replace(preset.flux, rank=0))
         forward, (_, gradient) = (
@@ -135,7 +169,8 @@ def main():
         how = f"attention by {kernel_on(mesh, preset)}, remat {args.remat}, jax {jax.__version__}"
         print(f"{name} as {dict(mesh.shape)}, {size}, {how}")
         print(f"  a step of sampling {plan.si(forward, 'FLOP')}, a gradient", end=" ")
-        print(f"{plan.si(gradient, 'FLOP')} for a grid; on a chip {in_bytes(weights)}", flush=True)
+        parts = in_bytes(count_weights(preset, mesh))
+        print(f"{plan.si(gradient, 'FLOP')} for a grid; on a chip {parts}", flush=True)
         for program in args.programs:
             fits &= report(program, programs)
     return 0 if fits else 1

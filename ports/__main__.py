@@ -18,7 +18,7 @@ from vcloze_jax.config import UserError
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
 from vcloze_jax.inputs.cli import Parser, path
 from vcloze_jax.inputs.papers import PLACEMENTS
-from vcloze_jax.inputs.pictures import check_writable
+from vcloze_jax.inputs.pictures import check_no_address, check_writable
 from vcloze_jax.inputs.runfolder import read_identity
 from vcloze_jax.inputs.terminal import guard_streams, tell_error
 from vcloze_jax.ports import engine, export
@@ -96,6 +96,7 @@ def run_folder(argv) -> str:
     dtypes = tuple(dict.fromkeys(engine.DTYPES.values()))
     parser.add_argument("--dtype", choices=dtypes, help="of all tensors (default: the source's)")
     args = parser.parse_args(argv)
+    check_no_address(args.out)
     rounded, scaled = write_folder(args.source, args.out, args.dtype)
     loss = f", {rounded or 'no'} tensors were rounded to {args.dtype}" if args.dtype else ""
     if scaled:

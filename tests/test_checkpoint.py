@@ -49,6 +49,32 @@ def test_another_mesh(tmp_path):
         assert_equal(state, first)
 
 
+def test_never_two_states(tmp_path, monkeypatch):
+    """Who takes up a step lets go of the state it had before a byte is read; where there is none to
+    read, it stays."""
+    *given, _ = make_state(2)  # all but what NumPy holds
+    leaves, restore = jax.tree.leaves(given), checkpoint.restore
+
+    def read(*args):
+        assert all(leaf.is_deleted() for leaf in leaves)
+        return restore(*args)
+
+    monkeypatch.setattr(checkpoint, "restore", read)
+    assert checkpoint.resume(tmp_path, given) == (0, given)
+    checkpoint.save(tmp_path, 2, given)
+    step, state = checkpoint.resume(tmp_path, given)
+    assert step == 2
+    assert_equal(state, list(make_state(2)[:2]))
+
+
+def test_hosts_with_disks_of_their_own(tmp_path, monkeypatch):
+    """Hosts that do not see the same steps are told so: none takes up one alone."""
+    other = "True [1]"
+    monkeypatch.setattr(checkpoint, "tell_all", lambda text: [text, other])
+    with pytest.raises(UserError, match="hosts find different things there; give all one file"):
+        checkpoint.resume(tmp_path, jnp.zeros(3))
+
+
 def test_axes_that_were_one(tmp_path):
     """Arrays of which neighbouring axes, but for the first, were one are taken up with today's, bit
     for bit, where `like` says; another shape or dtype of as many numbers is refused by name."""

@@ -173,6 +173,19 @@ def test_xla_is_readied_for_the_jaxlib_that_needs_it(monkeypatch, jaxlib, needed
     assert flags.count("--xla_cpu_experimental_ynn_fusion_type=") == needed
 
 
+def test_a_gpu_of_80_gb_gives_80(monkeypatch):
+    """Of the 81,559 MiB that an H100 has JAX takes 80 GB, where the user says nothing else."""
+    variable = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    for said in (None, ".5"):
+        monkeypatch.setenv("XLA_FLAGS", "")
+        monkeypatch.setenv(variable, said or "")
+        if not said:
+            monkeypatch.delenv(variable)
+        ready_xla(1)
+        assert os.environ[variable] == (said or "0.95")
+    assert 0.95 * 81_559 * 2**20 >= 80e9
+
+
 def test_flags_of_the_user_win(monkeypatch):
     """What XLA_FLAGS already says of a flag of ours is neither changed nor said again."""
     given = (

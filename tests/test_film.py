@@ -50,12 +50,14 @@ def test_what_is_expected(pipeline):
     rng = np.random.default_rng(0)
     end, noise = rng.standard_normal((2, 4, 64)).astype(np.float32)
     times, told = np.array([1, 0.6, 0.1, 0], np.float32), []
-    canvas = SimpleNamespace(latents=noise, times=times, spec=None)
+    spec = SimpleNamespace(grid=SimpleNamespace(tokens=4))
+    canvas = SimpleNamespace(times=times, spec=spec)
     watch = tell_steps(told.append, SimpleNamespace(decode=None))
-    for i, t in enumerate(times[1:]):
-        padded = np.zeros((2, 6, 64), np.float32)
-        padded[:, :4] = (1 - t) * end + t * noise
-        watch([canvas], i, padded)
+    padded = np.zeros((4, 2, 6, 64), np.float32)
+    for state, t in zip(padded, times, strict=True):
+        state[:, :4] = (1 - t) * end + t * noise
+    for i in range(3):
+        watch([canvas], i, *padded[i : i + 2])
     assert len(told) == 3
     for step in told:
         np.testing.assert_allclose(step.expected, end, atol=1e-5)

@@ -243,12 +243,6 @@ def test_refused(home, call, argv):
     assert not (home / "refused").exists()
 
 
-def test_no_bucket_for_a_cache(home, call):
-    """An address is none for a cache, either."""
-    code, _, error = call(train.main, f"--cache gs://bucket/c --data {home / 'grids.jsonl'}")
-    assert code == 2 and error.count("\n") == 1 and "--cache gs:/bucket/c: an address" in error
-
-
 def test_the_keys_of_prompts(home):
     """Prompts that are read alike, such as are cut at the same word, are one entry."""
     tokenizers = Tokenizers(home / "weights", tiny.TINY.t5, tiny.TINY.clip)

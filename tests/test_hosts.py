@@ -149,11 +149,17 @@ def test_two_hosts_are_one_process(home, alone, tmp_path):
     assert_equal(out, alone)
 
 
-# sample.py that tells which files it writes.
+# sample.py that tells which grids it encodes and which files it writes.
 TELLING = """
 import sys
 import sample
 from vcloze_jax import pipeline
+
+def tell_encoding(painter, canvas, encode=pipeline.Painter.encode):
+    print("encoded", canvas.spec.name, file=sys.stderr)
+    encode(painter, canvas)
+
+pipeline.Painter.encode = tell_encoding
 
 for name in ("save_png", "save_text"):
     def tell(file, content, write=getattr(pipeline, name)):
@@ -167,8 +173,9 @@ sample.cli.run(sample.main)
 
 @pytest.mark.slow
 def test_two_hosts_paint_as_one(home, tmp_path):
-    """Two hosts of one device paint the bytes that a process of two does; each decodes and writes
-    its own grids, also such as are enlarged, one record each; one speaks."""
+    """Two hosts of one device paint the bytes that a process of two does; each encodes what its
+    device holds, decodes and writes its own grids, also such as are enlarged, one record each; one
+    speaks."""
     grid = json.loads((home / "grids.jsonl").read_text().splitlines()[0])
     grid["image"][-1][-1] = None
     spec = grid | {"num_inference_steps": 2, "resolution": 32}
@@ -178,6 +185,8 @@ def test_two_hosts_paint_as_one(home, tmp_path):
     codes, outs, errors = ends(start_pair([*argv, f"--out={tmp_path / 'two'}"], (TELLING,) * 2))
     assert codes == [0, 0], errors
     assert "3 grids painted" in outs[0] and "painted" not in outs[1]
+    told = [[x.split()[1] for x in e.splitlines() if x.startswith("encoded ")] for e in errors]
+    assert told == [["grid-0", "grid-1", "grid"], ["grid-2", "grid"]]  # one is enlarged, and copied
     wrote = [{x[6:] for x in e.splitlines() if x.startswith("wrote ")} for e in errors]
     names = [{f"grid-{i}{end}" for end in (".png", "_target0.png", ".json")} for i in range(3)]
     assert wrote == [names[0] | names[2], names[1]]
@@ -204,18 +213,22 @@ train.cli.run(train.main)
 @pytest.mark.slow
 def test_the_whole_depth(tmp_path):
     """A twin of FLUX.1-Fill, 19 + 38 blocks at a width of 96, on eight devices of two hosts, over
-    all axes of a mesh: it trains, saves, goes on from there, and paints. Each host digests what its
-    devices hold, so that an array has as many digests as parts."""
+    all axes of a mesh: it trains, saves, goes on from there with its base whole and from a cache,
+    and paints. Each host digests what its devices hold, so that an array has as many digests as
+    parts."""
     home, out = make_home(tmp_path, tiny.DEEP), tmp_path / "run"
-    argv = dict(mesh="data=2,fsdp=2,tensor=2", remat="light", save_every=1, preview_every=9)
-    for steps in (1, 2):
-        codes, outs, errors = ends(start_pair(flags(home, out, steps=steps, **argv), (BRIEF,) * 2))
+    common = dict(remat="light", save_every=1, preview_every=9)
+    ways = [dict(mesh="data=2,fsdp=2,tensor=2")]
+    ways += [dict(mesh="data=2,state=2,tensor=2", cache=home / "cache")]
+    for steps, way in enumerate(ways, 1):
+        argv = flags(home, out, steps=steps, **common, **way)
+        codes, outs, errors = ends(start_pair(argv, (BRIEF,) * 2))
         assert codes == [0, 0], errors
     assert [line["step"] for line in metrics(out)] == [1, 2]
     assert all(np.isfinite(line["loss"]) for line in metrics(out))
     stored = checkpoint.digests.check_files(out / "checkpoints/2")
     kind, parts = stored["trainable/flux/single/linear1/lora_b"]
-    assert kind.startswith("float32[38, ") and len(parts) == 4  # over fsdp and tensor
+    assert kind.startswith("float32[38, ") and len(parts) == 4  # over state and tensor
     spec = json.loads((out / "question.json").read_text())
     (out / "question.json").write_text(json.dumps(spec | {"num_inference_steps": 2}))
     paint = "import sample; sample.cli.run(sample.main)"

@@ -106,7 +106,7 @@ def test_it_is_the_attention_of_mini(painter, specs, looked, monkeypatch):
     canvases, heat = looked
     size = 160  # 144 tokens and their padding
     _, times, context = painter.stack(canvases, size)
-    x = np.stack([pad(initial_noise(spec), size) for spec in specs])
+    x = np.stack([pad(initial_noise(spec), size, "f4") for spec in specs])
     flux = painter.models.flux
     mod = flux.modulation(times[:, 0], context.guidance, context.pooled)
     img = jnp.concatenate([x, context.condition], -1)

@@ -94,6 +94,15 @@ def test_offload_needs_the_cpu(monkeypatch):
         cpu_mesh()
 
 
+def test_offload_is_of_one_host(folder, monkeypatch):
+    """Of several hosts none offloads: said in a line, before anything is loaded."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(
+        UserError, match="--offload: one host's memory is meant; of several, --mesh"
+    ):
+        load_painter(folder, None, None, True)
+
+
 def test_compiles(painters, tmp_path):
     """Grids of the same bucket and rows share their programs; another number of steps costs no
     more than its modulations."""

@@ -16,7 +16,6 @@ from vcloze_jax.config import MINI, UserError
 from vcloze_jax.inputs.spec import upsampled_size
 from vcloze_jax.inputs.specfiles import read_specs
 from vcloze_jax.inputs.upsampling import Upsampling
-from vcloze_jax.painter import Canvas
 from vcloze_jax.pipeline import describe, load_painter
 
 SIZES = {"a": (48, 32), "big": (2000, 1000), "small": (40, 20)}
@@ -166,7 +165,7 @@ def test_start(painter, read):
         target = np.full((32, 48, 3), value, np.uint8)
         up = Upsampling(64, 32, strength, 4, noise)
         (second,) = up.specs(replace(read({}), upsampling=up), [target])
-        canvas = Canvas(second, None, None, {}, Counter())
+        canvas = painter.start(second, {"": (None, None, {}, Counter())})
         painter.encode(canvas)
         return canvas.latents
 

@@ -219,10 +219,10 @@ def main(argv):
     add("--out", type=Path, default=Path("outputs"), metavar="DIR")
     add("--port", type=cli.positive_int, default=7860, help="on this machine alone")
     args = parser.parse_args(argv)
+    check_writable(args.out, "page0_seed0_target0.png")
     if find_spec("gradio") is None:
         raise UserError("the page is made with Gradio: pip install 'vcloze-jax[demo]', please")
     out = args.out.absolute()
-    check_writable(out, "page0_seed0_target0.png")
 
     from vcloze_jax.studio import Studio  # JAX from here on
 

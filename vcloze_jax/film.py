@@ -46,12 +46,11 @@ class Step:
 def tell_steps(on_step, painter):
     """What a Painter tells of its batches, told grid by grid: `on_step(Step)`."""
 
-    def watch(canvases, i, batch):
-        for canvas, padded in zip(canvases, batch, strict=False):  # it may end in copies
-            before, latents = canvas.latents, padded[: len(canvas.latents)]
+    def watch(canvases, i, *batch):
+        for canvas, *states in zip(canvases, *batch, strict=False):  # it may end in copies
+            before, latents = (padded[: canvas.spec.grid.tokens] for padded in states)
             t, t_next = canvas.times[i : i + 2]
             expected = latents - t_next * (latents - before) / (t_next - t)
-            canvas.latents = latents
             count = len(canvas.times) - 1
             step = Step(canvas.spec, i, count, float(t_next), latents, expected, painter.decode)
             on_step(step)

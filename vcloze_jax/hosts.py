@@ -9,8 +9,9 @@ disk, NFS, Lustre, Filestore, no bucket. If one is lost, the others end within a
 command goes on, on as many as there are.
 
 Each runs the same program, on its own devices of one mesh, and draws the grids that these hold; all
-compute previews, host 0 writes the run, and speaks for all. Of grids that are painted each decodes
-and writes its share. A process that is alone is host 0, and agrees with itself at no cost.
+compute previews, host 0 writes the run, and speaks for all. Of grids that are painted each encodes
+what its devices hold, and decodes and writes its share. A process that is alone is host 0, and
+agrees with itself at no cost.
 """
 
 import os
@@ -32,7 +33,7 @@ from vcloze_jax.inputs.checks import describe_error, describe_with_file
 from vcloze_jax.inputs.cluster import count_processes, is_launched
 from vcloze_jax.inputs.signals import leave
 from vcloze_jax.inputs.terminal import tell_error
-from vcloze_jax.sharding import batch_sharding
+from vcloze_jax.sharding import held_here
 
 SILENCE = 45  # seconds without a sign of life, after which JAX ends the processes that are left
 LONGEST = 1000  # characters of what a host tells the others
@@ -84,8 +85,7 @@ def pick_share(things):
 
 def drawn_here(recipe, mesh):
     """Which grids of a group this host draws, counted from 0: those that its devices will hold."""
-    cuts = batch_sharding(mesh).addressable_devices_indices_map((recipe.micro_batch,)).values()
-    held = {i for (cut,) in cuts for i in range(recipe.micro_batch)[cut]}
+    held = held_here(recipe.micro_batch, mesh)
     return [i for i in range(recipe.group) if i % recipe.micro_batch in held]
 
 

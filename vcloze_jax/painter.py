@@ -4,7 +4,7 @@ All grids go through one stage before the next begins: texts, condition latents,
 pictures; then through all but the first again where a second pass is asked for, which paints each
 target once more, enlarged, from a start that is noise in part. For the steps, grids are grouped by
 token bucket and number of steps, padded on the right, and painted as batches; the result of one
-does not depend on the others.
+does not depend on the others. Of several hosts each encodes what its devices will hold.
 """
 
 import math
@@ -18,10 +18,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vcloze_jax import conditioning, flow
+from vcloze_jax import conditioning, flow, sharding
 from vcloze_jax.grid import Spec, bucket
 from vcloze_jax.model.ops import unpack
-from vcloze_jax.sharding import batch_sharding, compute_dtype, count_shards, on_host, spread
 
 BATCH_TOKENS = 2**13  # image tokens per device and call: enough to keep any accelerator busy
 
@@ -35,7 +34,7 @@ class Canvas:
     pooled: np.ndarray  # [vec_width]
     unread: dict  # tokens and characters of the prompt, counted by encoder
     seconds: Counter  # by part
-    times: np.ndarray = None  # float32 [N + 1], of the Euler steps
+    times: np.ndarray  # float32 [N + 1], of the Euler steps
     condition: np.ndarray = None  # float32 [S, 320]; [S, 0] without a canvas
     latents: np.ndarray = None  # float32 [S, 64], from the first time to t = 0
     decode: Callable = None  # of the Canvas -> uint8 [h, C*w, 3]
@@ -64,28 +63,33 @@ class Painter:
 
     def __init__(self, preset, models, read_texts, mesh, timed=lambda seconds, part: nullcontext()):
         self.preset, self.models, self.read_texts, self.mesh = preset, models, read_texts, mesh
-        self.timed, self.shards = timed, count_shards(mesh)
+        self.timed, self.shards = timed, sharding.count_shards(mesh)
         self.alone = Mesh(np.reshape(mesh.local_devices[0], (1, 1, 1, 1)), mesh.axis_names)
-        self.dtype = dtype = compute_dtype(mesh)
+        self.dtype = dtype = sharding.compute_dtype(mesh)
         self.encode_condition = jax.jit(partial(conditioning.encode_condition, dtype=dtype))
         self.encode_picture = jax.jit(partial(conditioning.encode_picture, dtype=dtype))
         self.modulate_steps = jax.jit(modulate_steps)
         self.select_step = jax.jit(select_step)
         # Where its result lies is said, or the second step would be another program.
-        self.euler_step = jax.jit(euler_step, out_shardings=batch_sharding(mesh))
+        self.euler_step = jax.jit(euler_step, out_shardings=sharding.batch_sharding(mesh))
         decode = lambda vae, z, h, w: vae.decode(unpack(z, h, w))  # noqa: E731
         self.decode_row = jax.jit(decode, static_argnums=(2, 3))
+
+    @property
+    def vae(self):
+        """The autoencoder, all of which each host has, on one device of this one."""
+        return jax.tree.map(lambda x: x.addressable_data(0), self.models.vae)
 
     def __call__(self, specs, progress=lambda steps, label: steps, watch=None):
         """Paint every spec -> list of Canvas, in order.
 
-        `progress(steps, label)` wraps the Euler steps of each batch; `watch(canvases, i, latents)`
-        is told of each, with a batch's latents [B, bucket, 64] at times[i + 1]. Raises
-        FloatingPointError if a picture is not finite.
+        `progress(steps, label)` wraps the Euler steps of each batch; `watch(canvases, i, before,
+        after)` is told of each, with a batch's latents [B, bucket, 64] at times[i] and [i + 1].
+        Raises FloatingPointError if a picture is not finite.
         """
         prompts = [spec.prompt for spec in specs]
         texts = self.read_texts(prompts + [s.content_prompt for s in specs if s.upsampling])
-        start = lambda spec: Canvas(spec, *texts[spec.prompt], decode=self.decode_canvas)  # noqa: E731
+        start = partial(self.start, texts=texts)
         canvases = list(map(start, specs))
         self.run_pass(canvases, progress, watch)
         for canvas in canvases:
@@ -94,48 +98,53 @@ class Painter:
         self.run_pass([second for c in canvases for second in c.second_passes], progress, watch)
         return canvases
 
+    def start(self, spec, texts):
+        """What a spec begins as: a Canvas, whose times only tokens that are noisy shift."""
+        (*text, seconds), placement = texts[spec.prompt], self.preset.flux.placement
+        noisy = ~np.array(placement.clean)[spec.grid.segments(placement)]
+        how = int(noisy.sum()), self.preset.flow, spec.strength or 1.0
+        times = flow.schedule(spec.num_inference_steps, *how)
+        return Canvas(spec, *text, Counter(seconds), times, decode=self.decode_canvas)
+
     def run_pass(self, canvases, progress, watch):
         """One pass over all canvases."""
-        for canvas in canvases:
-            canvas.seconds = Counter(canvas.seconds)  # a text may be that of several
+        batches = list(self.batches(canvases))
+        ours = (b[i] for *_, b in batches for i in sharding.held_here(len(b), self.mesh))
+        for canvas in dict.fromkeys(ours):
             self.encode(canvas)
-        for size, members, copies in self.batches(canvases):
+        for size, members, batch in batches:
             label = f"{len(members)} x {size} tokens"
             label += ", upsampling" if members[0].spec.strength is not None else ""
             steps = progress(range(len(members[0].times) - 1), label)
-            self.denoise(members, copies, size, steps, watch)
+            self.denoise(members, batch, size, steps, watch)
 
     def encode(self, canvas):
-        """Condition, times and noise of one grid, whose rows are encoded at their exact width."""
-        spec, seconds = canvas.spec, canvas.seconds
+        """Condition and noise of one grid, whose rows are encoded at their exact width."""
+        spec, seconds, times = canvas.spec, canvas.seconds, canvas.times
         placement, second = self.preset.flux.placement, spec.strength is not None
         rows = spec.grid.pictures(placement)
         with self.timed(seconds, "load"):
-            vae = self.models.vae
+            vae = self.vae
         with self.timed(seconds, "vae"):
             fill = np.float32(conditioning.GREY if second else conditioning.BLACK)
             tokens = [self.encode_condition(vae, r.pixels[None], r.mask[None], fill) for r in rows]
-            canvas.condition = np.concatenate([t[0].astype(np.float32) for t in on_host(tokens)])
-            segments = spec.grid.segments(placement)
-            noisy = ~np.array(placement.clean)[segments]  # which alone shift the times
-            how = int(noisy.sum()), self.preset.flow, spec.strength or 1.0
-            canvas.times = times = flow.schedule(spec.num_inference_steps, *how)
+            canvas.condition = np.concatenate([np.asarray(t, "f4")[0] for t in tokens])
             canvas.latents = initial_noise(spec)
             if second:
-                picture = on_host(self.encode_picture(vae, rows[0].pixels[None])).astype("f4")[0]
+                picture = np.asarray(self.encode_picture(vae, rows[0].pixels[None]), "f4")[0]
                 canvas.latents = (1 - times[0]) * picture + times[0] * canvas.latents
-            entering = canvas.latents, canvas.condition, segments, placement
+            entering = canvas.latents, canvas.condition, spec.grid.segments(placement), placement
             canvas.latents, canvas.condition = conditioning.enter(*entering)
 
     def batches(self, canvases):
-        """(bucket, members, copies): canvases of one bucket and number of steps.
+        """(bucket, members, batch): canvases of one bucket and number of steps.
 
-        All batches of a bucket have one size, so that one program serves it; copies of the first
+        All batches of a bucket have one size, so that one program serves it; copies of the last
         member fill those that are short, and what becomes of copies is dropped.
         """
         groups = defaultdict(lambda: defaultdict(list))
         for canvas in canvases:
-            size = bucket(len(canvas.latents), self.preset.resolution)
+            size = bucket(canvas.spec.grid.tokens, self.preset.resolution)
             groups[size][len(canvas.times)].append(canvas)
         for size, by_steps in groups.items():
             most = max(1, BATCH_TOKENS // size) * self.shards
@@ -145,44 +154,44 @@ class Painter:
             for group in by_steps.values():
                 for start in range(0, len(group), full):
                     members = group[start : start + full]
-                    yield size, members, full - len(members)
+                    yield size, members, members + members[-1:] * (full - len(members))
 
-    def denoise(self, members, copies, size, steps, watch):
+    def denoise(self, members, batch, size, steps, watch):
         """The Euler steps of a batch, padded to `size` tokens."""
-        seconds, batch = Counter(), members + members[:1] * copies
+        seconds = Counter()
         with self.timed(seconds, "load"):
             flux = self.models.flux  # adapters folded in
         with self.timed(seconds, "paint"), jax.set_mesh(self.mesh):
-            to_mesh = partial(spread, mesh=self.mesh)
-            x, times, context = jax.tree.map(to_mesh, self.stack(batch, size))
+            x, times, context = self.stack(batch, size)
             mods = self.modulate_steps(flux, times, context)
             for i in steps:
                 mod, t, t_next = self.select_step(mods, times, i)
                 before, x = x, self.euler_step(flux, x, mod, context, t, t_next)
                 before.block_until_ready()  # the bar counts what is done, while the next runs
                 if watch:
-                    watch(members, i, on_host(x))
+                    watch(members, i, *sharding.on_host((before, x)))
             x.block_until_ready()
-        for canvas, latents in zip(members, on_host(x), strict=False):
-            canvas.latents = latents[: len(canvas.latents)]
+        for canvas, latents in zip(members, sharding.on_host(x), strict=False):
+            canvas.latents = latents[: canvas.spec.grid.tokens]
             canvas.seconds.update(seconds)
             conditioning.check_painted(canvas.latents)  # all hosts know: each decodes its own
 
     def stack(self, batch, size):
-        """Latents [B, size, 64], times [B, N + 1] and Context of a batch, on the host."""
+        """Latents [B, size, 64], times [B, N + 1] and Context of a batch, on the mesh."""
         T, grids = self.preset.t5.max_length, [canvas.spec.grid for canvas in batch]
-        condition = np.stack([pad(canvas.condition, size) for canvas in batch])
         context = conditioning.Context(
-            condition.astype(self.dtype),
-            np.stack([canvas.txt for canvas in batch]),
-            np.stack([canvas.pooled for canvas in batch]),
+            [pad(canvas.condition, size, self.dtype) for canvas in batch],
+            [canvas.txt for canvas in batch],
+            [canvas.pooled for canvas in batch],
             np.array([canvas.spec.guidance_scale for canvas in batch], np.float32),
             conditioning.position_table(grids, self.preset.flux, T, size),
             np.array([T + grid.tokens for grid in grids], np.int32),
             conditioning.segment_table(grids, self.preset.flux.placement, size),
         )
-        latents = np.stack([pad(canvas.latents, size) for canvas in batch])
-        return latents, np.stack([canvas.times for canvas in batch]), context
+        latents = [pad(canvas.latents, size, "f4") for canvas in batch]
+        arrays = latents, [canvas.times for canvas in batch], context
+        to_mesh, is_leaf = partial(sharding.spread, mesh=self.mesh), lambda x: isinstance(x, list)
+        return jax.tree.map(to_mesh, arrays, is_leaf=is_leaf)
 
     def decode_canvas(self, canvas):
         """`decode` of what was painted."""
@@ -195,9 +204,8 @@ class Painter:
         h, w = grid.query.height // 8, grid.query.width // 8
         count = grid.columns if self.preset.flux.placement.apart else 1
         last = latents[-(h * w // 4) :].astype(self.dtype).reshape(count, -1, latents.shape[-1])
-        vae = jax.tree.map(lambda x: x.addressable_data(0), self.models.vae)  # each host has all
         with jax.set_mesh(self.alone):
-            pictures = conditioning.to_pixels(self.decode_row(vae, last, h, w // count))
+            pictures = conditioning.to_pixels(self.decode_row(self.vae, last, h, w // count))
         return np.concatenate(list(pictures), 1)
 
 
@@ -224,6 +232,6 @@ def euler_step(flux, x, mod, context, t, t_next):
     return flow.euler(x, conditioning.velocity(flux, x, mod, context), t, t_next)
 
 
-def pad(x, size):
-    """Rows of zeros after x [S, D] up to `size`."""
-    return np.pad(x, ((0, size - len(x)), (0, 0)))
+def pad(x, size, dtype):
+    """Rows of zeros after x [S, D] up to `size`; None, of what another host encodes, stays None."""
+    return x if x is None else np.pad(x, ((0, size - len(x)), (0, 0))).astype(dtype)

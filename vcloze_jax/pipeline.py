@@ -228,6 +228,10 @@ def load_painter(named, lora, mesh, offload=False):
     common, bank = places.split_bank(lora)
     folder, loras = places.named_model(named, common)
     mesh = make_mesh(None if mesh is None else parse_mesh(str(mesh)))
+    if offload and jax.process_count() > 1:
+        raise UserError(
+            "--offload: one host's memory is meant; of several, --mesh splits the MMDiT"
+        )
     files = {Path(file): None for pairs in (loras, *bank.values()) for file, _ in pairs}
     placement = adapters.agreed_placement([*files])
     preset = weights.checked_grid_preset(folder, placement)

@@ -102,6 +102,12 @@ def batch_sharding(mesh):
     return NamedSharding(mesh, BATCH)
 
 
+def held_here(count, mesh):
+    """Which of a batch's `count` samples the devices of this host hold, counted from 0."""
+    cuts = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
+    return sorted({i for (cut,) in cuts for i in range(count)[cut]})
+
+
 def placed(x, *axes):
     """x, its axes split over these of the mesh in use (`jax.set_mesh`), if there is one."""
     if jax.sharding.get_abstract_mesh().empty:

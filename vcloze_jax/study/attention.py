@@ -89,19 +89,16 @@ class Onlooker:
         self.painter, self.heat = painter, []
         self.look = jax.jit(partial(look, queries=queries))
 
-    def __call__(self, canvases, i, latents):
-        to_mesh = partial(spread, mesh=self.painter.mesh)
+    def __call__(self, canvases, i, before, _):
         flux = self.painter.models.flux
         if i == 0:
-            batch = canvases + canvases[:1] * (len(latents) - len(canvases))
-            begun = self.painter.stack(batch, latents.shape[1])
-            self.x, times, self.context = jax.tree.map(to_mesh, begun)
+            batch = canvases + canvases[-1:] * (len(before) - len(canvases))
+            _, times, self.context = self.painter.stack(batch, before.shape[1])
             self.mods = self.painter.modulate_steps(flux, times, self.context), times
             self.heat.append([])
         mod, *_ = self.painter.select_step(*self.mods, i)
-        heat = on_host(self.look(flux, self.x, mod, self.context))
+        heat = on_host(self.look(flux, spread(before, self.painter.mesh), mod, self.context))
         self.heat[-1].append(heat[:, : len(canvases)])
-        self.x = to_mesh(latents)
 
 
 def paint_and_look(painter, specs, bar):

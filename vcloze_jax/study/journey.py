@@ -60,7 +60,7 @@ def travel(lab):
     spec = Spec(grid, prompt, lab.steps, lab.painter.preset.guidance_scale, SEED)
     states = [initial_noise(spec)]
 
-    def watch(canvases, i, latents):
+    def watch(canvases, i, before, latents):
         states.append(latents[0][: grid.tokens])
 
     (canvas,) = lab.painter([spec], lab.bar, watch)
