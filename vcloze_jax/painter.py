@@ -155,6 +155,7 @@ class Painter:
         with self.timed(seconds, "paint"), jax.set_mesh(self.mesh):
             to_mesh = partial(spread, mesh=self.mesh)
             x, times, context = jax.tree.map(to_mesh, self.stack(batch, size))
+            context = self.prepare(batch, flux, x, context)
             mods = self.modulate_steps(flux, times, context)
             for i in steps:
                 mod, t, t_next = self.select_step(mods, times, i)
@@ -183,6 +184,10 @@ class Painter:
         )
         latents = np.stack([pad(canvas.latents, size) for canvas in batch])
         return latents, np.stack([canvas.times for canvas in batch]), context
+
+    def prepare(self, batch, flux, x, context):
+        """What the steps of a batch read: its Context, as it is (references.py: not all of it)."""
+        return context
 
     def decode_canvas(self, canvas):
         """`decode` of what was painted."""

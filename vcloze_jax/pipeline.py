@@ -34,6 +34,7 @@ from vcloze_jax.inputs.specfiles import check_picked, output_names, read_specs
 from vcloze_jax.inputs.world import describe_unlike_mini
 from vcloze_jax.painter import Canvas, Painter
 from vcloze_jax.programs import tally, timed
+from vcloze_jax.references import choose_painter
 from vcloze_jax.storage import adapters, places, weights
 from vcloze_jax.storage.models import LazyModels
 
@@ -234,7 +235,7 @@ def load_painter(named, lora, mesh, offload=False):
     for file in files:
         adapters.check(file, preset.flux)
     models = LazyModels(folder, preset, loras, mesh, offload, bank)
-    return Painter(preset, models, models.text_reader(), mesh, timed)
+    return choose_painter(preset)(preset, models, models.text_reader(), mesh, timed)
 
 
 def picked_adapter(spec):
