@@ -155,8 +155,8 @@ class Painter:
         with self.timed(seconds, "paint"), jax.set_mesh(self.mesh):
             to_mesh = partial(spread, mesh=self.mesh)
             x, times, context = jax.tree.map(to_mesh, self.stack(batch, size))
-            context = self.prepare(batch, flux, x, context)
             mods = self.modulate_steps(flux, times, context)
+            context = self.prepare(batch, flux, x, context)
             for i in steps:
                 mod, t, t_next = self.select_step(mods, times, i)
                 before, x = x, self.euler_step(flux, x, mod, context, t, t_next)

@@ -8,21 +8,24 @@ a mask. FLUX.2's klein does it, by other code for each of its attentions
 """
 
 from collections import defaultdict
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from vcloze_jax import flow
-from vcloze_jax.conditioning import velocity
+from vcloze_jax.conditioning import Context, velocity
 from vcloze_jax.grid import bucket
-from vcloze_jax.model.mmdit import Modulation, near
+from vcloze_jax.model.mmdit import Flux, Modulation, near
 from vcloze_jax.model.ops import attention, rope
 from vcloze_jax.painter import Painter
 from vcloze_jax.placement import ALL
 from vcloze_jax.sharding import batch_sharding
+from vcloze_jax.storage.weights import abstract
 
 
 def are_constant(placement):
@@ -35,60 +38,52 @@ def are_constant(placement):
 
 
 class Prepared(NamedTuple):
-    """What steps read of a batch whose references, C of its S tokens, are done; N of them move.
+    """What steps read of a batch: N of its S tokens move, C are references, both padded right."""
 
-    Both are padded on the right.
-    """
-
-    condition: jax.Array  # [B, N, 0], or beside a canvas [B, N, 320]
-    txt: jax.Array  # [B, T, text_width]
-    pooled: jax.Array  # [B, vec_width]
-    guidance: jax.Array  # float32 [B]
-    pe: tuple[jax.Array, jax.Array]  # cos, sin float32 [B, T + N, 1, K/2]
-    places: jax.Array  # int32 [B, N], of what moves among the S; S where it is padding
-    real: jax.Array  # bool [B, 1, T + N + C], no padding
+    context: Context  # of the text and what moves
+    places: jax.Array  # int32 [B, N], where that is among the S; S if it is padding
+    real: jax.Array  # bool [B, 1, T + N + C], what is no padding
     kept: tuple  # keys, turned by their positions, and values: [double, B, C, H, K], [single, …]
 
 
 def prepare_parts(flux, x, context, sizes):
-    """Noisy tokens and clean ones, x [B, S, 64], and their Context, to be padded to `sizes`, those
-    that move first -> Prepared."""
-    S, T = x.shape[1], context.txt.shape[1]
+    """Tokens x [B, S, 64] and their Context -> Prepared, what moves padded to the first of the two
+    `sizes`, references to the other."""
+    (B, S, _), T = x.shape, context.txt.shape[1]
     clean = jnp.asarray(flux.config.placement.clean)[context.segments]  # B S
     is_real = jnp.arange(S) < context.lengths[:, None] - T
-    moving, held = (find(kept & is_real, n) for kept, n in zip((~clean, clean), sizes, strict=True))
-    of_text, of_image = zip(*(jnp.split(angles, [T], 1) for angles in context.pe), strict=True)
-    pe = [pick(angles, held) for angles in of_image]
-    counts = (held < S).sum(1)
+    moving, given = find(~clean & is_real, sizes[0]), find(clean & is_real, sizes[1])
+    real = jnp.concatenate([jnp.ones((B, T), bool), moving < S, given < S], 1)[:, None]
+    silent = context._replace(txt=context.txt[:, :0], pe=tuple(a[:, T:] for a in context.pe))
+    kept = keep(flux, pick(x, given), choose(silent, given))
+    return Prepared(choose(context, moving), moving, real, kept)
+
+
+def keep(flux, x, context):
+    """Keys and values that all layers have of references x [B, C, 64]: at time 0, without text."""
 
     def attend(q, k, v):
-        q, k = rope(q, pe), rope(k, pe)
-        return attention(q, k, v, counts), (k, v)
+        q, k = rope(q, context.pe), rope(k, context.pe)
+        return attention(q, k, v, context.lengths), (k, v)
 
-    img = side_by_side(pick(x, held), pick(context.condition, held))
     mod = flux.modulation(jnp.zeros_like(context.guidance), context.guidance, context.pooled)
-    _, kept = run_blocks(flux, img, context.txt[:, :0], only(mod), attend)
-    pe = [jnp.concatenate([a, pick(b, moving)], 1) for a, b in zip(of_text, of_image, strict=True)]
-    real = jnp.concatenate([jnp.ones((len(x), T), bool), moving < S, held < S], 1)
-    condition = pick(context.condition, moving)
-    words = context.txt, context.pooled, context.guidance
-    return Prepared(condition, *words, tuple(pe), moving, real[:, None], kept)
+    return run_blocks(flux, enter_beside(x, context), context.txt, only(mod), attend)[1]
 
 
 def prepared_velocity(flux, x, mod, prepared):
     """`velocity` of tokens x [B, S, 64], 0 of what is clean, none of which is asked again."""
-    T, pe = prepared.txt.shape[1], prepared.pe
+    context, places, real, kept = prepared
 
     def attend(q, k, v, *kept):
-        q, k = rope(q, pe), rope(k, pe)
+        q, k = rope(q, context.pe), rope(k, context.pe)
         k, v = (jnp.concatenate(pair, 1) for pair in zip((k, v), kept, strict=True))
-        return attention(q, k, v, None, prepared.real), None
+        return attention(q, k, v, None, real), None
 
-    img, mod = side_by_side(pick(x, prepared.places), prepared.condition), only(mod)
-    out, _ = run_blocks(flux, img, prepared.txt, mod, attend, prepared.kept)
-    out = flux.final(out[:, T:], mod.final)
+    img, mod = enter_beside(pick(x, places), context), only(mod)
+    out, _ = run_blocks(flux, img, context.txt, mod, attend, kept)
+    out = flux.final(out[:, context.txt.shape[1] :], mod.final)
     samples = jnp.arange(len(x))[:, None]
-    return jnp.zeros_like(x, out.dtype).at[samples, prepared.places].set(out, mode="drop")
+    return jnp.zeros_like(x, out.dtype).at[samples, places].set(out, mode="drop")
 
 
 def run_blocks(flux, img, txt, mod, attend, kept=((), ())):
@@ -111,9 +106,9 @@ def run_blocks(flux, img, txt, mod, attend, kept=((), ())):
     return x, (first, rest)
 
 
-def side_by_side(x, condition):
-    """Tokens [B, n, 64] beside their condition, in its dtype."""
-    return jnp.concatenate([x.astype(condition.dtype), condition], -1)
+def enter_beside(x, context):
+    """Tokens x [B, n, 64] beside their condition, in its dtype."""
+    return jnp.concatenate([x.astype(context.condition.dtype), context.condition], -1)
 
 
 def only(mod):
@@ -121,15 +116,21 @@ def only(mod):
     return Modulation(mod.img[..., 0, :], mod.txt, mod.single[..., 0, :], mod.final[..., 0, :])
 
 
-def find(kept, size):
-    """Where kept, bool [B, S], is True, from left to right: int32 [B, size], padded with S."""
-    find = partial(jnp.flatnonzero, size=size, fill_value=kept.shape[1])
-    return jax.vmap(find)(kept)
+def choose(context, places):
+    """The Context of the text and of the tokens at `places`, int32 [B, n]; all are of one kind."""
+    S, T = context.condition.shape[1], context.txt.shape[1]
+    pe = tuple(jnp.concatenate([a[:, :T], pick(a[:, T:], places)], 1) for a in context.pe)
+    chosen = dict(condition=pick(context.condition, places), pe=pe, segments=None)
+    return context._replace(**chosen, lengths=T + (places < S).sum(1))
+
+
+def find(part, size):
+    """Where `part`, bool [B, S], is True, from left to right: int32 [B, size], padded with S."""
+    return jax.vmap(partial(jnp.flatnonzero, size=size, fill_value=part.shape[1]))(part)
 
 
 def pick(x, places):
-    """Of x [B or 1, S, …] what is at `places` [B, n]: [B, n, …], zeros where there is nothing."""
-    x = jnp.broadcast_to(x, (len(places), *x.shape[1:]))
+    """Of x [B, S, …] what is at `places` [B, n]: [B, n, …], zeros where there is nothing."""
     return jax.vmap(partial(jnp.take, axis=0, mode="fill", fill_value=0))(x, places)
 
 
@@ -140,11 +141,29 @@ def take_step(flux, x, mod, context, t, t_next):
 
 
 def part_sizes(grid, preset):
-    """To how many tokens those of a grid that move are padded, and its references: to a number of
-    cells as `bucket` has them of pairs; to 0 where there is none."""
-    clean = np.array(preset.flux.placement.clean)[grid.segments(preset.flux.placement)]
-    counts = len(clean) - clean.sum(), clean.sum()
-    return tuple(n and bucket(2 * n, preset.resolution) // 2 for n in map(int, counts))
+    """To how many tokens those of a grid that move are padded, and its references, 0 if there are
+    none or they are not constant: to as many cells as `bucket` would have pairs of them."""
+    placement = preset.flux.placement
+    given = np.array(placement.clean)[grid.segments(placement)] & are_constant(placement)
+    counts = int((~given).sum()), int(given.sum())
+    return tuple(n and bucket(2 * n, preset.resolution) // 2 for n in counts)
+
+
+@cache
+def parts_flops(preset, tokens, sizes):
+    """Of one grid, of so many `tokens`, padded: FLOPs of `prepare_parts`, and of a step. In float32
+    and without remat, as plan.flux_flops has them, where nothing is a loop."""
+    shape = lambda *sizes, dtype="float32": jax.ShapeDtypeStruct((1, *sizes), dtype)  # noqa: E731
+    c, T = replace(preset.flux, remat="none"), preset.t5.max_length
+    flux, x, t = nnx.merge(*abstract(Flux, c)), shape(tokens, c.out_channels), shape()
+    words = shape(T, c.text_width), shape(c.vec_width)
+    angles = shape(T + tokens, 1, c.head_dim // 2)
+    rest = t, (angles, angles), shape(dtype="int32"), shape(tokens, dtype="uint8")
+    context = Context(shape(tokens, c.in_channels - c.out_channels), *words, *rest)
+    mod = jax.eval_shape(Flux.modulation, flux, t, t, context.pooled)
+    once = jax.jit(prepare_parts, static_argnums=3).lower(flux, x, context, sizes)
+    step = jax.jit(prepared_velocity).lower(flux, x, mod, once.out_info)
+    return once.cost_analysis()["flops"], step.cost_analysis()["flops"]
 
 
 class OncePainter(Painter):
