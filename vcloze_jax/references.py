@@ -21,7 +21,7 @@ from vcloze_jax import flow
 from vcloze_jax.conditioning import Context, velocity
 from vcloze_jax.grid import bucket
 from vcloze_jax.model.mmdit import Flux, Modulation, near
-from vcloze_jax.model.ops import attention, rope
+from vcloze_jax.model.ops import attention
 from vcloze_jax.painter import Painter
 from vcloze_jax.placement import ALL
 from vcloze_jax.sharding import batch_sharding
@@ -63,11 +63,11 @@ def keep(flux, x, context):
     """Keys and values that all layers have of references x [B, C, 64]: at time 0, without text."""
 
     def attend(q, k, v):
-        q, k = rope(q, context.pe), rope(k, context.pe)
         return attention(q, k, v, context.lengths), (k, v)
 
     mod = flux.modulation(jnp.zeros_like(context.guidance), context.guidance, context.pooled)
-    return run_blocks(flux, enter_beside(x, context), context.txt, only(mod), attend)[1]
+    img = enter_beside(x, context)
+    return run_blocks(flux, img, context.txt, only(mod), context.pe, attend)[1]
 
 
 def prepared_velocity(flux, x, mod, prepared):
@@ -75,28 +75,27 @@ def prepared_velocity(flux, x, mod, prepared):
     context, places, real, kept = prepared
 
     def attend(q, k, v, *kept):
-        q, k = rope(q, context.pe), rope(k, context.pe)
         k, v = (jnp.concatenate(pair, 1) for pair in zip((k, v), kept, strict=True))
         return attention(q, k, v, None, real), None
 
     img, mod = enter_beside(pick(x, places), context), only(mod)
-    out, _ = run_blocks(flux, img, context.txt, mod, attend, kept)
+    out, _ = run_blocks(flux, img, context.txt, mod, context.pe, attend, kept=kept)
     out = flux.final(out[:, context.txt.shape[1] :], mod.final)
     samples = jnp.arange(len(x))[:, None]
     return jnp.zeros_like(x, out.dtype).at[samples, places].set(out, mode="drop")
 
 
-def run_blocks(flux, img, txt, mod, attend, kept=((), ())):
+def run_blocks(flux, img, txt, mod, pe, attend, *, kept=((), ())):
     """As Flux.__call__ -> what it projects, [B, T + S, D], and what `attend(q, k, v)` tells of the
     double blocks, and of the single; it is handed, too, what is `kept` for the block."""
 
     def double(x, layer):
         block, img_mod, txt_mod, kept = near(layer)
-        return block(*x, img_mod, txt_mod, lambda *qkv: attend(*qkv, *kept))
+        return block(*x, img_mod, txt_mod, pe, lambda *qkv: attend(*qkv, *kept))
 
     def single(x, layer):
         block, mod, kept = near(layer)
-        return block(x, mod, lambda *qkv: attend(*qkv, *kept))
+        return block(x, mod, pe, lambda *qkv: attend(*qkv, *kept))
 
     scan = partial(jax.lax.scan, unroll=flux.config.remat == "none")
     x = flux.img_in(img), flux.txt_in(txt)

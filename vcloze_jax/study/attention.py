@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vcloze_jax.grid import PATCH
-from vcloze_jax.model.ops import attention, rope
+from vcloze_jax.model.ops import attention
 from vcloze_jax.references import run_blocks
 from vcloze_jax.sharding import on_host, spread
 
@@ -42,10 +42,9 @@ def hear_blocks(flux, img, txt, mod, pe, lengths, *, hear):
     blocks first: [blocks, …]."""
 
     def attend(q, k, v):
-        q, k = rope(q, pe), rope(k, pe)
         return attention(q, k, v, lengths), hear(q, k, lengths=lengths)
 
-    x, heard = run_blocks(flux, img, txt, mod, attend)
+    x, heard = run_blocks(flux, img, txt, mod, pe, attend)
     return flux.final(x[:, txt.shape[1] :], mod.final), jnp.concatenate(heard)
 
 
