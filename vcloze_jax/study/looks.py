@@ -13,7 +13,7 @@ from vcloze_jax.inputs.sheet import stack_sheets
 from vcloze_jax.questions import pose_question
 from vcloze_jax.study import draw
 from vcloze_jax.study.asker import DIALLED, Asker, Spread, parse_tasks, specify
-from vcloze_jax.study.attention import SHOWN, paint_and_look, segment_masses, segment_tokens
+from vcloze_jax.study.attention import TARGET_OF, paint_and_look, segment_masses, segment_tokens
 from vcloze_jax.study.page import (
     Chapter,
     Figure,
@@ -135,7 +135,7 @@ def settle(asker, one, other):
         looked = look_at(asker, shown, shown[-1])
         first, second = (rmse(looked.painted, asker.truth(task.target)) for task in shown)
         follows.append((second < first).ravel())
-        columns = [looked.names.index(SHOWN.format(number)) for number in (1, DIALLED)]
+        columns = [looked.names.index(TARGET_OF.format(number)) for number in (1, DIALLED)]
         looks.append(looked.masses[..., columns[1]] - looked.masses[..., columns[0]])
     follows, looks = np.concatenate(follows), np.concatenate(looks, -1)  # steps blocks grids
     early = looks[: max(len(looks) // 3, 1)].mean((0, 1))
