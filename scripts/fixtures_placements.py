@@ -32,6 +32,7 @@ def main():
         "dev": (ROWS, inputs["grid/ids"], dict(clean_time=0)),
         "kontext": (CELLS, cell_ids([1, 2, 3, 0]), {}),  # FluxTransformer2DModel as it is
         "frames": (CELLS, cell_ids([0, 1, 2, 3]), dict(extra=extra)),
+        "klein": (CELLS, cell_ids([1, 2, 3, 0]), dict(clean_time=0, alone=True)),
     }
     arrays = fixtures_models.stored("cond", extra)
     for name, (segments, ids, how) in cases.items():
@@ -62,9 +63,10 @@ def cell_ids(numbers):
     return torch.cat(cells).numpy()
 
 
-def velocity(flux, inputs, clean, ids, clean_time=1, extra=None):
+def velocity(flux, inputs, clean, ids, clean_time=1, extra=None, alone=False):
     """FluxTransformer2DModel.forward, but that clean tokens are told `clean_time` times the time;
-    with `extra` they have modulations of their own, and neither see the text nor are seen by it."""
+    with `extra` they have modulations of their own, and neither see the text nor are seen by it;
+    `alone` they see themselves, and all else sees all (Flux2Transformer2DModel, kv_cache_mode)."""
     get = lambda name: torch.tensor(np.float32(inputs[f"in/{name}"][:2]))  # noqa: E731
     t, guidance, pooled = get("t"), get("guidance"), get("pooled")
     now, then = (
@@ -78,6 +80,8 @@ def velocity(flux, inputs, clean, ids, clean_time=1, extra=None):
         img = img + clean[:, None] * extra["embedding"](torch.ones(1))
         is_text = torch.arange(len(of_all)) < T
         mask = ~(is_text[:, None] & of_all | of_all[:, None] & is_text)[None, None]
+    if alone:
+        mask = (~of_all[:, None] | of_all)[None, None]
     pe = flux.pos_embed(torch.cat([torch.zeros(T, 3), torch.tensor(ids)]))
 
     def choose(norm, x, clean):

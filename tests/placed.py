@@ -15,13 +15,13 @@ from safetensors.numpy import load_file
 from vcloze_jax.conditioning import segment_table
 from vcloze_jax.devices import make_mesh
 from vcloze_jax.grid import Grid, Row
-from vcloze_jax.inputs.papers import DEV, FRAMES, KONTEXT, PLACEMENTS
+from vcloze_jax.inputs.papers import DEV, FRAMES, KLEIN, KONTEXT, PLACEMENTS
 from vcloze_jax.placement import FILL
 from vcloze_jax.storage.models import grow
 
 DATA = Path(__file__).parent / "data"
 MESH = make_mesh(dict(data=1, fsdp=1, tensor=1))
-TORCH = DEV, KONTEXT, FRAMES  # those of which the fixture holds a velocity
+TORCH = DEV, KONTEXT, FRAMES, KLEIN  # those of which the fixture holds a velocity
 CLEAN = [placement for placement in PLACEMENTS.values() if any(placement.clean)]
 NOISE = replace(FILL, enters=("text", "noise", "noise", "noise", "noise"))  # FLUX.1-dev's own
 NAME = dict(ids=lambda placement: placement.name)

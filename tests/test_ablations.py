@@ -77,7 +77,7 @@ def test_rows_tell_of_their_runs(tmp_path, monkeypatch):
 
 
 def test_placements_are_trained_alike(tmp_path, monkeypatch):
-    """Four runs differ in their placement, and in the base that it needs; each is asked for what it
+    """Five runs differ in their placement, and in the base that it needs; each is asked for what it
     has learnt, with an example more and more, and what it never saw."""
     trained, asked = [], []
 
@@ -104,10 +104,10 @@ def test_placements_are_trained_alike(tmp_path, monkeypatch):
     lab = Lab(None, source, 2, True, lambda steps, label: steps, tmp_path)
     rows = placements.compare_placements(lab).numbers["placements"]
     base = ["--weights", f"{tmp_path}/placements/base"]
-    names = "fill", "dev", "kontext", "frames"
+    names = "fill", "dev", "kontext", "frames", "klein"
     flags = [["--placement", name, *(base if name != "fill" else [])] for name in names]
     assert trained == [(each, ablations.QUICK_STEPS) for each in flags]
-    assert asked == [1, 2, 3, 3, 3] * 4 and placements.UNSEEN in graph.HELD_OUT_TASKS
+    assert asked == [1, 2, 3, 3, 3] * 5 and placements.UNSEEN in graph.HELD_OUT_TASKS
     assert [row[""] for row in rows] == [*names]
-    assert [row["noisy tokens"] for row in rows] == ["96 of 96", *["16 of 96"] * 3]
+    assert [row["noisy tokens"] for row in rows] == ["96 of 96", *["16 of 96"] * 4]
     assert {row["seconds a step"] for row in rows} == {0.5} and rows[0]["unseen"]["mean"] > 0

@@ -36,7 +36,7 @@ from test_mmdit import TEXT, close
 from vcloze_jax import kernels
 from vcloze_jax.conditioning import segment_table
 from vcloze_jax.devices import kernel_on
-from vcloze_jax.inputs.papers import DEV, FRAMES, KONTEXT, PLACEMENTS
+from vcloze_jax.inputs.papers import DEV, FRAMES, KLEIN, KONTEXT, PLACEMENTS
 from vcloze_jax.model.mmdit import Flux, Modulation
 from vcloze_jax.model.ops import attention, choose_kernel, timestep_embedding
 from vcloze_jax.placement import FILL
@@ -54,9 +54,10 @@ def plain(flux, img, txt, pooled, t, guidance, pe, lengths):
     mod = Modulation(*mods, flux.final.mod(vec))
     img, txt = flux.img_in(img), flux.txt_in(txt)
     T = txt.shape[1]
-    double = lambda x, layer: (layer[0](*x, *layer[1:], pe, (lengths,)), None)  # noqa: E731
+    attend = lambda q, k, v: (attention(q, k, v, lengths), None)  # noqa: E731
+    double = lambda x, layer: layer[0](*x, *layer[1:], pe, attend)  # noqa: E731
     (img, txt), _ = jax.lax.scan(double, (img, txt), (flux.double, mod.img, mod.txt), unroll=True)
-    single = lambda x, layer: (layer[0](x, layer[1], pe, (lengths,)), None)  # noqa: E731
+    single = lambda x, layer: layer[0](x, layer[1], pe, attend)  # noqa: E731
     x = jnp.concatenate([txt, img], 1)
     x, _ = jax.lax.scan(single, x, (flux.single, mod.single), unroll=True)
     return flux.final(x[:, T:], mod.final)
@@ -178,7 +179,10 @@ def test_a_third_branch_begins_as_a_copy():
 # --- who may influence whom ---
 
 
-@pytest.mark.parametrize("placement", [FRAMES, replace(DEV, attends=("11111",) * 4 + ("01111",))])
+DEAF = replace(DEV, attends=("11111",) * 4 + ("01111",))
+
+
+@pytest.mark.parametrize("placement", [FRAMES, KLEIN, DEAF])
 def test_a_forbidden_pair_has_no_gradient(placement):
     """In a block, what a token becomes has exactly no gradient by a token that it may not see, and
     some by every other."""
@@ -188,8 +192,11 @@ def test_a_forbidden_pair_has_no_gradient(placement):
     pairs = np.array(placement.sees)[segments[:, None], segments][None]
     mod = jnp.ones((1, 6 * flux.config.width))
 
+    def attend(q, k, v):
+        return attention(q, k, v, None, pairs), None
+
     def become(img, txt):
-        img, txt = block(img, txt, mod, mod, args["pe"], (None, pairs))
+        (img, txt), _ = block(img, txt, mod, mod, args["pe"], attend)
         return jnp.concatenate([txt, img], 1)[0].sum(-1)
 
     rng = np.random.default_rng(0)

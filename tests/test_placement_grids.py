@@ -77,7 +77,7 @@ def test_a_placement_is_whole(placement):
     assert {len(table) for table in tables} == {5}
     assert all(row[i] for i, row in enumerate(placement.sees))
     assert placement.enters[TARGET] in ("canvas", "noise") and not placement.clean[0]
-    assert len(placement.vectors) == {"dev": 2, "frames": 2}.get(placement.name, 1)
+    assert len(placement.vectors) == {"dev": 2, "frames": 2, "klein": 2}.get(placement.name, 1)
 
 
 # --- grids on their way ---

@@ -128,7 +128,7 @@ def test_a_base_says_its_placement(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("placement, mesh", [("dev", 1), ("frames", 2)])
+@pytest.mark.parametrize("placement, mesh", [("dev", 1), ("frames", 2), ("klein", 2)])
 def test_train_and_sample(home, tmp_path, placement, mesh):
     """A run in a placement, on one device or two, writes an adapter with which sample.py paints a
     held-out grid, told nothing."""

@@ -18,18 +18,22 @@ TILE = 2**19  # scores at once, at most
 
 
 def cudnn(q, k, v, lengths, pairs=None):
-    """NVIDIA's flash attention: q, k, v [B, L, H, K], lengths int32 [B] or None, pairs bool
-    [B, L, L] or None -> [B, L, H, K]. A mesh may split samples and heads. Pairs are a bias, which
-    takes the memory of one head's scores; no GPU has run that yet.
+    """NVIDIA's flash attention: q [B, L, H, K], k, v alike or of more tokens, lengths int32 [B] or
+    None, pairs bool [B, L or 1, L] or None -> [B, L, H, K]. A mesh may split samples and heads.
+    Pairs are a bias, which takes the memory of one head's scores; no GPU has run that yet.
 
     Its gradient takes an even number of tokens alone (seen on an H200, jax 0.11.2), so that an odd
     one gets a token that nobody sees.
     """
     B, L = q.shape[:2]
-    if L % 2:
-        lengths = jnp.full(B, L) if lengths is None else lengths
-        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-        pairs = None if pairs is None else jnp.pad(pairs, ((0, 0), (0, 1), (0, 1)), mode="edge")
+    keys = k.shape[1]
+    more = (0, L % 2), (0, keys % 2)
+    if pairs is not None:
+        pairs = jnp.pad(jnp.broadcast_to(pairs, (B, L, keys)), ((0, 0), *more), mode="edge")
+    if L % 2 or keys % 2:
+        lengths = jnp.full(B, keys) if lengths is None else lengths
+        pad = lambda x, n: jnp.pad(x, ((0, 0), n, (0, 0), (0, 0)))  # noqa: E731
+        q, k, v = pad(q, more[0]), pad(k, more[1]), pad(v, more[1])
     seen = dict(key_value_seq_lengths=lengths)
     if pairs is not None:
         seen["mask"] = pairs[:, None]

@@ -164,6 +164,7 @@ class Painter:
         with self.timed(seconds, "paint"), jax.set_mesh(self.mesh):
             x, times, context = self.stack(batch, size)
             mods = self.modulate_steps(flux, times, context)
+            context = self.prepare(batch, flux, x, context)
             for i in steps:
                 mod, t, t_next = self.select_step(mods, times, i)
                 before, x = x, self.euler_step(flux, x, mod, context, t, t_next)
@@ -192,6 +193,10 @@ class Painter:
         arrays = latents, [canvas.times for canvas in batch], context
         to_mesh, is_leaf = partial(sharding.spread, mesh=self.mesh), lambda x: isinstance(x, list)
         return jax.tree.map(to_mesh, arrays, is_leaf=is_leaf)
+
+    def prepare(self, batch, flux, x, context):
+        """What the steps of a batch read: its Context, as it is (references.py: not all of it)."""
+        return context
 
     def decode_canvas(self, canvas):
         """`decode` of what was painted."""

@@ -34,6 +34,7 @@ from vcloze_jax.inputs.specfiles import check_picked, output_names, read_specs
 from vcloze_jax.inputs.world import describe_unlike_mini
 from vcloze_jax.painter import Canvas, Painter
 from vcloze_jax.programs import tally, timed
+from vcloze_jax.references import choose_painter, part_sizes
 from vcloze_jax.storage import adapters, places, weights
 from vcloze_jax.storage.models import LazyModels
 
@@ -238,7 +239,7 @@ def load_painter(named, lora, mesh, offload=False):
     for file in files:
         adapters.check(file, preset.flux)
     models = LazyModels(folder, preset, loras, mesh, offload, bank)
-    return Painter(preset, models, models.text_reader(), mesh, timed)
+    return choose_painter(preset)(preset, models, models.text_reader(), mesh, timed)
 
 
 def picked_adapter(spec):
@@ -290,6 +291,8 @@ def describe_pass(canvas, preset):
     """Tokens, what was not read of the prompt, and seconds of one pass."""
     tokens = canvas.spec.grid.tokens
     sizes = dict(image=tokens, text=len(canvas.txt), bucket=bucket(tokens, preset.resolution))
+    moving, once = part_sizes(canvas.spec.grid, preset)
+    sizes |= dict(moving=moving, once=once) if once else {}
     seconds = {part: round(canvas.seconds[part], 4) for part in PARTS}
     return {"tokens": sizes, **canvas.unread, "seconds": seconds}
 

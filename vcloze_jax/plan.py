@@ -24,6 +24,7 @@ from vcloze_jax.model.vae import VAE
 from vcloze_jax.painter import BATCH_TOKENS
 from vcloze_jax.pipeline import Pipeline
 from vcloze_jax.placement import TARGET
+from vcloze_jax.references import part_sizes, parts_flops
 from vcloze_jax.sharding import batch_sharding, compute_dtype, count_shards, shardings
 from vcloze_jax.storage.weights import MODULES, abstract
 
@@ -69,13 +70,16 @@ def sampling(preset, specs, mesh, device=None, offload=False):
     dtype, compiled, share = precision(mesh, device)
     shards = count_shards(mesh)
     lines, counts, pictures, total = [], Counter(), set(), 0
-    for name, tokens, steps, rows in passes(preset, specs):
+    for name, tokens, steps, rows, parts in passes(preset, specs):
         padded = bucket(tokens, preset.resolution)
-        forward = flux_flops(preset, padded)
+        once, forward = 0, flux_flops(preset, padded)
+        if parts[1]:
+            once, forward = parts_flops(preset, padded, parts)
         size = f"{tokens} image + {preset.t5.max_length} text tokens, bucket {padded}"
-        lines.append(f"{name}: {size}, {steps} steps of {si(forward, 'FLOP')}")
+        first = f"{si(once, 'FLOP')} once, " if once else ""
+        lines.append(f"{name}: {size}, {first}{steps} steps of {si(forward, 'FLOP')}")
         calls = [*((VAE.encode, row) for row in rows), (VAE.decode, rows[-1])]
-        total += steps * forward + text_flops(preset)
+        total += once + steps * forward + text_flops(preset)
         total += sum(flops(lower_vae(preset, *call)) for call in calls)
         pictures.update(calls)
         counts[padded, steps] += 1
@@ -112,14 +116,15 @@ def precision(mesh, device):
 
 
 def passes(preset, specs):
-    """(name, tokens, steps, (height, width) of the rows as encoded) of every pass over a grid."""
+    """(name, tokens, steps, (height, width) of rows as encoded, `part_sizes`) of every pass."""
     for spec in specs:
-        yield spec.name, spec.grid.tokens, spec.num_inference_steps, spec.grid.shape
+        tokens, parts = spec.grid.tokens, part_sizes(spec.grid, preset)
+        yield spec.name, tokens, spec.num_inference_steps, spec.grid.shape, parts
         if up := spec.upsampling:
             times = flow.schedule(up.num_inference_steps, up.tokens, preset.flow, up.strength)
             rows = ((up.height, up.width),) * 2  # what it starts from, and the condition
             for i in range(len(spec.grid.targets)):
-                yield f"{spec.name}_target{i}", up.tokens, len(times) - 1, rows
+                yield f"{spec.name}_target{i}", up.tokens, len(times) - 1, rows, (up.tokens, 0)
 
 
 def training(preset, data, mesh, device=None):

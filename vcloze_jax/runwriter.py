@@ -22,8 +22,8 @@ from vcloze_jax.inputs.sheet import compose_columns, stack_sheets
 from vcloze_jax.inputs.signals import Stop
 from vcloze_jax.inputs.specfiles import write_spec
 from vcloze_jax.inputs.world import describe_unlike_mini
-from vcloze_jax.painter import Painter
 from vcloze_jax.programs import tally
+from vcloze_jax.references import choose_painter
 from vcloze_jax.step import merge_models, purpose_key
 from vcloze_jax.storage import checkpoint
 from vcloze_jax.storage.models import ready_export
@@ -244,7 +244,7 @@ def base_models(trainer):
 def make_painter(trainer, cache):
     """A Painter of the models that it is given, which reads their prompts with them, or finds them
     in a GridCache."""
-    painter = Painter(trainer.preset, None, None, trainer.mesh)
+    painter = choose_painter(trainer.preset)(trainer.preset, None, None, trainer.mesh)
     encoders = lambda: (painter.models.t5, painter.models.clip)  # noqa: E731
     memory = TextMemory() if "t5" in trainer.frozen else cache
     painter.read_texts = TextReader(trainer.tokenizers, encoders, trainer.dtype, memory)

@@ -42,6 +42,17 @@ FRAMES = Placement(
     axis0=   "frame",
     embeds=  True,
 )
+# FLUX.2's klein: references see each other alone, and are told time 0, so that they are computed
+# once for all steps (references.py). On our bases: it counts them 10, 20, …, its text stands on a
+# fourth axis, and it has no pooled text, which is told to them, too.
+# huggingface/diffusers:src/diffusers/pipelines/flux2/pipeline_flux2_klein_kv.py
+KLEIN = Placement(
+    "klein",
+    enters=  ("text",  "clean", "clean",    "clean", "noise"),
+    time=    ("t",     "0",     "0",        "0",     "t"),
+    attends= ("11111", "01110", "01110",    "01110", "11111"),
+    axis0=   "reference",
+)
 # fmt: on
 
-PLACEMENTS = {each.name: each for each in (FILL, ANYREFILL, DEV, KONTEXT, FRAMES)}
+PLACEMENTS = {each.name: each for each in (FILL, ANYREFILL, DEV, KONTEXT, FRAMES, KLEIN)}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from vcloze_jax.model.ops import KEPT, attention, modulate, rope
+from vcloze_jax.model.ops import KEPT, modulate, rope
 from vcloze_jax.sharding import COLUMNS, OF_HEADS, OF_PARTS, ROWS, TO_HEADS, VECTOR, WHOLE, placed
 
 
@@ -158,17 +158,18 @@ class DoubleBlock(nnx.Module):
         self.img = Stream(c, dict.fromkeys(c.placement.branch), rngs=rngs)
         self.txt = Stream(c, rngs=rngs)
 
-    def __call__(self, img, txt, img_mod, txt_mod, pe, seen=()):
-        """img [B, S, D], txt [B, T, D], mods [B, 6D]; pe of text, then image; seen: attention's."""
+    def __call__(self, img, txt, img_mod, txt_mod, pe, attend):
+        """img [B, S, D], txt [B, T, D], mods [B, 6D], pe of text, then image -> both, and what is
+        told: of q, k, v [B, T + S, H, K] `attend` gives attention, and what a scan collects."""
         img_mod, txt_mod = chunks(img_mod, 6), chunks(txt_mod, 6)
         img_qkv = self.img.before(img, *img_mod[:2])
         txt_qkv = self.txt.before(txt, *txt_mod[:2])
         q, k, v = (jnp.concatenate(pair, 1) for pair in zip(txt_qkv, img_qkv, strict=True))
-        attn = attention(rope(q, pe), rope(k, pe), v, *seen)  # B L H K
+        attn, told = attend(rope(q, pe), rope(k, pe), v)  # B L H K
         T = txt.shape[1]
         img = self.img.after(img, attn[:, T:], *img_mod[2:])
         txt = self.txt.after(txt, attn[:, :T], *txt_mod[2:])
-        return img, txt
+        return (img, txt), told
 
 
 class SingleBlock(nnx.Module):
@@ -183,16 +184,16 @@ class SingleBlock(nnx.Module):
         self.q_norm = RMSNorm(c.head_dim)
         self.k_norm = RMSNorm(c.head_dim)
 
-    def __call__(self, x, mod, pe, seen=()):
-        """x [B, L, D], mod [B, 3D] -> [B, L, D]."""
+    def __call__(self, x, mod, pe, attend):
+        """x [B, L, D], mod [B, 3D] -> [B, L, D], and what `attend` tells."""
         shift, scale, gate = chunks(mod, 3)
         h = self.linear1(modulate(x, shift, scale))  # B L 7 H K
         qkv, mlp = jnp.split(h, [3], 2)
         q, k, v = jnp.moveaxis(qkv, 2, 0)
         q, k = rope(self.q_norm(q), pe), rope(self.k_norm(k), pe)
-        attn = attention(q, k, v, *seen)  # B L H K
+        attn, told = attend(q, k, v)  # B L H K
         h = jnp.concatenate([attn[:, :, None], jax.nn.gelu(mlp, approximate=True)], 2)
-        return x + gate * self.linear2(h)
+        return x + gate * self.linear2(h), told
 
 
 class LastLayer(nnx.Module):

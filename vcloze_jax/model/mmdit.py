@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vcloze_jax.model.layers import Dense, DoubleBlock, LastLayer, MLPEmbedder, SingleBlock, stack
-from vcloze_jax.model.ops import keep_products, timestep_embedding
+from vcloze_jax.model.ops import attention, keep_products, timestep_embedding
 from vcloze_jax.placement import TEXT
 from vcloze_jax.sharding import by_batch, gathered
 
@@ -103,13 +103,15 @@ class Flux(nnx.Module):
             which = jnp.asarray(placement.vector_of)[segments[:, first:]]
             return jnp.take_along_axis(mod, which[..., None], 1)
 
+        attend = lambda *qkv: (attention(*qkv, *seen), None)  # noqa: E731
+
         def double(x, layer):
             block, img_mod, txt_mod = near(layer)
-            return block(*x, own(img_mod, T), txt_mod, pe, seen), None
+            return block(*x, own(img_mod, T), txt_mod, pe, attend)
 
         def single(x, layer):
             block, mod = near(layer)
-            return block(x, own(mod), pe, seen), None
+            return block(x, own(mod), pe, attend)
 
         remat = self.config.remat
         if remat != "none":

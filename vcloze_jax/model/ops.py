@@ -62,11 +62,12 @@ def attention(q, k, v, lengths=None, pairs=None):
     """Softmax attention over q, k, v [B, L, H, K] -> [B, L, H, K]; the one seam for kernels.
 
     `lengths` int32 [B] counts each sample's real tokens: padding is on the right only, and nobody
-    sees it. `pairs` bool [B, L, L] says who sees whom, where not all see all. The platform is that
-    of the mesh in use: programs are compiled for others than ours. The formula has its heads first:
-    XLA's CPU backend differentiates it more than twice as fast as `jax.nn.dot_product_attention`.
+    sees it. `pairs` bool [B, L or 1, L] says who sees whom, where not all see all. Keys may be more
+    than queries. The platform is that of the mesh in use: programs are compiled for others than
+    ours. The formula has its heads first: XLA's CPU backend differentiates it more than twice as
+    fast as `jax.nn.dot_product_attention`.
     """
-    L, K = q.shape[1], q.shape[3]
+    L, K = k.shape[1], k.shape[3]
     mesh = jax.sharding.get_abstract_mesh()
     platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
     kernel = choose_kernel(platform, q.dtype, K, pairs is not None)

@@ -1,20 +1,19 @@
 """Where tokens look: what attention gives to every token, read off inside the blocks.
 
-The MMDiT does not know of it: while a block is traced here, the function that it calls for
-attention is one that listens first. So what is measured are the queries and keys that were there,
-whatever the block has become; and of L x L no more is ever held than the scores of some queries.
+The MMDiT does not know of it: a block is handed what it calls for attention, and here that listens
+first. So what is measured are the queries and keys that were there, whatever the block has become;
+and of L x L no more is ever held than the scores of some queries.
 """
 
-from contextlib import contextmanager
 from functools import partial
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vcloze_jax.grid import PATCH
-from vcloze_jax.model import layers, ops
+from vcloze_jax.model.ops import attention
+from vcloze_jax.references import run_blocks
 from vcloze_jax.sharding import on_host, spread
 
 CHUNK = 256  # queries at once
@@ -38,40 +37,15 @@ def attention_heat(q, k, queries, lengths=None, chunk=CHUNK):
     return total / (H * len(queries))
 
 
-@contextmanager
-def listening(hear):
-    """Within, blocks that ask for attention are heard: the list that it gives holds the answers of
-    `hear(q, k, lengths)`."""
-    heard = []
-
-    def attention(q, k, v, lengths=None):
-        heard.append(hear(q, k, lengths=lengths))
-        return ops.attention(q, k, v, lengths)
-
-    with mock.patch.object(layers, "attention", attention):
-        yield heard
-
-
 def hear_blocks(flux, img, txt, mod, pe, lengths, *, hear):
     """As Flux.__call__ -> velocity [B, S, 64], and what `hear` says of each block, the double
     blocks first: [blocks, …]."""
 
-    def double(x, layer):
-        block, img_mod, txt_mod = layer
-        with listening(hear) as heard:
-            x = block(*x, img_mod, txt_mod, pe, (lengths,))
-        return x, heard[0]
+    def attend(q, k, v):
+        return attention(q, k, v, lengths), hear(q, k, lengths=lengths)
 
-    def single(x, layer):
-        block, mod = layer
-        with listening(hear) as heard:
-            x = block(x, mod, pe, (lengths,))
-        return x, heard[0]
-
-    x, T = (flux.img_in(img), flux.txt_in(txt)), txt.shape[1]
-    (img, txt), first = jax.lax.scan(double, x, (flux.double, mod.img, mod.txt))
-    x, rest = jax.lax.scan(single, jnp.concatenate([txt, img], 1), (flux.single, mod.single))
-    return flux.final(x[:, T:], mod.final), jnp.concatenate([first, rest])
+    x, heard = run_blocks(flux, img, txt, mod, pe, attend)
+    return flux.final(x[:, txt.shape[1] :], mod.final), jnp.concatenate(heard)
 
 
 def look(flux, x, mod, context, *, queries):

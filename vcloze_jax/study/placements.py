@@ -1,5 +1,5 @@
-"""Four ways to place the cells of a grid (vcloze_jax/placement.py), learnt alike: the paper's
-comparison of FLUX.1-Fill with FLUX.1-dev (appendix B, Fig. 14) in miniature, and two ways beside.
+"""Five ways to place the cells of a grid (vcloze_jax/placement.py), learnt alike: the paper's
+comparison of FLUX.1-Fill with FLUX.1-dev (appendix B, Fig. 14) in miniature, and three ways beside.
 
 Runs are kept as those of ablations are, in the report's placements/NAME.
 """
