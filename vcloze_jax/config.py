@@ -32,7 +32,7 @@ class FluxConfig:
     axes_dim: tuple[int, ...] = (16, 56, 56)  # RoPE: grid row, y, x
     theta: int = 10_000
     guidance_embed: bool = True
-    rank: int = 0  # of the LoRA branch in every Dense; 0 means no branch
+    rank: int = 0  # of the LoRA branch in every Dense; 0: none; learnt is Preset.learning's
     remat: str = "full"
     placement: Placement = FILL  # of cells in the sequence; it says how many in_channels
 
@@ -146,7 +146,7 @@ class Recipe:
     mesh: str = setting("", "8 (fsdp=8), or data=2,tensor=4; state=8: base whole", RUN, free=True)
     cache: str = setting("", "encode your own data once, into this folder", RUN, free=True)
     threads: int = setting(4, "that make grids ahead", RUN, least=1, free=True)
-    micro_batch: int = setting(0, "grids at a time, at most", RUN, least=0, free=True)
+    micro_batch: int = setting(0, "grids at a time, of a group; 0: one", RUN, least=0, free=True)
     save_every: int = setting(500, "steps between checkpoints", RUN, least=1, free=True)
     save_minutes: float = setting(0.0, "minutes after which to save, too", RUN, least=0, free=True)
     preview_every: int = setting(500, "steps between previews", RUN, least=1, free=True)

@@ -13,7 +13,8 @@ import numpy as np
 
 def shift_time(t, tokens, c):
     """Times t in (0, 1] moved towards noise, the more the more real image tokens a grid has, and
-    without a clamp; 1 stays (black-forest-labs/flux:src/flux/sampling.py, time_shift).
+    without a clamp; 1 stays; c is a FlowConfig
+    (black-forest-labs/flux:src/flux/sampling.py, time_shift).
 
     In sampling always; in training the paper says so ("dynamic time shifting") and the authors'
     train.py never does.
@@ -43,7 +44,7 @@ def draw_time(keys, mean=0.0):
     """Training times: sigmoid of a normal of this mean and deviation 1, float32 [B] of B keys.
 
     Source: lzyhha/VisualCloze:train.py with `--snr_type lognorm`, whose mean is 0. In little noise
-    a small picture is seen as it is, and nothing is learned from its neighbours.
+    a small picture is seen as it is, and nothing is learned from its neighbours: mini's mean is 1.
     """
     return jax.nn.sigmoid(mean + jax.vmap(lambda key: jax.random.normal(key, (), "f4"))(keys))
 
@@ -61,11 +62,11 @@ def interpolate(x, noise, t):
     return (1 - t) * x + t * noise, noise - x
 
 
-def masked_loss(prediction, velocity, weight):
-    """Squared error in float32, averaged over each sample's weighted tokens: float32 [B].
+def masked_loss(prediction, velocity, share):
+    """Squared error in float32, averaged over each sample's tokens by their share: float32 [B].
 
-    `weight` float32 [B, S] is the share of a token's pixels that count: tokens of weight 0 get no
+    `share` float32 [B, S] is that of a token's pixels that count: where it is 0 there is no
     gradient at all. Every sample counts the same, however large its target.
     """
     error = jnp.square(prediction.astype(jnp.float32) - velocity).mean(-1)  # B S
-    return (error * weight).sum(1) / weight.sum(1)
+    return (error * share).sum(1) / share.sum(1)

@@ -84,7 +84,7 @@ class Grid:
 
     def ids(self, placement: Placement = FILL) -> np.ndarray:
         """Positions of the tokens, float32 [S, 3]: number of their picture, then y, x in it. The
-        paper's pictures are the rows, from 1 on."""
+        paper's pictures are the rows, from 1 on, so that x runs through all cells of one."""
         pictures, ids, top = self.pictures(placement), [], 0
         targets, references = count(0, -1), count(1)
         of_role = [next(targets if p.mask.any() else references) for p in pictures]
@@ -141,8 +141,8 @@ class Spec:
 
 
 def bucket(tokens: int, resolution: int) -> int:
-    """Tokens that a grid of S `tokens` is padded to, so that few programs serve all grids: pairs of
-    cells of the preset's resolution: 1 to 6, and from there on by a third, rounded down."""
+    """What a grid of S `tokens` is padded to, so that few programs serve all grids: n pairs of
+    cells of the preset's resolution (mini's have 32 tokens), n = 1 … 6, 8, 10, 13, 17, …"""
     unit = 2 * (resolution // PATCH) ** 2
     size = 1
     while size * unit < tokens:

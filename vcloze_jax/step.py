@@ -23,7 +23,8 @@ KIND = 48  # bytes of a kind of task's name
 class Batch(NamedTuple):
     """A micro-batch on the devices; all grids of one shape."""
 
-    rows: tuple  # of (pixels uint8 [B, h, W, 3], mask bool [B, h, W] or None), or Posteriors
+    rows: tuple  # of (pixels uint8 [B, h, W, 3], mask bool [B, h, W] or None); or, remembered or
+    # of a cache, Posteriors
     t5_ids: jax.Array  # int32 [B, T]; or what the encoder made of them, [B, T, text_width]
     clip_ids: jax.Array  # int32 [B, 77]; or [B, vec_width]
     numbers: jax.Array  # int32 [B], of each grid in the run: what is drawn for it depends on that
@@ -59,7 +60,8 @@ def purpose_key(seed, purpose):
 
 
 def make_batch(examples, numbers, read_rows, read_prompts, preset, mesh):
-    """Examples of one shape (None: another host's) -> Batch, by what reads rows and prompts:
+    """Examples (data/sources.py: grid with its whole truth, prompt, kind) of one shape, None for
+    another host's -> Batch, by what reads rows and prompts:
     `read_prompts(prompts)` -> T5 ids int32 [B, T] and CLIP ids int32 [B, 77], or what the encoders
     made of them, and what was not read."""
     to_mesh = lambda read: spread([x and read(x) for x in examples], mesh)  # noqa: E731
@@ -95,6 +97,7 @@ def encode_batch(frozen, batch, key, *, graphdefs, preset, dtype):
     A program of its own: nothing of it is differentiated.
     """
     recipe, models = preset.recipe, merge_models(graphdefs, frozen, names=ENCODERS)
+    # Of a grid's number alone: neither batch nor mesh changes what is drawn for it.
     keys = jax.vmap(lambda n: jax.random.split(jax.random.fold_in(key, n), 4), out_axes=1)
     for_vae, for_noise, for_time, for_guidance = keys(batch.numbers)  # B each
     rows = batch.rows
@@ -131,8 +134,8 @@ def loss_fn(trainable, frozen, noisy, *, region, **statics):
     """Masked flow-matching loss of a micro-batch (paper, section 3) -> the mean over its grids,
     and what is told of each: its loss by region, float32 [B], its time and kind."""
     out, share = predict_velocity(trainable, frozen, noisy, **statics), noisy.share
-    weights = {"target": share, "grid": jnp.ones_like(share)}
-    losses = {name: flow.masked_loss(out, noisy.velocity, w) for name, w in weights.items()}
+    shares = {"target": share, "grid": jnp.ones_like(share)}
+    losses = {name: flow.masked_loss(out, noisy.velocity, s) for name, s in shares.items()}
     return losses[region].mean(), losses | {"time": noisy.t, "kind": noisy.kinds}
 
 
@@ -167,7 +170,8 @@ def init_state(trainable, tx, ema):
 
 def make_step(tx, loss, layout, ema=0.0, skip=0):
     """`accumulate`, which adds a micro-batch's gradient to a sum, and `update`, which applies its
-    mean, both jitted.
+    mean, both jitted: norms to tell, clip, Adam, decay, w - rate * u, average. `losses`, float32
+    [B] of each micro-batch, say how many there were, and whether all are finite.
 
     The frozen weights are an argument, never state. `layout` is the State of shardings: all stays
     where it is, and what is told is everywhere, as a count is. A step whose loss or gradient is not

@@ -39,7 +39,8 @@ class Trainer:
     def __init__(self, parts, preset, tokenizers, mesh, masks_every_row=False):
         self.graphdefs, trainable, self.frozen = parts
         self.preset, self.mesh, self.dtype = preset, mesh, compute_dtype(mesh)
-        self.tokenizers = self.read_prompts = tokenizers  # a cache may read both instead
+        # rowmemory.choose_readers may put others in place of both readers; on one CPU, of rows.
+        self.tokenizers = self.read_prompts = tokenizers
         how = dict(masks_every_row=masks_every_row, placement=preset.flux.placement)
         self.read_rows = partial(step.spread_rows, mesh=mesh, **how)
         self.recipe = recipe = preset.recipe

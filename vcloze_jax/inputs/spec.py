@@ -88,9 +88,10 @@ def read_spec(table: dict, preset: Preset, name: str = "grid", source: Path = Pa
     """Validate one spec; its paths begin at the folder of `source`, the file that it stood in.
 
     Its grid has what was opened at its final size, blank cells black and masked (cells.py); its
-    prompt is "6 images …", "Each row …" and "The last image …", what is not said left out. Pictures
-    and masks may also be PIL images or arrays, latents NumPy arrays. Raises UserError naming the
-    key.
+    prompt is the layout ("A grid layout with 3 rows …"), the task as it is given and the content
+    ("The last image of the last row depicts: …"), which may be left out, but for the layout.
+    Pictures and masks may also be PIL images or arrays, latents NumPy arrays. Raises UserError
+    naming the key.
     """
     check_keys(check_type(table, dict), KEYS, ANSWERS)
     if "image" not in table:
@@ -103,7 +104,7 @@ def read_spec(table: dict, preset: Preset, name: str = "grid", source: Path = Pa
     with quiet_decoders():
         image, cells = open_cells(table["image"], folder)
     resolution, steps, guidance, seed = numbers.values()
-    grid = build_grid(cells, resolution)  # of one row: cells of one size, joined as one picture
+    grid = build_grid(cells, resolution)  # whose rows are one picture each, of equal cells
     none = None, None
     latents_path, latents = read_key(
         table, "latents", none, _open_latents, grid.tokens, "this grid", folder
@@ -123,8 +124,8 @@ def read_spec(table: dict, preset: Preset, name: str = "grid", source: Path = Pa
 
 
 def read_numbers(table: dict, preset: Preset) -> dict[str, int | float]:
-    """Those of NUMBERS, in their order, each as the spec says it or as its preset has it, of FLUX
-    384, 30, 30 and 0."""
+    """Those of NUMBERS, in their order, each as the spec says it or as its preset has it: of
+    FLUX 384, 30, 30 and 0, of mini 64, 30, 30 and 0."""
     defaults = preset.resolution, preset.num_inference_steps, preset.guidance_scale, 0
     pairs = zip(NUMBERS, defaults, strict=True)
     return {key: read_key(table, key, default, *NUMBERS[key]) for key, default in pairs}
