@@ -77,8 +77,8 @@ def test_rows_tell_of_their_runs(tmp_path, monkeypatch):
 
 
 def test_placements_are_trained_alike(tmp_path, monkeypatch):
-    """Four runs differ in their placement, and in the base that it needs; each is asked for what it
-    has learnt, with an example more and more, and what it never saw."""
+    """Four runs differ in their placement alone, which says the base that it needs; each is asked
+    for what it has learnt, with an example more and more, and what it never saw."""
     trained, asked = [], []
 
     def pretend(flags, steps, run):
@@ -98,14 +98,12 @@ def test_placements_are_trained_alike(tmp_path, monkeypatch):
 
     for room in (placements, ablations):
         monkeypatch.setattr(room, "train_variant", pretend)
-    monkeypatch.setattr(placements, "load_run", lambda weights, run: Still())
-    monkeypatch.setattr(placements, "derive_clean_base", lambda out: out.mkdir(parents=True))
+    monkeypatch.setattr(placements, "load_run", lambda run: Still())
     source = open_tasks("", MINI.recipe).held_out()
     lab = Lab(None, source, 2, True, lambda steps, label: steps, tmp_path)
     rows = placements.compare_placements(lab).numbers["placements"]
-    base = ["--weights", f"{tmp_path}/placements/base"]
     names = "fill", "dev", "kontext", "frames"
-    flags = [["--placement", name, *(base if name != "fill" else [])] for name in names]
+    flags = [["--placement", name] for name in names]
     assert trained == [(each, ablations.QUICK_STEPS) for each in flags]
     assert asked == [1, 2, 3, 3, 3] * 4 and placements.UNSEEN in graph.HELD_OUT_TASKS
     assert [row[""] for row in rows] == [*names]

@@ -11,8 +11,6 @@ import numpy as np
 from vcloze_jax.data import graph
 from vcloze_jax.grid import PATCH
 from vcloze_jax.inputs.papers import ANYREFILL, PLACEMENTS
-from vcloze_jax.storage.cleanbase import derive_clean_base
-from vcloze_jax.storage.places import MINI_FOLDER
 from vcloze_jax.study import draw
 from vcloze_jax.study.ablations import QUICK_STEPS, SHOWN, TASK, ask_variant, train_variant
 from vcloze_jax.study.asker import DIALLED, Asker, to_levels
@@ -35,16 +33,11 @@ SAYS = (
 
 def compare_placements(lab):
     """Chapter of a Lab: trains, asks, and compares. Raises UserError if a training fails."""
-    folder = lab.out / "placements"
-    base, steps = folder / "base", QUICK_STEPS if lab.quick else STEPS
-    if not base.exists():
-        derive_clean_base(base)
+    folder, steps = lab.out / "placements", QUICK_STEPS if lab.quick else STEPS
     records, columns = [], {}
     for name in lab.bar(NAMES, "placements"):
-        run, weights = folder / name, MINI_FOLDER if name == "fill" else base
-        flags = ["--weights", f"{weights}"] if weights == base else []
-        train_variant(["--placement", name, *flags], steps, run)
-        asker = Asker(lab._replace(painter=load_run(weights, run)))
+        train_variant(["--placement", name], steps, run := folder / name)
+        asker = Asker(lab._replace(painter=load_run(run)))
         record, columns[name] = ask_variant(asker, run)
         records.append({"": name} | record | ask_more(asker, PLACEMENTS[name], run))
     given, truth = (asker.truth(node) for node in (*TASK.conditions, TASK.target))
@@ -60,11 +53,11 @@ def compare_placements(lab):
     return Chapter(blocks, {"placements": list_records(records)})
 
 
-def load_run(weights, run):
+def load_run(run):
     """A Painter of the adapter of a run, which says its placement."""
     from vcloze_jax.pipeline import load_painter
 
-    return load_painter(weights, [(run / "lora.safetensors", 1.0)], None)
+    return load_painter(None, [(run / "lora.safetensors", 1.0)], None)
 
 
 def ask_more(asker, placement, run):
