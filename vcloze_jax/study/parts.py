@@ -20,7 +20,7 @@ PARTS = {  # name: its title, and where it is
     "looks": ("Where it looks", "looks:look_around"),
     "tables": ("The paper's tables", "tables:fill_tables"),
     "ablations": ("What each choice of the recipe is good for", "ablations:ablate"),
-    "placements": ("Four ways to place cells", "placements:compare_placements"),
+    "placements": ("Ways to place cells", "placements:compare_placements"),
 }
 OPENING = "walk", "looks"  # they open the MMDiT, and know no segments
 SLOW = "ablations", "placements"  # --quick leaves them out, unless they are named
