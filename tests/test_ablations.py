@@ -13,6 +13,7 @@ from vcloze_jax.config import MINI, UserError
 from vcloze_jax.data import graph
 from vcloze_jax.data.graphemoji import open_tasks
 from vcloze_jax.inputs import recipeflags
+from vcloze_jax.inputs.papers import PLACEMENTS
 from vcloze_jax.study import ablations, placements
 from vcloze_jax.study.parts import PARTS, SLOW, Lab, choose_parts
 
@@ -77,8 +78,8 @@ def test_rows_tell_of_their_runs(tmp_path, monkeypatch):
 
 
 def test_placements_are_trained_alike(tmp_path, monkeypatch):
-    """Five runs differ in their placement, and in the base that it needs; each is asked for what it
-    has learnt, with an example more and more, and what it never saw."""
+    """Runs differ in their placement alone, which says the base that it needs; each is asked
+    for what it has learnt, with an example more and more, and what it never saw."""
     trained, asked = [], []
 
     def pretend(flags, steps, run):
@@ -98,16 +99,16 @@ def test_placements_are_trained_alike(tmp_path, monkeypatch):
 
     for room in (placements, ablations):
         monkeypatch.setattr(room, "train_variant", pretend)
-    monkeypatch.setattr(placements, "load_run", lambda weights, run: Still())
-    monkeypatch.setattr(placements, "derive_clean_base", lambda out: out.mkdir(parents=True))
+    monkeypatch.setattr(placements, "load_run", lambda run: Still())
     source = open_tasks("", MINI.recipe).held_out()
     lab = Lab(None, source, 2, True, lambda steps, label: steps, tmp_path)
     rows = placements.compare_placements(lab).numbers["placements"]
-    base = ["--weights", f"{tmp_path}/placements/base"]
-    names = "fill", "dev", "kontext", "frames", "klein"
-    flags = [["--placement", name, *(base if name != "fill" else [])] for name in names]
+    names = [*PLACEMENTS]
+    flags = [["--placement", name] for name in names]
     assert trained == [(each, ablations.QUICK_STEPS) for each in flags]
-    assert asked == [1, 2, 3, 3, 3] * 5 and placements.UNSEEN in graph.HELD_OUT_TASKS
-    assert [row[""] for row in rows] == [*names]
-    assert [row["noisy tokens"] for row in rows] == ["96 of 96", *["16 of 96"] * 4]
+    assert asked == [1, 2, 3, 3, 3] * len(names) and placements.UNSEEN in graph.HELD_OUT_TASKS
+    assert [row[""] for row in rows] == names
+    noisy = {True: "16 of 96", False: "96 of 96"}  # whether others are clean
+    wanted = [noisy[any(placement.clean)] for placement in PLACEMENTS.values()]
+    assert [row["noisy tokens"] for row in rows] == wanted
     assert {row["seconds a step"] for row in rows} == {0.5} and rows[0]["unseen"]["mean"] > 0

@@ -12,6 +12,7 @@ import sample
 import train
 from vcloze_jax.config import MINI, UserError
 from vcloze_jax.inputs.papers import ANYREFILL, DEV, FRAMES, KONTEXT, PLACEMENTS
+from vcloze_jax.pipeline import load_painter
 from vcloze_jax.placement import FILL
 from vcloze_jax.ports import export
 from vcloze_jax.ports.diagnose import PortError
@@ -66,7 +67,7 @@ def test_what_does_not_fit_is_named(home, tmp_path):
     dev, frames = adapter(tmp_path, DEV), adapter(tmp_path, FRAMES)
     paint = ["--grid", spec, "--check", "--lora"]
     message = "384 input channels; placement dev needs a model of 64, FLUX.1-dev"
-    assert message in refused(sample.main, [*paint, dev])
+    assert message in refused(sample.main, [*paint, dev, "--weights", places.MINI_FOLDER])
     both = [*paint, dev, "--lora", frames, "--weights", weights_64]
     assert f"{dev} of dev, {frames} of frames" in refused(sample.main, both)
     odd = tmp_path / "odd.safetensors"
@@ -125,6 +126,31 @@ def test_a_base_says_its_placement(tmp_path):
     file.write_text(file.read_text().replace("dev", "unknown"))
     with pytest.raises(UserError, match="must say"):
         places.named_preset(folder)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_each_has_a_base_that_is_shipped(tmp_path, monkeypatch, capsys, placement):
+    """Who names no weights trains, and paints with an adapter that says its placement, on the
+    shipped base that reads what it makes of grids."""
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--placement", placement, "--check", "--out", "run"]) == 0
+    base = places.shipped_folder(placement)
+    assert f"weights: {base}: " in capsys.readouterr().out
+    flux = weights.checked_grid_preset(base, PLACEMENTS[placement]).flux
+    file = adapter(tmp_path, PLACEMENTS[placement], flux)
+    assert load_painter(None, [file], None).models.folder == base
+
+
+def test_shipped_bases_share_all_but_the_mmdit():
+    """mini_clean is mini, but for its MMDiT and the placement that it was trained in."""
+    mini, clean = (
+        {file.relative_to(folder): file for file in folder.rglob("*") if file.is_file()}
+        for folder in places.SHIPPED
+    )
+    assert {f"{name}" for name in mini.keys() - clean.keys()} == {"README.md", "lora.safetensors"}
+    unlike = {name for name, file in clean.items() if file.read_bytes() != mini[name].read_bytes()}
+    assert {name.parts[0] for name in unlike} == {"transformer", "vcloze.json"}
+    assert places.named_preset(places.MINI_CLEAN).flux.placement == DEV
 
 
 @pytest.mark.slow

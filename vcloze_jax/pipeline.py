@@ -235,6 +235,8 @@ def load_painter(named, lora, mesh, offload=False):
         )
     files = {Path(file): None for pairs in (loras, *bank.values()) for file, _ in pairs}
     placement = adapters.agreed_placement([*files])
+    if placement and not named:
+        folder = places.shipped_folder(placement.name)
     preset = weights.checked_grid_preset(folder, placement)
     for file in files:
         adapters.check(file, preset.flux)
@@ -268,7 +270,7 @@ def describe(canvas, painter):
     grid = spec.grid
     preset = painter.preset
     models = painter.models
-    is_mini = models.folder == places.MINI_FOLDER
+    is_mini = models.folder in places.SHIPPED
     record = {
         "spec": spec.resolved,
         "prompt": spec.prompt,

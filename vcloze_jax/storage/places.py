@@ -12,12 +12,13 @@ from typing import NamedTuple
 from vcloze_jax.config import FLUX_FILL, PRESETS, UserError
 from vcloze_jax.inputs.checks import describe_error, explain_missing
 from vcloze_jax.inputs.papers import PLACEMENTS
+from vcloze_jax.placement import FILL
 from vcloze_jax.ports.tables import mmdit
 
-MINI_FOLDER = (
-    Path(__file__).parents[1] / "mini"
-)  # shipped weights: the base, lora.safetensors beside it
+MINI_FOLDER = Path(__file__).parents[1] / "mini"  # shipped: the base, and its adapter beside it
 MINI_LORA = MINI_FOLDER / "lora.safetensors"
+MINI_CLEAN = MINI_FOLDER.with_name("mini_clean")  # an MMDiT of 64 channels; the rest is mini's
+SHIPPED = MINI_FOLDER, MINI_CLEAN
 DIGESTED = ".safetensors", ".sft", ".bin", ".json", ".model"
 LARGE, HEADER, BLOCK = 2**26, 2**20, 2**16  # bytes
 # Fields of a FluxConfig that tell presets from each other.
@@ -53,6 +54,11 @@ def find_weights(weights, download=False) -> Path:
         return Path(name)
     reason = f"{name}: there is no such folder, nor is it in Hugging Face's cache"
     raise UserError(f"{reason}; {licence_of(name)}, then: hf download {name}")
+
+
+def shipped_folder(placement) -> Path:
+    """The shipped weights whose MMDiT reads what grids are in the Placement of this name."""
+    return MINI_FOLDER if PLACEMENTS[placement].channels == FILL.channels else MINI_CLEAN
 
 
 def licence_of(name):

@@ -1,5 +1,5 @@
-"""Five ways to place the cells of a grid (vcloze_jax/placement.py), learnt alike: the paper's
-comparison of FLUX.1-Fill with FLUX.1-dev (appendix B, Fig. 14) in miniature, and three ways beside.
+"""All ways to place the cells of a grid (vcloze_jax/placement.py), learnt alike: the paper's
+comparison of FLUX.1-Fill with FLUX.1-dev (appendix B, Fig. 14) in miniature, and others beside.
 
 Runs are kept as those of ablations are, in the report's placements/NAME.
 """
@@ -10,41 +10,31 @@ import numpy as np
 
 from vcloze_jax.data import graph
 from vcloze_jax.grid import PATCH
-from vcloze_jax.inputs.papers import ANYREFILL, PLACEMENTS
-from vcloze_jax.storage.cleanbase import derive_clean_base
-from vcloze_jax.storage.places import MINI_FOLDER
+from vcloze_jax.inputs.papers import PLACEMENTS
 from vcloze_jax.study import draw
 from vcloze_jax.study.ablations import QUICK_STEPS, SHOWN, TASK, ask_variant, train_variant
 from vcloze_jax.study.asker import DIALLED, Asker, to_levels
 from vcloze_jax.study.page import Chapter, Figure, TextTable, list_records, tabulate_records
 
 STEPS = 300
-NAMES = [name for name in PLACEMENTS if name != ANYREFILL.name]  # of one row, it is fill's
 UNSEEN = graph.parse_task("fluent_high_contrast->fluent_3d")
 SAYS = (
     "Each learns `{task}` in {steps} steps of `python train.py --placement NAME`, with the same "
-    "data, seed and rank. `fill` begins with mini's base, which infills on that canvas; the "
-    "others with mini, its adapter folded in, cut to 64 channels (`python "
-    "scripts/derive_clean_base.py`), which knows mini's tasks and has never seen a clean token: "
-    "the table does not say which way is the better one where each has a base of its own. RMSE on "
-    "held-out subjects with no sentence; `backwards` asks for the condition of the target, "
-    "`unseen` for `{unseen}`, with {dialled} examples. Noisy tokens are those of a grid with as "
-    "many examples."
+    "data, seed and rank. `fill` and `anyrefill` begin with mini's base, which infills on that "
+    "canvas; the others with mini_clean, which learnt the same infilling from as many grids where "
+    "all that is given is clean, as `dev` places it. RMSE on held-out subjects with no sentence; "
+    "`backwards` asks for the condition of the target, `unseen` for `{unseen}`, with {dialled} "
+    "examples. Noisy tokens are those of a grid with as many examples."
 )
 
 
 def compare_placements(lab):
     """Chapter of a Lab: trains, asks, and compares. Raises UserError if a training fails."""
-    folder = lab.out / "placements"
-    base, steps = folder / "base", QUICK_STEPS if lab.quick else STEPS
-    if not base.exists():
-        derive_clean_base(base)
+    folder, steps = lab.out / "placements", QUICK_STEPS if lab.quick else STEPS
     records, columns = [], {}
-    for name in lab.bar(NAMES, "placements"):
-        run, weights = folder / name, MINI_FOLDER if name == "fill" else base
-        flags = ["--weights", f"{weights}"] if weights == base else []
-        train_variant(["--placement", name, *flags], steps, run)
-        asker = Asker(lab._replace(painter=load_run(weights, run)))
+    for name in lab.bar([*PLACEMENTS], "placements"):
+        train_variant(["--placement", name], steps, run := folder / name)
+        asker = Asker(lab._replace(painter=load_run(run)))
         record, columns[name] = ask_variant(asker, run)
         records.append({"": name} | record | ask_more(asker, PLACEMENTS[name], run))
     given, truth = (asker.truth(node) for node in (*TASK.conditions, TASK.target))
@@ -60,11 +50,11 @@ def compare_placements(lab):
     return Chapter(blocks, {"placements": list_records(records)})
 
 
-def load_run(weights, run):
+def load_run(run):
     """A Painter of the adapter of a run, which says its placement."""
     from vcloze_jax.pipeline import load_painter
 
-    return load_painter(weights, [(run / "lora.safetensors", 1.0)], None)
+    return load_painter(None, [(run / "lora.safetensors", 1.0)], None)
 
 
 def ask_more(asker, placement, run):
