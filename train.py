@@ -36,7 +36,7 @@ def main(argv):
     run.writes = hosts.is_first()
     with hosts.agreed():
         run.compare(recipe)  # again: who of several hosts writes is known now
-        folder = Path(cli.fetch_weights(args) or places.shipped_folder(recipe.placement))
+        folder = Path(cli.fetch_weights(args) or places.shipped_weights(recipe.placement))
         recipe = replace(recipe, micro_batch=micro_size(recipe, mesh))
         preset = models.checked_training_preset(folder, recipe)
         origins = models.describe_origins(folder, preset, source.digest(), mesh)

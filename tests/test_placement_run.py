@@ -134,7 +134,7 @@ def test_each_has_a_base_that_is_shipped(tmp_path, monkeypatch, capsys, placemen
     shipped base that reads what it makes of grids."""
     monkeypatch.chdir(tmp_path)
     assert train.main(["--placement", placement, "--check", "--out", "run"]) == 0
-    base = places.shipped_folder(placement)
+    base = places.shipped_weights(placement)
     assert f"weights: {base}: " in capsys.readouterr().out
     flux = weights.checked_grid_preset(base, PLACEMENTS[placement]).flux
     file = adapter(tmp_path, PLACEMENTS[placement], flux)

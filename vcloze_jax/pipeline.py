@@ -236,7 +236,7 @@ def load_painter(named, lora, mesh, offload=False):
     files = {Path(file): None for pairs in (loras, *bank.values()) for file, _ in pairs}
     placement = adapters.agreed_placement([*files])
     if placement and not named:
-        folder = places.shipped_folder(placement.name)
+        folder = places.shipped_weights(placement.name)
     preset = weights.checked_grid_preset(folder, placement)
     for file in files:
         adapters.check(file, preset.flux)

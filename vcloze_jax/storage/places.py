@@ -56,7 +56,7 @@ def find_weights(weights, download=False) -> Path:
     raise UserError(f"{reason}; {licence_of(name)}, then: hf download {name}")
 
 
-def shipped_folder(placement) -> Path:
+def shipped_weights(placement) -> Path:
     """The shipped weights whose MMDiT reads what grids are in the Placement of this name."""
     return MINI_FOLDER if PLACEMENTS[placement].channels == FILL.channels else MINI_CLEAN
 
