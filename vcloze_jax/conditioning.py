@@ -35,7 +35,7 @@ class Models(NamedTuple):
 class Context(NamedTuple):
     """What the MMDiT reads beside the noisy tokens, the same for the loss and for sampling."""
 
-    condition: jax.Array  # [B, S, 320]: latent of the blanked grid | mask; [B, S, 0]: no canvas
+    condition: jax.Array  # [B, S, 320]: latent of the blanked grid | mask; or [B, S, 0]
     txt: jax.Array  # [B, T, text_width]; before the text is encoded its ids, int32 [B, T]
     pooled: jax.Array  # [B, vec_width]; or ids
     guidance: jax.Array  # float32 [B]
@@ -81,8 +81,8 @@ def encode_picture(vae, pixels, dtype=jnp.float32):
 class Posteriors(NamedTuple):
     """All rows of a micro-batch as the autoencoder sees them, in model scale, and their masks."""
 
-    clean: tuple  # mean and std, each [B, S, 64]
-    condition: tuple  # likewise, of the blanked rows
+    truth: tuple  # mean and std, each [B, S, 64]
+    blanked: tuple  # likewise, of the rows with their masked pixels at `fill`
     mask: jax.Array  # [B, S, 256]
 
 
@@ -91,13 +91,13 @@ def encode_rows(vae, rows, fill, dtype=jnp.float32):
 
     Where nothing is ever masked the mask is None, and the row is encoded once.
     """
-    clean = [to_model(pixels, dtype) for pixels, _ in rows]
+    truth = [to_model(pixels, dtype) for pixels, _ in rows]
     masks = [np.zeros(p.shape[:3], bool) if mask is None else mask for p, mask in rows]
     masked = [i for i, (_, mask) in enumerate(rows) if mask is not None]
-    posteriors = encode_each(vae, clean + [blank(clean[i], masks[i], fill) for i in masked])
-    of_clean = dict(enumerate(posteriors[: len(rows)]))
-    of_condition = of_clean | dict(zip(masked, posteriors[len(rows) :], strict=True))
-    tokens = (posterior_tokens(vae, of.values()) for of in (of_clean, of_condition))
+    posteriors = encode_each(vae, truth + [blank(truth[i], masks[i], fill) for i in masked])
+    of_truth = dict(enumerate(posteriors[: len(rows)]))
+    of_blanked = of_truth | dict(zip(masked, posteriors[len(rows) :], strict=True))
+    tokens = (posterior_tokens(vae, of.values()) for of in (of_truth, of_blanked))
     return Posteriors(*tokens, jnp.concatenate([pack_mask(m.astype(dtype)) for m in masks], 1))
 
 
@@ -138,7 +138,8 @@ def encode_each(vae, pictures):
 
 def enter(x, condition, segments, placement):
     """Noisy tokens x [..., S, 64] and condition [..., S, 320] as they enter: what is clean is its
-    own latent, and without a canvas there are no channels beside it."""
+    own latent, and without a canvas there are no channels beside it.
+    FILL leaves both as they are."""
     if any(placement.clean):
         x = put_clean(x, condition[..., : x.shape[-1]], segments, placement)
     return x, condition[..., : placement.channels - x.shape[-1]]

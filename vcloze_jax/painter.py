@@ -4,7 +4,11 @@ All grids go through one stage before the next begins: texts, condition latents,
 pictures; then through all but the first again where a second pass is asked for, which paints each
 target once more, enlarged, from a start that is noise in part. For the steps, grids are grouped by
 token bucket and number of steps, padded on the right, and painted as batches; the result of one
-does not depend on the others. Of several hosts each encodes what its devices will hold.
+does not depend on the others.Of several hosts each encodes what its devices will hold.
+
+All S tokens of a grid begin as noise, those of the examples too: what is given is read from the
+condition beside them. What the steps make of it is dropped in the end: the last row is decoded, and
+of that only the masked pixels are kept.
 """
 
 import math
@@ -35,8 +39,8 @@ class Canvas:
     unread: dict  # tokens and characters of the prompt, counted by encoder
     seconds: Counter  # by part
     times: np.ndarray  # float32 [N + 1], of the Euler steps
-    condition: np.ndarray = None  # float32 [S, 320]; [S, 0] without a canvas
-    latents: np.ndarray = None  # float32 [S, 64], from the first time to t = 0
+    condition: np.ndarray = None  # float32 [S, 320]; [S, 0] where a placement has none
+    latents: np.ndarray = None  # float32 [S, 64]: noise; at t = 0 the picture
     decode: Callable = None  # of the Canvas -> uint8 [h, C*w, 3]
     second_passes: list["Canvas"] = field(default_factory=list)  # one a target, if asked for
 

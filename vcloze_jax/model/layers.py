@@ -3,7 +3,8 @@
 Shapes: B batch, S image tokens, T text tokens, L = T + S, D width, H heads, K head dim, R rank.
 Source: black-forest-labs/flux:src/flux/modules/layers.py. Weights may be of any dtype; a layer
 computes in the dtype of its input, with norms, angles and softmax in float32. Of ops.py, `modulate`
-is a norm, then a scale and a shift, and `rope` turns pairs of channels by the angles of a position.
+is (1 + scale) * LayerNorm(x) + shift, and `rope` turns channels 2i and 2i + 1 by the i-th angle of
+a token's position, of whose three numbers each has a part of the K.
 """
 
 import math
@@ -174,7 +175,8 @@ class DoubleBlock(nnx.Module):
 
 
 class SingleBlock(nnx.Module):
-    """Attention and MLP in parallel over the joined sequence."""
+    """Attention and MLP in parallel over the joined sequence: linear1 makes q, k, v and the MLP's
+    4 D hidden channels, as 4 more [H, K]; linear2 takes what attention gives, and these."""
 
     def __init__(self, c, *, rngs):
         dense, heads = dict(rank=c.rank, rngs=rngs), (c.heads, c.head_dim)

@@ -53,6 +53,7 @@ class Flux(nnx.Module):
         """t, guidance float32 [B], pooled text [B, V] -> Modulation in the dtype of `pooled`.
 
         Split from the rest, so that a sampler computes all its steps' modulations at once. The
+        paper's placement has one vector, "mod" at time t: a layer's is then its Dense of that. A
         vector is float32 up to one last rounding: every layer multiplies by what it says, and in
         bfloat16 it would be the largest error of the model.
         """
@@ -65,17 +66,17 @@ class Flux(nnx.Module):
             return gathered(jax.nn.silu(vec).astype(pooled.dtype))
 
         def of_vectors(say):
-            said = [say(branch, vec[time]) for branch, time in placement.vectors]
+            said = [say(branch, vec_at[time]) for branch, time in placement.vectors]
             return said[0] if len(said) == 1 else jnp.stack(said, -2)
 
         placement, double = self.config.placement, self.double
         at = {"t": t, "0": jnp.zeros_like(t)}
-        vec = {time: vector(at[time]) for time in dict.fromkeys(placement.time)}
+        vec_at = {time: vector(at[time]) for time in dict.fromkeys(placement.time)}
         one = lambda layer, vec: by_batch(gathered(near(layer)(vec)))  # noqa: E731
         each = jax.vmap(one, (0, None))
         return Modulation(
             of_vectors(lambda branch, vec: each(getattr(double.img, branch), vec)),
-            each(double.txt.mod, vec[placement.time[TEXT]]),
+            each(double.txt.mod, vec_at[placement.time[TEXT]]),
             of_vectors(lambda branch, vec: each(getattr(self.single, branch), vec)),
             of_vectors(lambda _, vec: one(self.final.mod, vec)),
         )
