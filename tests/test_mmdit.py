@@ -15,7 +15,7 @@ from tiny import FLUX, cast, flux, part, relative, stored
 from vcloze_jax.conditioning import Context
 from vcloze_jax.config import FLUX_FILL
 from vcloze_jax.model.mmdit import Flux
-from vcloze_jax.model.ops import rope_table
+from vcloze_jax.model.ops import attention, rope_table
 from vcloze_jax.painter import modulate_steps
 from vcloze_jax.storage import weights
 
@@ -122,11 +122,12 @@ def test_scan_equals_a_loop():
         mod = model.modulation(t, guidance, pooled)
         img, txt = model.img_in(img), model.txt_in(txt)
         at = lambda tree, i: jax.tree.map(lambda a: a[i], tree)  # noqa: E731
+        attend = lambda q, k, v: (attention(q, k, v), None)  # noqa: E731
         for i in range(FLUX.double_blocks):
-            img, txt = at(model.double, i)(img, txt, mod.img[i], mod.txt[i], pe)
+            (img, txt), _ = at(model.double, i)(img, txt, mod.img[i], mod.txt[i], pe, attend)
         x = jnp.concatenate([txt, img], 1)
         for i in range(FLUX.single_blocks):
-            x = at(model.single, i)(x, mod.single[i], pe)
+            x, _ = at(model.single, i)(x, mod.single[i], pe, attend)
         return model.final(x[:, TEXT:], mod.final)
 
     expected = run(flux(), **args)

@@ -42,6 +42,7 @@ FRAMES = Placement(
     axis0=   "frame",
     embeds=  True,
 )
+
 # FLUX.2's klein: references see each other alone, and are told time 0, so that they are computed
 # once for all steps (references.py). On our bases: it counts them 10, 20, …, its text stands on a
 # fourth axis, and it has no pooled text, which is told to them, too.
