@@ -86,4 +86,4 @@ def learn(run, origins, preset, folder, mesh, source, **watchers):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, huge_pages=True)

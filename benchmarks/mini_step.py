@@ -3,8 +3,9 @@
     taskset -c 0 python benchmarks/mini_step.py
 
 Steps of 16 grids of 2 x 2, the shape that training draws most, of mini's adapter: with all rows
-encoded in every step, and with the rows remembered. Prints the least and the median of the
-milliseconds of the process's own CPU time, so that other work on the machine changes little.
+encoded in every step, and with the rows remembered, on huge pages as train.py (to see it without:
+GLIBC_TUNABLES= before the command). Prints the least and the median of the milliseconds of the
+process's own CPU time, so that other work on the machine changes little.
 """
 
 import argparse
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from vcloze_jax.config import MINI  # noqa: E402
 from vcloze_jax.data.sources import Shape, open_source, random_generator  # noqa: E402
 from vcloze_jax.devices import make_mesh  # noqa: E402
+from vcloze_jax.inputs import cli  # noqa: E402
 from vcloze_jax.rowmemory import choose_readers  # noqa: E402
 from vcloze_jax.storage import places  # noqa: E402
 from vcloze_jax.storage.models import checked_training_preset, load_for_training  # noqa: E402
@@ -43,6 +45,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
+    cli.use_huge_pages()
     mesh, folder = make_mesh(None), places.MINI_FOLDER
     recipe = replace(MINI.recipe, data="graphemoji", micro_batch=MINI.recipe.group)
     preset = checked_training_preset(folder, recipe)

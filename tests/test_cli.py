@@ -1,6 +1,7 @@
 """Laws of the commands: a mistake costs one line on stderr and exit code 2, and is found early."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -115,6 +116,22 @@ def test_list_tasks(call, folder):
         name, columns, sentence = re.fullmatch(r"(\S+) \((\d) columns\): (.+)", line).groups()
         assert find_task(name) == (sentence, int(columns))
     assert find_task("gray->fluent_3d") == find_task("gray-to-fluent_3d") and not find_task("grey")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of Linux's C library")
+def test_a_process_asks_for_huge_pages_once(monkeypatch):
+    """It begins again as the same process, with the same words, and keeps settings that it has."""
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    code = "import os, sys; print(os.getpid(), flush=True); from vcloze_jax.inputs import cli; "
+    code += "cli.use_huge_pages(); print(os.environ['GLIBC_TUNABLES'], *sys.argv[1:])"
+    command = [sys.executable, "-c", code, "--mesh", "8"]
+    for setting, begins in ((None, 2), ("glibc.malloc.perturb=0", 1)):
+        if setting:
+            monkeypatch.setenv("GLIBC_TUNABLES", setting)
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        *processes, words = told.splitlines()
+        assert len(processes) == begins and len(set(processes)) == 1
+        assert words == f"{setting or 'glibc.malloc.hugetlb=1'} --mesh 8"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Adapters: the algebra of A and B."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -72,12 +71,15 @@ def test_folded_layer_equals_its_branch(monkeypatch):
 
 @pytest.mark.parametrize(("into", "out"), [((24,), (40,)), ((3, 8), (40,)), ((24,), (2, 20))])
 def test_derivative_of_a_product_is_that_of_autodiff(into, out):
-    """The hand-written derivative by x and by W, over any number of axes, is autodiff's."""
-    x, w = filled(jnp.zeros((5, 7, *into))), filled(jnp.zeros((*into, *out)), 1)
-    ours = partial(contract, n=len(into), axes=(None,) * w.ndim)
+    """The hand-written derivative by x, W and bias, over any number of axes, is autodiff's."""
+    shapes = (5, 7, *into), (*into, *out), out
+    args = [filled(jnp.zeros(shape), i) for i, shape in enumerate(shapes)]
+    n, axes = len(into), (None,) * len(into + out)
+    ours = lambda x, w, bias: contract(x, w, bias, n, axes)  # noqa: E731
+    plain = lambda x, w, bias: jnp.tensordot(x, w, n) + bias  # noqa: E731
     gradients = [
-        jax.grad(lambda x, w: jnp.sin(product(x, w)).sum(), (0, 1))(x, w)  # noqa: B023
-        for product in (ours, partial(jnp.tensordot, axes=len(into)))
+        jax.grad(lambda *args: jnp.sin(product(*args)).sum(), (0, 1, 2))(*args)  # noqa: B023
+        for product in (ours, plain)
     ]
     for ours, theirs in zip(*gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)

@@ -163,12 +163,15 @@ def add_model_flags(parser, read_adapter=file_and_scale):
     add("--mesh", help="8, or data=2,fsdp=2,tensor=2 (default: all accelerators, or one CPU)")
 
 
-def run(main):
-    """Run main(argv) and end the process with what `exit_code` says.
+def run(main, huge_pages=False):
+    """Run main(argv), on `huge_pages` of memory where that pays, and end the process with what
+    `exit_code` says.
 
     It ends at once, without the interpreter's tear-down: XLA's threads may still be at work, and
     would crash in it.
     """
+    if huge_pages:
+        use_huge_pages()
     guard_streams()
     watch_signals()
     # Transformers says at import that torch is missing, which is as intended.
@@ -183,10 +186,22 @@ def run(main):
     leave(code)
 
 
+def use_huge_pages():
+    """Start this process anew with a C library (glibc 2.35 or later) that asks Linux for huge
+    pages: it is told so by its environment only, unless that holds settings of it already.
+
+    At each call of a program XLA takes memory from it for what is between, and gives it back; of
+    small pages a step of mini's touches ninety thousand anew, which takes a third of its time.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def run_command():
     """`run` of the module that a console command is named after: vcloze-sample, vcloze-train …"""
     name = Path(sys.argv[0]).stem.removeprefix("vcloze-")
-    run(import_module(f"vcloze_jax.{name}").main)
+    run(import_module(f"vcloze_jax.{name}").main, huge_pages=name == "train")
 
 
 def name_command(name):

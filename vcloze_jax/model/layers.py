@@ -23,7 +23,7 @@ def uniform(key, shape, bound):
 
 
 class Dense(nnx.Module):
-    """y = x W + bias + (x A) B + b_B, with the LoRA branch (A, B, b_B) only where rank > 0.
+    """y = x W + (bias + b_B) + (x A) B, with the LoRA branch (A, B, b_B) only where rank > 0.
 
     Inputs and outputs may have several axes, as heads do: W [*into, *out], A [*into, R],
     B [R, *out]. `split` says where weights and output are on a mesh while the layer computes: left
@@ -52,18 +52,17 @@ class Dense(nnx.Module):
         """x [..., *into] -> [..., *out]."""
         inputs, outputs, batch = self.split
         kernel, n = self.kernel[...], len(inputs)
+        bias = None if self.bias is None else self.bias[...]
+        if self.rank:
+            bias = bias + self.lora_bias
         folds = self.rank and self.folding_is_cheaper(x.dtype)
         if folds:
             a = placed(self.lora_a[...], *inputs, None)
-            kernel = kernel + contract(a, self.lora_b[...], 1, (None, *outputs))
-        y = contract(x, kernel, n, (*inputs, *outputs))
-        if self.bias is not None:
-            y = y + self.bias.astype(x.dtype)
+            kernel = kernel + contract(a, self.lora_b[...], None, 1, (None, *outputs))
+        y = contract(x, kernel, bias, n, (*inputs, *outputs))
         if self.rank and not folds:
-            h = contract(x, self.lora_a[...], n, (*inputs, None))  # ... R
-            y = y + contract(h, self.lora_b[...], 1, (None, *outputs))
-        if self.rank:  # not the bias but the sum is cast: so its gradient is summed in float32
-            y = (y + self.lora_bias).astype(x.dtype)
+            h = contract(x, self.lora_a[...], None, n, (*inputs, None))  # ... R
+            y = y + contract(h, self.lora_b[...], None, 1, (None, *outputs))
         y = placed(y, *batch, *[None] * (y.ndim - 1 - len(outputs)), *outputs)
         return checkpoint_name(y, KEPT)
 
@@ -74,28 +73,31 @@ class Dense(nnx.Module):
         return dtype == jnp.float32 and 3 * self.rank * (inputs + outputs) > inputs * outputs
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def contract(x, w, n, axes):
-    """x [..., *into] times w [*into, *out], n axes of each -> [..., *out]; w is cast to the dtype
-    of x, and then lies over those `axes` of the mesh.
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def contract(x, w, bias, n, axes):
+    """x [..., *into] times w [*into, *out], n axes of each, plus bias [*out], or None ->
+    [..., *out], in the dtype of x; w then lies over those `axes` of the mesh.
 
-    The gradient of w is a sum in float32, over tokens and devices: autodiff would round it, and
-    copy it, transposed, which takes a third of mini's step on a CPU.
+    Gradients of w and bias are sums in float32, over tokens and devices; autodiff would round them.
+    They are products that XLA's CPU backend takes as they lie: others it copies, sums are slow.
     """
-    return contract_forward(x, w, n, axes)[0]
+    return contract_forward(x, w, bias, n, axes)[0]
 
 
-def contract_forward(x, w, n, axes):
-    return jnp.tensordot(x, placed(w.astype(x.dtype), *axes), n), (x, w)
+def contract_forward(x, w, bias, n, axes):
+    y = jnp.tensordot(x, placed(w.astype(x.dtype), *axes), n)
+    return y if bias is None else y + bias.astype(x.dtype), (x, w, bias)
 
 
 def contract_backward(n, axes, saved, dy):
-    x, w = saved
-    tokens, out = tuple(range(x.ndim - n)), tuple(range(n - w.ndim, 0))
-    dw = jnp.tensordot(x, dy, (tokens, tokens), preferred_element_type=jnp.float32)
-    at_work = placed(w.astype(x.dtype), *axes)
+    x, w, bias = saved
+    at_work, out = placed(w.astype(x.dtype), *axes), tuple(range(n - w.ndim, 0))
     dx = jnp.tensordot(dy, at_work, (out, tuple(range(n, w.ndim))))
-    return dx, placed(dw, *axes).astype(w.dtype)
+    x, dy = x.reshape(-1, *w.shape[:n]), dy.reshape(-1, *w.shape[n:])
+    by_tokens = partial(jnp.tensordot, axes=(0, 0), preferred_element_type=jnp.float32)
+    dw = by_tokens(x, dy) if n == 1 else jnp.moveaxis(by_tokens(dy, x), 0, -1)
+    db = None if bias is None else by_tokens(jnp.ones(len(dy), dy.dtype), dy).astype(bias.dtype)
+    return dx, placed(dw, *axes).astype(w.dtype), db
 
 
 contract.defvjp(contract_forward, contract_backward)
@@ -132,8 +134,7 @@ class Stream(nnx.Module):
         for name in mods:
             setattr(self, name, Dense(c.width, 6 * c.width, split=VECTOR, std=0.0, **dense))
         self.qkv = Dense(c.width, (3, *heads), split=TO_HEADS, **dense)
-        self.q_norm = RMSNorm(c.head_dim)
-        self.k_norm = RMSNorm(c.head_dim)
+        self.q_norm, self.k_norm = RMSNorm(c.head_dim), RMSNorm(c.head_dim)
         self.proj = Dense(heads, c.width, split=OF_HEADS, **dense)
         self.mlp_in = Dense(c.width, c.mlp_ratio * c.width, split=COLUMNS, **dense)
         self.mlp_out = Dense(c.mlp_ratio * c.width, c.width, split=ROWS, **dense)
@@ -180,8 +181,7 @@ class SingleBlock(nnx.Module):
             setattr(self, name, Dense(c.width, 3 * c.width, split=VECTOR, std=0.0, **dense))
         self.linear1 = Dense(c.width, (3 + c.mlp_ratio, *heads), split=TO_HEADS, **dense)
         self.linear2 = Dense((1 + c.mlp_ratio, *heads), c.width, split=OF_PARTS, **dense)
-        self.q_norm = RMSNorm(c.head_dim)
-        self.k_norm = RMSNorm(c.head_dim)
+        self.q_norm, self.k_norm = RMSNorm(c.head_dim), RMSNorm(c.head_dim)
 
     def __call__(self, x, mod, pe, seen=()):
         """x [B, L, D], mod [B, 3D] -> [B, L, D]."""
