@@ -3,22 +3,25 @@
     pip install '.[parity]'
     python benchmarks/cpu.py                  # 82 M parameters, 704 tokens, one thread
     python benchmarks/cpu.py --small --rounds 1
-    python benchmarks/cpu.py --plot growth.png
+    python benchmarks/cpu.py --plot growth.png  # five sizes: a table, and a plot
 
 Ours writes a weights folder, which diffusers loads; each framework has processes of its own, in
 turns, and what counts is the least CPU time of a call: with one thread on one core it holds within
 a few per cent under load. (With more threads give it a quiet machine: torch's spin.) Beside the
 ratios stand both rates of a matrix product of 2048², since these depend on the maker of the CPU and
-the ratios follow them.
+the ratios follow them; above the table, what was measured, where and when.
 """
 
 import argparse
+import datetime
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +132,19 @@ def theirs(folder, case, repeats):
     tell("diffusers", "product", measure(multiply, repeats), 2 * 2048**3)
 
 
+def origin(threads):
+    """What is measured, where and when: one line above the table."""
+    describe = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
+    names = [f"commit {done.stdout.strip() or 'unknown'}"]
+    names += [f"{name} {version(name)}" for name in ("jax", "torch", "diffusers", "peft")]
+    with open("/proc/cpuinfo") as file:
+        models = [line.partition(": ")[2].strip() for line in file if line.startswith("model name")]
+    cpu, load = (models or [platform.machine()])[0], os.getloadavg()[0]
+    names += [f"{threads} of {os.cpu_count()} cores of {cpu}, load {load:.1f} at the start"]
+    return ", ".join([*names, f"{datetime.date.today()}"])
+
+
 def compare(case, args):
     """{what: (ours, theirs)} in milliseconds of CPU time, the least of all rounds."""
     found = {}
@@ -198,6 +214,7 @@ def main():
         if who == "write":
             return write(Path(folder), case)
         return (ours if who == "ours" else theirs)(Path(folder), case, args.repeats)
+    print(origin(args.threads), end="\n\n", flush=True)
     names = "tokens x batch", "forward, ms: ours", "diffusers", "ratio", "gradient, ms: ours"
     names += "diffusers + peft", "ratio", "product of 2048², GFLOP/s: XLA / torch"
     print("|", " | ".join(names), "|\n|" + "---|" * len(names))
