@@ -129,11 +129,13 @@ class RunWriter:
 
     def preview(self):
         """Paint what is learnt, beside the base and the truth; measure it on held-out grids."""
-        columns, step = {}, self.trainer.step
-        if self.trainer.recipe.rank:
+        columns, step, recipe = {}, self.trainer.step, self.trainer.recipe
+        if recipe.rank:
             self.bases = self.bases or self.paint(base_models(self.trainer))
-            columns["base" if self.trainer.recipe.lora else "before"] = self.bases
-        columns[f"after {step} steps"] = self.paint(self.trainer.models())
+            columns["base" if recipe.lora else "before"] = self.bases
+        does_nothing = step == 0 and recipe.rank and not recipe.lora  # yet: an adapter begins so
+        painted = self.bases if does_nothing else self.paint(self.trainer.models())
+        columns[f"after {step} steps"] = painted
         if self.stopped():
             return
         loss, effect = self.validate()
@@ -150,7 +152,7 @@ class RunWriter:
         self.held_out.write(record)
         tell_listeners("validation", record)
         draw_curves(self.run.metrics, self.run.validation, self.run.curves)
-        if self.trainer.recipe.rank and step >= PATIENCE and effect < SILENT:
+        if recipe.rank and step >= PATIENCE and effect < SILENT:
             self.bar.write(
                 f"warning: after {step} steps the adapter changes velocities by {effect:.1e} of "
                 "their size; is --lr too low?"
