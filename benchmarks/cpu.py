@@ -186,9 +186,11 @@ def plot(file, case, args):
                 times = [1e-3 * found[what][i] for found in chosen.values()]
                 axis.plot(at, times, dashes, color=colour, marker="o", label=f"{who}, {what}")
         axis.set(xlabel=label, xscale="log", yscale="log")
+        axis.set_xticks(at, map(str, at))
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("seconds of CPU time")
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     figure.savefig(file, dpi=150)
 
 
