@@ -118,7 +118,8 @@ def report(name, programs):
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             reason = re.search(r"Used [\d.]+\w+ of [\d.]+\w+ \w+", str(error))
-            print(f"  {name}: refused: {reason[0] if reason else str(error).splitlines()[0]}")
+            reason = reason[0] if reason else " ".join(str(error).split()[:60])
+            print(f"  {name}: refused: {reason}")
             return False
     seconds = time.perf_counter() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
