@@ -224,7 +224,8 @@ def save_bytes(path: str | Path, content: bytes) -> None:
 def check_no_address(folder: Path, flag: str = "--out") -> None:
     """Raise UserError for an address, which would be made a folder of that name: what is written
     is renamed when it is whole, and that a bucket cannot."""
-    if URL.search(f"{folder}/") and not folder.exists():
+    is_address = URL.match(f"{folder}/") or URL.search(str(folder))  # also one that became absolute
+    if is_address and not folder.exists():
         known = "a disk, NFS, Lustre, Filestore; no bucket"
         raise UserError(f"{flag} {folder}: an address, not a path; name a folder here ({known})")
 

@@ -3,6 +3,7 @@
 A prompt that was read once needs no text encoder, nor its 10 GB.
 """
 
+import gc
 import os
 from collections import Counter
 from contextlib import suppress
@@ -62,6 +63,9 @@ class TextReader:
                 if self.cache is not None:
                     self.cache.write(ids, embeddings)
             texts[prompt] = Text(*embeddings, unread, seconds)
+        if encoders:
+            del encoders
+            gc.collect()  # they refer to themselves: 10 GB, in the way of what is loaded next
         return texts
 
 
