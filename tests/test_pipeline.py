@@ -190,8 +190,8 @@ def test_unknown_characters(folder, tmp_path, capsys):
 
 
 def test_text_encoders_go_first(folder, monkeypatch, tmp_path):
-    """No text encoder is on a device when the next model is loaded, whether or not Python has looked
-    for what nobody holds; a prompt that is remembered needs none at all, and gives the same picture.
+    """No text encoder is on a device when the next model is loaded, whether or not Python has
+    looked for what nobody holds; a prompt that is remembered needs none and gives the same picture.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     embed = tiny.TINY.t5.vocab, tiny.TINY.t5.width
