@@ -70,9 +70,10 @@ def parse(argv):
     add("--keep-all", action="store_true", help="as without remat, but in loops: the control")
     add("--small", action="store_true", help="a tiny model of the same topology")
     args = parser.parse_args(argv)
-    others = args.grid, args.resolution, args.per_chip, args.rank, args.small
-    if any(map(is_gpu, args.topologies)) and others != ("3x3", 384, 1, 256, False):
-        parser.error("of GPUs one grid of 3x3 cells of 384 was measured, at rank 256")
+    others = args.grid, args.resolution, args.per_chip, args.rank, args.small, args.keep_all
+    if any(map(is_gpu, args.topologies)):
+        if others != ("3x3", 384, 1, 256, False, False) or args.remat not in MEASURED:
+            parser.error("of GPUs one grid of 3x3 cells of 384 was measured, at rank 256")
     return args
 
 

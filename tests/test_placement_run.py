@@ -130,22 +130,23 @@ def test_a_base_says_its_placement(tmp_path):
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_each_has_a_base_that_is_shipped(tmp_path, monkeypatch, capsys, placement):
-    """Who names no weights trains, and paints with an adapter that says its placement, on the
-    shipped base that reads what it makes of grids."""
+    """Who names no weights trains, and paints with an adapter that says its placement, also one of
+    a bank, on the shipped base that reads what it makes of grids."""
     monkeypatch.chdir(tmp_path)
     assert train.main(["--placement", placement, "--check", "--out", "run"]) == 0
     base = places.shipped_weights(placement)
     assert f"weights: {base}: " in capsys.readouterr().out
     flux = weights.checked_grid_preset(base, PLACEMENTS[placement]).flux
     file = adapter(tmp_path, PLACEMENTS[placement], flux)
-    assert load_painter(None, [file], None).models.folder == base
+    for lora in (f"{file}", f"maps={file}"):
+        assert load_painter(None, [lora], None).models.folder == base
 
 
 def test_shipped_bases_share_all_but_the_mmdit():
     """mini_clean is mini, but for its MMDiT and the placement that it was trained in."""
     mini, clean = (
         {file.relative_to(folder): file for file in folder.rglob("*") if file.is_file()}
-        for folder in places.SHIPPED
+        for folder in places.MINIS
     )
     assert {f"{name}" for name in mini.keys() - clean.keys()} == {"README.md", "lora.safetensors"}
     unlike = {name for name, file in clean.items() if file.read_bytes() != mini[name].read_bytes()}

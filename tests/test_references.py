@@ -126,14 +126,17 @@ def test_a_step_is_less_work():
 
 @pytest.mark.slow
 def test_it_is_planned(monkeypatch):
-    """A plan tells what is done once, and what a step is."""
+    """A plan tells what is done once, what a step is, and what is kept between."""
     for name in ("flux_temporaries", "temporaries"):  # which are compiled for
         monkeypatch.setattr(plan, name, lambda *_: 0)
     small = replace(SMALL, flux=replace(SMALL.flux, placement=KLEIN))
-    first, *_ = plan.sampling(small, SPECS[:1], MESH).splitlines()
+    first, *rest = plan.sampling(small, SPECS[:1], MESH).splitlines()
     once, step = references.parts_flops(small, 32, (16, 16))
     told = f"{plan.si(once, 'FLOP')} once, 3 steps of {plan.si(step, 'FLOP')}"
     assert first.endswith(f"8 image + 96 text tokens, bucket 32, {told}")
+    layers = small.flux.double_blocks + small.flux.single_blocks
+    kept = plan.si(2 * 16 * layers * small.flux.width * 4, "B")
+    assert any(f"activations {kept}" in line for line in rest)
 
 
 @pytest.mark.parametrize("tokens", [(6, 10), (7, 10), (6, 11)])

@@ -33,6 +33,7 @@ from vcloze_jax.inputs.spec import read_spec
 from vcloze_jax.inputs.specfiles import check_picked, output_names, read_specs
 from vcloze_jax.inputs.world import describe_unlike_mini
 from vcloze_jax.painter import Canvas, Painter
+from vcloze_jax.placement import FILL
 from vcloze_jax.programs import tally, timed
 from vcloze_jax.references import choose_painter, part_sizes
 from vcloze_jax.storage import adapters, places, weights
@@ -233,7 +234,10 @@ def load_painter(named, lora, mesh, offload=False):
         raise UserError(
             "--offload: one host's memory is meant; of several, --mesh splits the MMDiT"
         )
-    files = {Path(file): None for pairs in (loras, *bank.values()) for file, _ in pairs}
+    banked = [Path(file) for pairs in bank.values() for file, _ in pairs]
+    if not (named or common) and adapters.agreed_placement(banked) not in (None, FILL):
+        loras = []  # mini's own is for FILL
+    files = dict.fromkeys([*(Path(file) for file, _ in loras), *banked])
     placement = adapters.agreed_placement([*files])
     if placement and not named:
         folder = places.shipped_weights(placement.name)
@@ -270,7 +274,7 @@ def describe(canvas, painter):
     grid = spec.grid
     preset = painter.preset
     models = painter.models
-    is_mini = models.folder in places.SHIPPED
+    is_mini = models.folder in places.MINIS
     record = {
         "spec": spec.resolved,
         "prompt": spec.prompt,
@@ -290,7 +294,7 @@ def describe(canvas, painter):
 
 
 def describe_pass(canvas, preset):
-    """Tokens, what was not read of the prompt, and seconds of one pass."""
+    """Tokens, what was not read of the prompt, and seconds of one pass, of this host."""
     tokens = canvas.spec.grid.tokens
     sizes = dict(image=tokens, text=len(canvas.txt), bucket=bucket(tokens, preset.resolution))
     moving, once = part_sizes(canvas.spec.grid, preset)

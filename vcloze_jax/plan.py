@@ -24,7 +24,7 @@ from vcloze_jax.model.vae import VAE
 from vcloze_jax.painter import BATCH_TOKENS
 from vcloze_jax.pipeline import Pipeline
 from vcloze_jax.placement import TARGET
-from vcloze_jax.references import part_sizes, parts_flops
+from vcloze_jax.references import kept_bytes, part_sizes, parts_flops
 from vcloze_jax.sharding import batch_sharding, compute_dtype, count_shards, shardings
 from vcloze_jax.storage.weights import MODULES, abstract
 
@@ -69,12 +69,13 @@ def sampling(preset, specs, mesh, device=None, offload=False):
     which need not be here; with the MMDiT's blocks in host memory, if `offload` says so."""
     dtype, compiled, share = precision(mesh, device)
     shards = count_shards(mesh)
-    lines, counts, pictures, total = [], Counter(), set(), 0
+    lines, counts, pictures, total, given = [], Counter(), set(), 0, 0
     for name, tokens, steps, rows, parts in passes(preset, specs):
         padded = bucket(tokens, preset.resolution)
         once, forward = 0, flux_flops(preset, padded)
         if parts[1]:
             once, forward = parts_flops(preset, padded, parts)
+            given = max(given, parts[1])
         size = f"{tokens} image + {preset.t5.max_length} text tokens, bucket {padded}"
         first = f"{si(once, 'FLOP')} once, " if once else ""
         lines.append(f"{name}: {size}, {first}{steps} steps of {si(forward, 'FLOP')}")
@@ -94,12 +95,13 @@ def sampling(preset, specs, mesh, device=None, offload=False):
     step = max(flux_temporaries(preset, *batch, mesh, compiled) for batch in batches)
     picture = max(temporaries(lower_vae(preset, *call, compiled)) for call in pictures)
     weights = weights_on_device(preset, MODULES, mesh, dtype)
+    kept = max(size for size, _ in batches) // shards * kept_bytes(preset, given, dtype)
     if offload:
         weights["flux"] = offloaded_on_device(preset, mesh, dtype)
     texts = {name: weights.pop(name) for name in ("t5", "clip")}
     stages = {
         "reading": texts,
-        "painting": weights | {"activations": step // share},
+        "painting": weights | {"activations": step // share + kept},
         "decoding": weights | {"activations": picture // share},
     }
     remedies = REMEDIES | ({} if offload else {"flux": f"--offload, or {MESH}"})

@@ -3,7 +3,8 @@ values are the same at all Euler steps. They are computed before the first one, 
 the MMDiT of its own tokens alone, which see them, too.
 
 It is exact, and for sampling alone: training, which knows no second step, asks of all tokens under
-a mask. FLUX.2's klein does it, by other code for each of its attentions
+a mask. On accelerators steps say which keys are real by a mask, too: on a GPU that is a bias, on a
+TPU it takes the formula. FLUX.2's klein does it, by other code for each of its attentions
 (huggingface/diffusers:src/diffusers/models/transformers/transformer_flux2.py, Flux2KVCache).
 """
 
@@ -163,6 +164,12 @@ def parts_flops(preset, tokens, sizes):
     once = jax.jit(prepare_parts, static_argnums=3).lower(flux, x, context, sizes)
     step = jax.jit(prepared_velocity).lower(flux, x, mod, once.out_info)
     return once.cost_analysis()["flops"], step.cost_analysis()["flops"]
+
+
+def kept_bytes(preset, tokens, dtype):
+    """Of one grid: the keys and values that all layers have of so many tokens of references."""
+    layers = preset.flux.double_blocks + preset.flux.single_blocks
+    return 2 * layers * tokens * preset.flux.width * jnp.dtype(dtype).itemsize
 
 
 class OncePainter(Painter):

@@ -27,7 +27,7 @@ from vcloze_jax.references import choose_painter
 from vcloze_jax.step import merge_models, purpose_key
 from vcloze_jax.storage import checkpoint
 from vcloze_jax.storage.models import ready_export
-from vcloze_jax.storage.places import SHIPPED
+from vcloze_jax.storage.places import MINIS
 from vcloze_jax.storage.textreader import TextMemory, TextReader
 from vcloze_jax.validation import Validation
 from vcloze_jax.watchers import Profile, tell_tensorboard
@@ -98,7 +98,7 @@ class RunWriter:
             self.preview()
         else:
             self.rehearse()
-        if self.folder in SHIPPED:
+        if self.folder in MINIS:
             for sentence in filter(None, dict.fromkeys(map(describe_unlike_mini, self.specs))):
                 print(f"warning: {sentence}")
         print(

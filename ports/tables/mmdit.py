@@ -3,8 +3,8 @@
 Sources: black-forest-labs/flux:src/flux/model.py and modules/layers.py;
 huggingface/diffusers:src/diffusers/models/transformers/transformer_flux.py and
 scripts/convert_flux_to_diffusers.py (which also shows the swapped halves of the last modulation).
-Of cond_in and cond_mod, of placements (vcloze_jax/placement.py), nobody has published any: these
-names are ours.
+Of cond_in and cond_mod, of placements (vcloze_jax/inputs/papers.py), nobody has published any:
+these names are ours.
 """
 
 from vcloze_jax.ports.tables import Joining, Part, Swapped, Table, nest_rows, take_column

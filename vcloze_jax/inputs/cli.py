@@ -193,9 +193,15 @@ def use_huge_pages():
     At each call of a program XLA takes memory from it for what is between, and gives it back; of
     small pages a step of mini's touches ninety thousand anew, which takes a third of its time.
     """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    words = sys.orig_argv[1:]
+    if (
+        sys.platform == "linux"
+        and "GLIBC_TUNABLES" not in os.environ
+        and words[:1] not in ([], ["-"])
+    ):
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        with suppress(OSError):  # then pages are small
+            os.execv(sys.executable, [sys.executable, *words])
 
 
 def run_command():

@@ -55,7 +55,7 @@ class Dense(nnx.Module):
         kernel, n = self.kernel[...], len(inputs)
         bias = None if self.bias is None else self.bias[...]
         if self.rank:
-            bias = bias + self.lora_bias
+            bias = self.lora_bias[...] if bias is None else bias + self.lora_bias
         folds = self.rank and self.folding_is_cheaper(x.dtype)
         if folds:
             a = placed(self.lora_a[...], *inputs, None)
@@ -92,6 +92,7 @@ def contract_forward(x, w, bias, n, axes):
 
 def contract_backward(n, axes, saved, dy):
     x, w, bias = saved
+    assert n == 1 or w.ndim == n + 1
     at_work, out = placed(w.astype(x.dtype), *axes), tuple(range(n - w.ndim, 0))
     dx = jnp.tensordot(dy, at_work, (out, tuple(range(n, w.ndim))))
     x, dy = x.reshape(-1, *w.shape[:n]), dy.reshape(-1, *w.shape[n:])

@@ -16,7 +16,7 @@ The parts:
     looks      where the painted tokens look (and looks.csv); which demonstration is followed
     tables     the paper's Tables 1 to 3: of emoji, or with --data-dir of Graph200K's test items
     ablations  short trainings that differ in one choice (--quick leaves them out)
-    placements the same task learnt on a canvas, and from clean cells in three ways (likewise)
+    placements the same task learnt in every way to place cells (likewise)
 
 Subjects are held out, seeds fixed: the same command gives the same bytes.
 """

@@ -1,4 +1,4 @@
-"""All ways to place the cells of a grid (vcloze_jax/placement.py), learnt alike: the paper's
+"""All ways to place the cells of a grid (vcloze_jax/inputs/papers.py), learnt alike: the paper's
 comparison of FLUX.1-Fill with FLUX.1-dev (appendix B, Fig. 14) in miniature, and others beside.
 
 Runs are kept as those of ablations are, in the report's placements/NAME.
