@@ -29,10 +29,8 @@ from vcloze_jax.sharding import batch_sharding, compute_dtype, count_shards, sha
 from vcloze_jax.storage.weights import MODULES, abstract
 
 MESH = "a larger --mesh: its fsdp axis splits weights and state"
-REMEDIES = {
+REMEDIES = dict.fromkeys(("its gradients", "its moments"), f"a lower --rank, or {MESH}") | {
     "activations": "a larger --mesh, a lower resolution, fewer cells, in training --remat full",
-    "its gradients": f"a lower --rank, or {MESH}",
-    "its moments": f"a lower --rank, or {MESH}",
 }
 
 # Dense bfloat16 FLOP/s by device_kind, summed in float32, from the vendors' data sheets. Of cards
@@ -65,8 +63,8 @@ def describe_sampling(args, preset, specs):
 
 
 def sampling(preset, specs, mesh, device=None, offload=False):
-    """What painting specs costs, as text; on accelerators of so many bytes, if `device` says so,
-    which need not be here; with the MMDiT's blocks in host memory, if `offload` says so."""
+    """What painting specs costs, as text; on accelerators of `device` bytes, which need not be
+    here, or on those that are; with `offload` the MMDiT's blocks wait in host memory."""
     dtype, compiled, share = precision(mesh, device)
     shards = count_shards(mesh)
     lines, counts, pictures, total, given = [], Counter(), set(), 0, 0
