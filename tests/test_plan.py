@@ -16,6 +16,7 @@ from vcloze_jax import plan
 from vcloze_jax.config import FLUX_FILL, MINI
 from vcloze_jax.data.sources import Shape
 from vcloze_jax.devices import make_mesh, parse_mesh
+from vcloze_jax.grid import Grid
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.vae import VAE
 from vcloze_jax.storage import weights
@@ -165,7 +166,9 @@ def test_full_size():
     and the activations of one grid."""
     mesh = make_mesh(parse_mesh("8"))
     up = SimpleNamespace(num_inference_steps=30, strength=0.4, tokens=4096, height=1024, width=1024)
-    grid = SimpleNamespace(tokens=5184, shape=((384, 1152),) * 3, targets=[0])
+    mask = np.zeros((3, 3, 1, 1), bool)
+    mask[-1, 0] = True
+    grid = Grid.from_cells(np.zeros((3, 3, 384, 384, 3), np.uint8), mask)
     spec = SimpleNamespace(name="fox", grid=grid, num_inference_steps=30, upsampling=up)
     text = plan.sampling(FLUX_FILL, [spec], mesh)
     assert "fox: 5184 image + 512 text tokens, bucket 5760, 30 steps of 109 TFLOP" in text
