@@ -37,7 +37,7 @@ def main(argv):
     with hosts.agreed():
         run.compare(recipe)  # again: who of several hosts writes is known now
         folder = Path(cli.fetch_weights(args) or places.shipped_weights(recipe.placement))
-        recipe = replace(recipe, micro_batch=micro_size(recipe, mesh))
+        recipe = replace(recipe, micro_batch=micro_size(recipe, mesh))  # of a group
         preset = models.checked_training_preset(folder, recipe)
         origins = models.describe_origins(folder, preset, source.digest(), mesh)
         run.compare_origins(recipe, origins, args.accept)

@@ -4,8 +4,8 @@ Text, positions, blanking and the velocity are the same for training and samplin
 the mean of a picture's posterior, training a draw from it. A token stands for 16 x 16 pixels: the
 autoencoder makes 16 channels of each 8 x 8, `pack` puts 2 x 2 of these into 64 channels, and a mask
 of them becomes 256 (`pack_mask`). `rope_table` has the angles of a token's position, three numbers.
-In the paper's Placement every token is noisy, its condition beside it: none is `clean`, and nobody
-asks for segments.
+In FILL, the paper's Placement, every token is noisy, its condition beside it: none is `clean`, and
+the MMDiT asks for no segments.
 """
 
 from typing import NamedTuple
@@ -160,7 +160,8 @@ def segment_table(grids, placement, size):
 def position_table(grids, config, text_tokens, size):
     """RoPE tables of text and image tokens, padded to `size`: float32 [B, T + size, 1, K/2].
 
-    Text stands at (0, 0, 0); so does padding, which nobody attends to.
+    Text stands at (0, 0, 0), its own padding too, which is seen, as in FLUX; so does padding after
+    the image tokens, which nobody attends to.
     """
     ids = np.zeros((len(grids), text_tokens + size, 3), np.float32)
     for of_grid, grid in zip(ids, grids, strict=True):

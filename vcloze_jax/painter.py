@@ -69,7 +69,7 @@ class Painter:
         self.preset, self.models, self.read_texts, self.mesh = preset, models, read_texts, mesh
         self.timed, self.shards = timed, sharding.count_shards(mesh)
         self.alone = Mesh(np.reshape(mesh.local_devices[0], (1, 1, 1, 1)), mesh.axis_names)
-        self.dtype = dtype = sharding.compute_dtype(mesh)
+        self.dtype = dtype = sharding.compute_dtype(mesh)  # on CPUs float32
         self.encode_condition = jax.jit(partial(conditioning.encode_condition, dtype=dtype))
         self.encode_picture = jax.jit(partial(conditioning.encode_picture, dtype=dtype))
         self.modulate_steps = jax.jit(modulate_steps)

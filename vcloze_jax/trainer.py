@@ -32,8 +32,8 @@ class Trainer:
     """What is learnt: its State on the mesh, and the programs that change it.
 
     `parts` is (graphdefs, trainable, frozen) by model, the trees pure dicts. With a rank only flux
-    is trainable, its lora_a, lora_b and lora_bias; the base, flux too, is frozen. `step` counts the
-    steps sent.
+    is trainable, its lora_a, lora_b and lora_bias; the base, flux too, is frozen, and has no other
+    adapter in it. `step` counts the steps sent.
     """
 
     def __init__(self, parts, preset, tokenizers, mesh, masks_every_row=False):
@@ -81,8 +81,9 @@ class Trainer:
         return self.program("encode", shape, *args)(*args)
 
     def send(self, groups, stopped=lambda: False):
-        """Send the next optimizer step to the devices -> Sent; None if `stopped()` between two
-        micro-batches: the part that was done is lost, and the Trainer sends no more."""
+        """Send the next optimizer step to the devices -> Sent: batch / group groups of grids, those
+        of one of one shape, each in micro-batches that divide it. None if `stopped()` between two:
+        the part that was done is lost, and the Trainer sends no more."""
         start, recipe = time.perf_counter(), self.recipe
         key, shapes, told = step.purpose_key(recipe.seed, "draws"), [], []
         for first in range(self.step * recipe.batch, (self.step + 1) * recipe.batch, recipe.group):
