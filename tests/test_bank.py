@@ -1,8 +1,10 @@
 """A bank of adapters: each spec picks one by name, and is painted as if it were alone."""
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -50,6 +52,26 @@ def test_each_is_painted_by_its_own(folder):
     assert f"maps: {files['maps']}\n" in bank.summary()
     again = bank(spec()["image"], resolution=32, num_inference_steps=2, adapter="maps")
     np.testing.assert_array_equal(again.latents, painted[2].latents)
+
+
+def test_one_base_at_a_time(folder):
+    """None lies beside another while an adapter is folded in or another one is picked, whether or
+    not Python has looked for what nobody holds."""
+    files = [f"{name}={folder / name}.safetensors" for name in NAMES]
+    models = Pipeline.load(folder / "weights", files).painter.models
+    _, _, base = weights.abstract(weights.Flux, tiny.TINY.flux)
+    kernel = base["single"]["linear1"]["kernel"].shape
+    count = lambda: sum(x.shape == kernel for x in jax.live_arrays())  # noqa: E731
+    gc.collect()
+    before = count()
+    gc.disable()
+    try:
+        for name in NAMES:
+            models.select(name)
+            assert count() == before
+            assert models.flux and count() == before + 1
+    finally:
+        gc.enable()
 
 
 def test_names_are_known_before_anything_is_loaded(folder, tmp_path):

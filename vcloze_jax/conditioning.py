@@ -138,8 +138,7 @@ def encode_each(vae, pictures):
 
 def enter(x, condition, segments, placement):
     """Noisy tokens x [..., S, 64] and condition [..., S, 320] as they enter: what is clean is its
-    own latent, and without a canvas there are no channels beside it.
-    FILL leaves both as they are."""
+    own latent, and without a canvas there are no channels beside it. FILL leaves both alone."""
     if any(placement.clean):
         x = put_clean(x, condition[..., : x.shape[-1]], segments, placement)
     return x, condition[..., : placement.channels - x.shape[-1]]

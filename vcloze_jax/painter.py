@@ -169,12 +169,14 @@ class Painter:
             x, times, context = self.stack(batch, size)
             mods = self.modulate_steps(flux, times, context)
             context = self.prepare(batch, flux, x, context)
+            told = watch and sharding.on_host(x)
             for i in steps:
                 mod, t, t_next = self.select_step(mods, times, i)
                 before, x = x, self.euler_step(flux, x, mod, context, t, t_next)
                 before.block_until_ready()  # the bar counts what is done, while the next runs
                 if watch:
-                    watch(members, i, *sharding.on_host((before, x)))
+                    last, told = told, sharding.on_host(x)
+                    watch(members, i, last, told)
             x.block_until_ready()
         for canvas, latents in zip(members, sharding.on_host(x), strict=False):
             canvas.latents = latents[: canvas.spec.grid.tokens]

@@ -2,6 +2,7 @@
 training, split into what is learnt and what is frozen.
 """
 
+import gc
 import shutil
 from dataclasses import replace
 from functools import cached_property, partial
@@ -50,6 +51,7 @@ class LazyModels:
         """Paint with the adapters of this name, or None, those without."""
         if name != self.selected:
             self.__dict__.pop("flux", None)
+            gc.collect()  # of which nnx.merge, too, holds all leaves in a cycle
             self.selected = name
 
     @cached_property
@@ -60,7 +62,8 @@ class LazyModels:
         how = self.preset, self.folder, compute_dtype(self.mesh), mesh
         graphdef, state = nnx.split(load_model("flux", *how))
         tree = nnx.to_pure_dict(state)
-        del state  # or the weights before the folding would be held till its end
+        del state
+        gc.collect()  # or a cycle of nnx.merge's held the weights before the folding till its end
         for file, scale in self.loras:
             fold(tree, put(adapters.load(file, self.preset.flux), mesh, "flux/"), scale)
         return nnx.merge(graphdef, move_offloaded(tree, self.mesh) if self.offload else tree)

@@ -65,7 +65,7 @@ class TextReader:
             texts[prompt] = Text(*embeddings, unread, seconds)
         if encoders:
             del encoders
-            gc.collect()  # they refer to themselves: 10 GB, in the way of what is loaded next
+            gc.collect()  # nnx.merge holds their leaves in a cycle: 10 GB, in the next one's way
         return texts
 
 
