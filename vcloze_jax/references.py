@@ -21,7 +21,7 @@ from flax import nnx
 from vcloze_jax import flow
 from vcloze_jax.conditioning import Context, velocity
 from vcloze_jax.grid import bucket
-from vcloze_jax.model.mmdit import Flux, Modulation, near
+from vcloze_jax.model.mmdit import Flux, Modulation
 from vcloze_jax.model.ops import attention
 from vcloze_jax.painter import Painter
 from vcloze_jax.placement import ALL
@@ -67,8 +67,8 @@ def keep(flux, x, context):
         return attention(q, k, v, context.lengths), (k, v)
 
     mod = flux.modulation(jnp.zeros_like(context.guidance), context.guidance, context.pooled)
-    img = enter_beside(x, context)
-    return run_blocks(flux, img, context.txt, only(mod), context.pe, attend)[1]
+    img, txt = flux.img_in(enter_beside(x, context)), flux.txt_in(context.txt)
+    return flux.run_blocks(img, txt, only(mod), context.pe, attend)[1]
 
 
 def prepared_velocity(flux, x, mod, prepared):
@@ -79,31 +79,11 @@ def prepared_velocity(flux, x, mod, prepared):
         k, v = (jnp.concatenate(pair, 1) for pair in zip((k, v), kept, strict=True))
         return attention(q, k, v, None, real), None
 
-    img, mod = enter_beside(pick(x, places), context), only(mod)
-    out, _ = run_blocks(flux, img, context.txt, mod, context.pe, attend, kept=kept)
-    out = flux.final(out[:, context.txt.shape[1] :], mod.final)
+    img, txt = flux.img_in(enter_beside(pick(x, places), context)), flux.txt_in(context.txt)
+    out, _ = flux.run_blocks(img, txt, mod := only(mod), context.pe, attend, kept=kept)
+    out = flux.final(out[:, txt.shape[1] :], mod.final)
     samples = jnp.arange(len(x))[:, None]
     return jnp.zeros_like(x, out.dtype).at[samples, places].set(out, mode="drop")
-
-
-def run_blocks(flux, img, txt, mod, pe, attend, *, kept=((), ())):
-    """As Flux.__call__ -> what it projects, [B, T + S, D], and what `attend(q, k, v)` tells of the
-    double blocks, and of the single; it is handed, too, what is `kept` for the block."""
-
-    def double(x, layer):
-        block, img_mod, txt_mod, kept = near(layer)
-        return block(*x, img_mod, txt_mod, pe, lambda *qkv: attend(*qkv, *kept))
-
-    def single(x, layer):
-        block, mod, kept = near(layer)
-        return block(x, mod, pe, lambda *qkv: attend(*qkv, *kept))
-
-    scan = partial(jax.lax.scan, unroll=flux.config.remat == "none")
-    x = flux.img_in(img), flux.txt_in(txt)
-    (img, txt), first = scan(double, x, (flux.double, mod.img, mod.txt, kept[0]))
-    x = jnp.concatenate([txt, img], 1)  # B L D
-    x, rest = scan(single, x, (flux.single, mod.single, kept[1]))
-    return x, (first, rest)
 
 
 def enter_beside(x, context):

@@ -105,23 +105,30 @@ class Flux(nnx.Module):
             return jnp.take_along_axis(mod, which[..., None], 1)
 
         attend = lambda *qkv: (attention(*qkv, *seen), None)  # noqa: E731
+        x, _ = self.run_blocks(img, txt, mod, pe, attend, own=own)
+        return self.final(x[:, T:], own(mod.final, T))
+
+    def run_blocks(self, img, txt, mod, pe, attend, *, own=lambda mod, first=0: mod, kept=((), ())):
+        """img [B, S, D], txt [B, T, D] -> both after all blocks, [B, T + S, D], and what `attend`
+        tells of the double blocks, and of the single: it is handed q, k, v and what is `kept` for
+        the block. `own(mod, first)` is the modulation of the tokens from the first on."""
+        T, remat = txt.shape[1], self.config.remat
 
         def double(x, layer):
-            block, img_mod, txt_mod = near(layer)
-            return block(*x, own(img_mod, T), txt_mod, pe, attend)
+            block, img_mod, txt_mod, kept = near(layer)
+            return block(*x, own(img_mod, T), txt_mod, pe, lambda *qkv: attend(*qkv, *kept))
 
         def single(x, layer):
-            block, mod = near(layer)
-            return block(x, own(mod), pe, attend)
+            block, mod, kept = near(layer)
+            return block(x, own(mod), pe, lambda *qkv: attend(*qkv, *kept))
 
-        remat = self.config.remat
         if remat != "none":
             policy = keep_products if remat == "light" else None
             double, single = (jax.checkpoint(block, policy=policy) for block in (double, single))
         # A loop stacks what the backward pass needs: a third of mini's step on a CPU. So it is
         # unrolled where all is kept: what is small enough for that compiles soon.
         scan = partial(jax.lax.scan, unroll=remat == "none")
-        (img, txt), _ = scan(double, (img, txt), (self.double, mod.img, mod.txt))
+        (img, txt), first = scan(double, (img, txt), (self.double, mod.img, mod.txt, kept[0]))
         x = jnp.concatenate([txt, img], 1)  # B L D
-        x, _ = scan(single, x, (self.single, mod.single))
-        return self.final(x[:, T:], own(mod.final, T))
+        x, rest = scan(single, x, (self.single, mod.single, kept[1]))
+        return x, (first, rest)

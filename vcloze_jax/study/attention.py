@@ -13,7 +13,6 @@ import numpy as np
 
 from vcloze_jax.grid import PATCH
 from vcloze_jax.model.ops import attention
-from vcloze_jax.references import run_blocks
 from vcloze_jax.sharding import on_host, spread
 
 CHUNK = 256  # queries at once
@@ -44,7 +43,7 @@ def hear_blocks(flux, img, txt, mod, pe, lengths, *, hear):
     def attend(q, k, v):
         return attention(q, k, v, lengths), hear(q, k, lengths=lengths)
 
-    x, heard = run_blocks(flux, img, txt, mod, pe, attend)
+    x, heard = flux.run_blocks(flux.img_in(img), flux.txt_in(txt), mod, pe, attend)
     return flux.final(x[:, txt.shape[1] :], mod.final), jnp.concatenate(heard)
 
 
