@@ -129,7 +129,7 @@ def write_folder(source: Path, out: Path, dtype: str | None = None) -> tuple[int
             if not (part_of / file).exists():
                 weights.write_json(part_of / file, entries)
         for field, (module, part) in weights.MODELS.items():
-            file, _, _, leaves = weights.match_files(module, getattr(preset, field), source)
+            file, _, leaves = weights.match_files(module, getattr(preset, field), source)
             tensors = engine.convert_leaves(part.table, leaves, file)
             target, scaled = part_of / part.folder, scaled + len(file.scales)
             rounded += engine.write_shards(target, part.stem, tensors, dtype, 5 * 10**9)

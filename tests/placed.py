@@ -18,6 +18,7 @@ from vcloze_jax.grid import Grid, Row
 from vcloze_jax.inputs.papers import DEV, FRAMES, KLEIN, KONTEXT, PLACEMENTS
 from vcloze_jax.placement import FILL
 from vcloze_jax.storage.models import grow
+from vcloze_jax.storage.weights import Flux, build
 
 DATA = Path(__file__).parent / "data"
 MESH = make_mesh(dict(data=1, fsdp=1, tensor=1))
@@ -36,7 +37,8 @@ def stored():
 def base(placement, **changes):
     """The fixture's transformer of 64 channels, or a placement's, as it begins."""
     flux = tiny.flux(in_channels=placement.channels, **changes)
-    return grow(flux, replace(flux.config, placement=placement), MESH)
+    config = replace(flux.config, placement=placement)
+    return build(Flux, config, grow(nnx.to_pure_dict(nnx.state(flux)), config, MESH))
 
 
 def model(placement):

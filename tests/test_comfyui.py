@@ -133,5 +133,5 @@ def test_scaled_weights_are_rounded_once(bfl, tmp_path, dtype, capsys):
 def read(folder, field):
     """{path: array} of a model of a folder, in the types of the file."""
     module, config = weights.MODULES[field], getattr(PRESET, field)
-    source, _, _, leaves = weights.match_files(module, config, folder)
+    source, _, leaves = weights.match_files(module, config, folder)
     return {leaf.path: engine.fetch(leaf, source) for leaf in leaves}

@@ -196,14 +196,14 @@ def test_text_encoders_go_first(folder, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     embed = tiny.TINY.t5.vocab, tiny.TINY.t5.width
     count = lambda: sum(x.shape == embed for x in jax.live_arrays())  # noqa: E731
-    loaded, there, load, before = [], [], weights.load, count()
+    loaded, there, read, before = [], [], weights.read_tree, count()
 
     def spy(module, *args):
         loaded.append(module.__name__)
         there.append(count() - before)  # other tests have theirs
-        return load(module, *args)
+        return read(module, *args)
 
-    monkeypatch.setattr(weights, "load", spy)
+    monkeypatch.setattr(weights, "read_tree", spy)
     gc.disable()
     try:
         first = Pipeline.load(folder)(GRID, **SMALL)

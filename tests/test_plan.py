@@ -120,7 +120,7 @@ def test_verdict():
 @pytest.fixture
 def nothing_loads(monkeypatch):
     """No tensor of a weights folder may be read."""
-    monkeypatch.setattr(weights, "load", None)
+    monkeypatch.setattr(weights, "read_tree", None)
 
 
 def test_sample(tmp_path, capsys, nothing_loads):

@@ -2,7 +2,6 @@
 training, split into what is learnt and what is frozen.
 """
 
-import gc
 import shutil
 from dataclasses import replace
 from functools import cached_property, partial
@@ -51,7 +50,6 @@ class LazyModels:
         """Paint with the adapters of this name, or None, those without."""
         if name != self.selected:
             self.__dict__.pop("flux", None)
-            gc.collect()  # of which nnx.merge, too, holds all leaves in a cycle
             self.selected = name
 
     @cached_property
@@ -59,14 +57,11 @@ class LazyModels:
         """The MMDiT, with the adapters [(file, scale)] folded in: where it lies or, where that is
         not to hold all of it, on the CPU."""
         mesh = cpu_mesh() if self.offload else self.mesh
-        how = self.preset, self.folder, compute_dtype(self.mesh), mesh
-        graphdef, state = nnx.split(load_model("flux", *how))
-        tree = nnx.to_pure_dict(state)
-        del state
-        gc.collect()  # or a cycle of nnx.merge's held the weights before the folding till its end
+        tree = load_tree("flux", self.preset, self.folder, compute_dtype(self.mesh), mesh)
         for file, scale in self.loras:
             fold(tree, put(adapters.load(file, self.preset.flux), mesh, "flux/"), scale)
-        return nnx.merge(graphdef, move_offloaded(tree, self.mesh) if self.offload else tree)
+        tree = move_offloaded(tree, self.mesh) if self.offload else tree
+        return weights.build(weights.Flux, self.preset.flux, tree)
 
     @cached_property
     def vae(self):
@@ -106,21 +101,28 @@ class LazyModels:
 
 def load_model(name, preset, folder, dtype, mesh):
     """One model of a folder in its place on the mesh."""
+    tree = load_tree(name, preset, folder, dtype, mesh)
+    return weights.build(weights.MODULES[name], getattr(preset, name), tree)
+
+
+def load_tree(name, preset, folder, dtype, mesh):
+    """The weights of one model of a folder in their places on the mesh, a pure dict."""
     place = partial(shardings, mesh=mesh, root=f"{name}/")
-    model = weights.load(weights.MODULES[name], getattr(preset, name), folder, dtype, place)
-    return grow(model, preset.flux, mesh) if name == "flux" else model
+    module, config = weights.MODULES[name], getattr(preset, name)
+    tree = weights.read_tree(module, config, folder, dtype, place)
+    return grow(tree, config, mesh) if name == "flux" else tree
 
 
-def grow(flux, config, mesh):
-    """An MMDiT as it was loaded, with what the Placement of `config` adds: modulations that are, as
-    it begins, those of the image stream, and for clean tokens a vector of zeros."""
-    tree = nnx.to_pure_dict(nnx.state(flux))
+def grow(tree, config, mesh):
+    """Weights of an MMDiT as they were loaded, with what the Placement of `config` adds:
+    modulations that are, as it begins, those of the image stream, and for clean tokens a vector of
+    zeros."""
     for stream in (tree["double"]["img"], tree["single"]):
         stream |= {name: stream["mod"] for name in config.placement.branch}
     if config.placement.embeds:
-        zeros = np.zeros((1, config.width), flux.img_in.kernel.dtype)
+        zeros = np.zeros((1, config.width), tree["img_in"]["kernel"].dtype)
         tree["cond_in"] = put({"kernel": zeros, "bias": zeros[0]}, mesh, "flux/cond_in/")
-    return nnx.merge(weights.abstract(weights.Flux, config)[0], tree)
+    return tree
 
 
 def move_offloaded(tree, mesh):
@@ -196,7 +198,7 @@ def load_for_training(preset, folder, mesh):
             trainable[name] = draw_weights(name, preset.learning, mesh)
             continue
         dtype = "float32" if name in learnt else compute_dtype(mesh)
-        tree = nnx.to_pure_dict(nnx.state(load_model(name, preset, folder, dtype, mesh)))
+        tree = load_tree(name, preset, folder, dtype, mesh)
         (trainable if name in learnt else frozen)[name] = tree
     if adapter:
         trainable["flux"] = put(adapter, mesh, "flux/")

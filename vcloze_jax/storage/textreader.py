@@ -3,7 +3,6 @@
 A prompt that was read once needs no text encoder, nor its 10 GB.
 """
 
-import gc
 import os
 from collections import Counter
 from contextlib import suppress
@@ -63,9 +62,6 @@ class TextReader:
                 if self.cache is not None:
                     self.cache.write(ids, embeddings)
             texts[prompt] = Text(*embeddings, unread, seconds)
-        if encoders:
-            del encoders
-            gc.collect()  # nnx.merge holds their leaves in a cycle: 10 GB, in the next one's way
         return texts
 
 

@@ -53,16 +53,16 @@ def shapes(tree):
 
 
 def match_files(module, config, folder):
-    """-> the open source of a module's files, graphdef, shapes of its base, its planned leaves; of
-    an MMDiT without what a Placement adds to it, which no base has: models.grow makes it."""
+    """-> the open source of a module's files, shapes of its base, its planned leaves; of an MMDiT
+    without what a Placement adds to it, which no base has: models.grow makes it."""
     part = next(part for cls, part in MODELS.values() if cls is module)
     if module is Flux:
         config = replace(config, placement=FILL)
-    graphdef, _, base = abstract(module, config)
+    _, _, base = abstract(module, config)
     with translate_errors(folder):
         source, table = locate(folder, part)
     with translate_errors(source.path):
-        return source, graphdef, base, engine.plan_leaves(table, shapes(base), source)
+        return source, base, engine.plan_leaves(table, shapes(base), source)
 
 
 def checked_preset(folder: Path) -> Preset:
@@ -90,7 +90,7 @@ def checked_grid_preset(folder: Path, placement: Placement | None = None) -> Pre
 
 def summary(folder: Path, preset: Preset) -> str:
     """What a checked weights folder is, by its content, in one line."""
-    source, _, base, _ = match_files(Flux, preset.flux, folder)
+    source, base, _ = match_files(Flux, preset.flux, folder)
     layout = "diffusers' layout" if source.path.is_dir() else "BFL's single files"
     channels = preset.flux.in_channels
     name = preset.name
@@ -101,14 +101,27 @@ def summary(folder: Path, preset: Preset) -> str:
 
 
 def load(module: type, config, folder: Path, dtype="float32", sharding=None):
-    """A module (Flux, VAE, T5Encoder or CLIPTextEncoder; LoRA rank 0) with its weights of `folder`.
+    """A module (Flux, VAE, T5Encoder or CLIPTextEncoder; LoRA rank 0), its weights of `folder`."""
+    return build(module, config, read_tree(module, config, folder, dtype, sharding))
+
+
+def build(module, config, tree):
+    """A module of its weights, which frees them when it is dropped: `nnx.merge` leaves what it is
+    given, here shapes, in a cycle, until Python collects garbage."""
+    graphdef, _, base = abstract(module, config)
+    treedef = jax.tree.structure(nnx.merge(graphdef, base))
+    return jax.tree.unflatten(treedef, jax.tree.leaves(tree))
+
+
+def read_tree(module, config, folder, dtype="float32", sharding=None):
+    """The weights of a module in `folder`, a pure dict.
 
     Shard by shard from mapped files, several at a time, so that the host never holds more than
     READERS shards, and reads only what its own devices are given; nothing is initialised.
     `sharding` maps the tree of shapes to one of Shardings; None: the default device. Raises
     UserError as `checked_preset` does, and for NaN.
     """
-    source, graphdef, base, leaves = match_files(module, config, folder)
+    source, base, leaves = match_files(module, config, folder)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     layout = jax.tree.leaves(sharding(base)) if sharding else [one] * len(leaves)
     bar = dict(unit="array", leave=False, delay=SHOWN, disable=not is_first())
@@ -119,7 +132,7 @@ def load(module: type, config, folder: Path, dtype="float32", sharding=None):
             arrays = list(tqdm(arrays, f"loading {source.path.name}", len(leaves), **bar))
     finally:
         readers.shutdown(cancel_futures=True)
-    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(base), arrays))
+    return jax.tree.unflatten(jax.tree.structure(base), arrays)
 
 
 def stream(source, dtype, leaf, sharding):
