@@ -94,9 +94,10 @@ class Ours:
         img, txt, pooled, _ = case.inputs()
         spec = SimpleNamespace(grid=Grid.from_cells(cells, np.bool_(True)), guidance_scale=GUIDANCE)
         txt, pooled = (x[0].astype(self.programs.dtype) for x in (txt, pooled))  # as texts are read
-        canvas = Canvas(spec, txt, pooled, {}, {}, flow.schedule(STEPS, case.image, preset.flow))
-        canvas.condition, canvas.latents = img[0, :, LATENT:], img[0, :, :LATENT]
         painter = Painter(preset, SimpleNamespace(flux=flux), None, self.mesh)
+        times = flow.schedule(STEPS, case.image, preset.flow)
+        canvas = Canvas(painter, spec, txt, pooled, {}, {}, times)
+        canvas.condition, canvas.latents = img[0, :, LATENT:], img[0, :, :LATENT]
         canvas.seconds = {"load": 0, "paint": 0, "compile": 0}
 
         def call():

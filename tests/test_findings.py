@@ -52,7 +52,7 @@ class Oracle:
     def encode_picture(self, vae, pixels):
         return conditioning.to_model(pixels)
 
-    def decode_row(self, vae, latents, h, w):
+    def decode_row(self, vae, latents, size):
         return latents
 
 

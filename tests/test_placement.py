@@ -39,7 +39,7 @@ from vcloze_jax.devices import kernel_on
 from vcloze_jax.inputs.papers import DEV, FRAMES, KLEIN, KONTEXT, PLACEMENTS
 from vcloze_jax.model.mmdit import Flux, Modulation
 from vcloze_jax.model.ops import attention, choose_kernel, timestep_embedding
-from vcloze_jax.placement import FILL
+from vcloze_jax.placement import FILL, kind_of
 from vcloze_jax.storage import weights
 
 # --- what the default costs: nothing ---
@@ -189,7 +189,8 @@ def test_a_forbidden_pair_has_no_gradient(placement):
     args, flux = inputs(placement), base(placement)
     block = jax.tree.map(lambda x: x[0], flux.double)
     segments = np.concatenate([np.zeros(TEXT, int), grid().segments(placement)])
-    pairs = np.array(placement.sees)[segments[:, None], segments][None]
+    kinds = kind_of(segments)
+    pairs = np.array(placement.sees)[kinds[:, None], kinds][None]
     mod = jnp.ones((1, 6 * flux.config.width))
 
     def attend(q, k, v):

@@ -17,7 +17,7 @@ from vcloze_jax.data.sources import Example
 from vcloze_jax.grid import Grid, Row, Spec
 from vcloze_jax.inputs.papers import DEV, FRAMES, KONTEXT, PLACEMENTS
 from vcloze_jax.painter import Painter
-from vcloze_jax.placement import EXAMPLE, EXAMPLE_TARGET, FILL, QUERY, TARGET, Placement
+from vcloze_jax.placement import EXAMPLE, EXAMPLE_TARGET, FILL, QUERY, TARGET, Placement, kind_of
 from vcloze_jax.step import encode_batch, loss_fn, make_batch, purpose_key, spread_rows
 from vcloze_jax.storage import weights
 from vcloze_jax.storage.models import LazyModels
@@ -29,9 +29,8 @@ from vcloze_jax.storage.models import LazyModels
 def test_segments_and_positions(placement):
     """They are those of the fixture: rows as the authors count them, frames from 0, references
     from 1 with the target at 0, as FluxKontextPipeline has it."""
-    np.testing.assert_array_equal(
-        grid().segments(placement), stored()[f"{placement.name}/segments"]
-    )
+    segments = grid().segments(placement)
+    np.testing.assert_array_equal(kind_of(segments), stored()[f"{placement.name}/segments"])
     np.testing.assert_array_equal(grid().ids(placement), stored()[f"{placement.name}/ids"])
 
 
@@ -40,14 +39,27 @@ def test_any_cell_may_be_the_target():
     wherever it stands; what is partly masked is, token by token, a target or not."""
     first = grid(blank=0)
     across = [EXAMPLE_TARGET, EXAMPLE]
-    assert first.segments().tolist() == [*across, *across, TARGET, TARGET, QUERY, QUERY]
+    assert kind_of(first.segments()).tolist() == [*across, *across, TARGET, TARGET, QUERY, QUERY]
     assert first.ids(KONTEXT)[:, 0].tolist() == [1, 1, 2, 2, 0, 0, 3, 3]
     part = grid()
     part.query.mask[:, 48:] = False
-    assert part.segments()[4:].tolist() == [QUERY, QUERY, TARGET, QUERY]
+    assert kind_of(part.segments())[4:].tolist() == [QUERY, QUERY, TARGET, QUERY]
     padded = segment_table([part], DEV, 10)
     assert padded.shape == (1, 10) and not padded[0, 8:].any()
     assert segment_table([part], FILL, 10) is None
+
+
+@pytest.mark.parametrize("placement", TORCH, **NAME)
+def test_each_example_has_segments_of_its_own(placement):
+    """Three rows: tokens of two cells are of one segment where they are of one row and show alike,
+    and nowhere else, also of more rows than a byte could number."""
+    row = grid().query
+    for rows in (3, 60):
+        tall = Grid((replace(row, mask=np.zeros_like(row.mask)),) * (rows - 1) + (row,), 2)
+        segments = tall.segments(placement)
+        cells = np.sort(segments.reshape(2 * rows, -1), 0)
+        assert (cells == cells[:, :1]).all() and len(np.unique(cells)) == 2 * rows
+        assert {QUERY, TARGET} == set(kind_of(np.unique(cells)[-2:]))
 
 
 def test_canvas_is_one_picture():
@@ -76,7 +88,7 @@ def test_a_placement_is_whole(placement):
     tables = placement.enters, placement.time, placement.branch, placement.attends, *placement.sees
     assert {len(table) for table in tables} == {5}
     assert all(row[i] for i, row in enumerate(placement.sees))
-    assert placement.enters[TARGET] in ("canvas", "noise") and not placement.clean[0]
+    assert placement.enters[TARGET] in ("beside", "noise") and not placement.clean[0]
     assert len(placement.vectors) == {"dev": 2, "frames": 2, "klein": 2}.get(placement.name, 1)
 
 
@@ -102,7 +114,7 @@ def test_what_is_clean_stays(placement):
     x, condition = np.ones((2, 8, 64), np.float32), np.full((2, 8, 320), 2, np.float32)
     segments = segment_table([grid()] * 2, placement, 8)
     entered, beside = conditioning.enter(x, condition, segments, placement)
-    is_target = segments == TARGET
+    is_target = kind_of(segments) == TARGET
     assert beside.shape == (2, 8, 0) and is_target.sum() == 4
     np.testing.assert_array_equal(entered[..., 0], np.where(is_target, 1, 2))
     context = Context(beside, *[None] * 4, segments=segments)
@@ -139,7 +151,7 @@ def test_paint(folder, placement):
         vae = painter.models.vae
         tokens = [painter.encode_condition(vae, p.pixels[None], p.mask[None]) for p in pictures]
         given = np.concatenate(tokens, 1)[0, :, :64]
-        clean = canvas.spec.grid.segments(placement) != TARGET
+        clean = kind_of(canvas.spec.grid.segments(placement)) != TARGET
         np.testing.assert_array_equal(canvas.latents[clean], given[clean])
         assert np.abs(canvas.latents[~clean] - given[~clean]).min() > 0
         assert canvas.pixels.shape == canvas.spec.grid.query.pixels.shape

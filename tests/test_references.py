@@ -21,7 +21,7 @@ from vcloze_jax.grid import Grid, Row, Spec
 from vcloze_jax.inputs.papers import FRAMES, KLEIN, PLACEMENTS
 from vcloze_jax.model.ops import attention
 from vcloze_jax.painter import Painter
-from vcloze_jax.placement import QUERY, TARGET
+from vcloze_jax.placement import QUERY, TARGET, kind_of
 from vcloze_jax.references import (
     OncePainter,
     are_constant,
@@ -226,7 +226,7 @@ def test_once_is_every_time_on_mini(tmp_path, placement):
 
 
 def clean(canvas):
-    return np.array(KLEIN.clean)[canvas.spec.grid.segments(KLEIN)]
+    return np.array(KLEIN.clean)[kind_of(canvas.spec.grid.segments(KLEIN))]
 
 
 def test_alone_is_in_a_batch(painter, once):

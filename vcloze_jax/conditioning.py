@@ -18,6 +18,7 @@ from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.ops import pack, pack_mask, rope_table
 from vcloze_jax.model.text import CLIPTextEncoder, T5Encoder
 from vcloze_jax.model.vae import VAE
+from vcloze_jax.placement import kind_of
 
 BLACK = -1.0  # of a blank cell, in model range
 GREY = 0.0  # of what stock Fill masks: the second pass
@@ -41,7 +42,7 @@ class Context(NamedTuple):
     guidance: jax.Array  # float32 [B]
     pe: tuple[jax.Array, jax.Array]  # cos, sin float32 [B or 1, T + S, 1, K/2]
     lengths: jax.Array | None = None  # int32 [B], real tokens, text included; None: no padding
-    segments: jax.Array | None = None  # uint8 [B, S], of a Placement by segments
+    segments: jax.Array | None = None  # int32 [B, S], of a Placement by segments
 
 
 def to_model(pixels, dtype=jnp.float32):
@@ -138,7 +139,7 @@ def encode_each(vae, pictures):
 
 def enter(x, condition, segments, placement):
     """Noisy tokens x [..., S, 64] and condition [..., S, 320] as they enter: what is clean is its
-    own latent, and without a canvas there are no channels beside it. FILL leaves both alone."""
+    own latent, and with 64 channels nothing stands beside it. FILL leaves both alone."""
     if any(placement.clean):
         x = put_clean(x, condition[..., : x.shape[-1]], segments, placement)
     return x, condition[..., : placement.channels - x.shape[-1]]
@@ -146,11 +147,11 @@ def enter(x, condition, segments, placement):
 
 def put_clean(x, clean, segments, placement):
     """x [..., S, D], but `clean` where a token's segment enters clean."""
-    return jnp.where(jnp.asarray(placement.clean)[segments][..., None], clean, x)
+    return jnp.where(jnp.asarray(placement.clean)[kind_of(segments)][..., None], clean, x)
 
 
 def segment_table(grids, placement, size):
-    """Segments of the tokens, padded to `size`: uint8 [B, size]; None where nobody asks."""
+    """Segments of the tokens, padded to `size`: int32 [B, size]; None where nobody asks."""
     if not placement.by_segment:
         return None
     return np.stack([np.pad(grid.segments(placement), (0, size - grid.tokens)) for grid in grids])

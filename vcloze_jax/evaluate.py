@@ -136,7 +136,8 @@ def reconstruct(painter, rows):
     vae, out = painter.models.vae, []
     for pixels in rows:
         h, w, _ = pixels.shape
-        decoded = painter.decode_row(vae, painter.encode_picture(vae, pixels[None]), h // 8, w // 8)
+        latents = painter.encode_picture(vae, pixels[None])
+        decoded = painter.decode_row(vae, latents, (h // 8, w // 8))
         out.append(conditioning.to_pixels(decoded[0]))
     return out
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vcloze_jax.placement import EXAMPLE, EXAMPLE_TARGET, FILL, QUERY, TARGET, Placement
+from vcloze_jax.placement import EXAMPLE, EXAMPLE_TARGET, FILL, QUERY, SEGMENTS, TARGET, Placement
 
 PATCH = 16  # pixels of a token's side: 8 by the VAE, 2 by packing
 
@@ -88,24 +88,24 @@ class Grid:
         pictures, ids, top = self.pictures(placement), [], 0
         targets, references = count(0, -1), count(1)
         of_role = [next(targets if p.mask.any() else references) for p in pictures]
-        rules = dict(row=count(self.first_row), frame=count(), reference=of_role, canvas=repeat(0))
+        rules = dict(row=count(self.first_row), frame=count(), reference=of_role, page=repeat(0))
         for number, picture in zip(rules[placement.axis0], pictures, strict=False):
             y, x = np.mgrid[: picture.height // PATCH, : picture.width // PATCH]
             ids.append(np.stack([np.full_like(y, number), y + top, x], -1).reshape(-1, 3))
-            top += len(y) * (placement.axis0 == "canvas")
+            top += len(y) * (placement.axis0 == "page")
         return np.concatenate(ids).astype(np.float32)
 
     def segments(self, placement: Placement = FILL) -> np.ndarray:
-        """Of which of placement.SEGMENTS each token is, uint8 [S]."""
+        """Of which segment each token is, int32 [S]: its row times five, and placement.SEGMENTS."""
         found = []
-        for number, row in enumerate(self.rows, 1):
+        for number, row in enumerate(self.rows):
             h, w = row.height // PATCH, row.width // PATCH
             masked = row.mask.reshape(h, PATCH, w, PATCH).any((1, 3))  # h w
             shown = np.isin(np.arange(w) * self.columns // w, self.targets)  # w, as the query's
-            example = np.where(shown, EXAMPLE_TARGET, EXAMPLE)
-            kinds = np.where(masked, TARGET, QUERY if number == len(self.rows) else example)
-            found += self.split(kinds) if placement.apart else [kinds]
-        return np.concatenate([kinds.ravel() for kinds in found]).astype(np.uint8)
+            given = QUERY if row is self.query else np.where(shown, EXAMPLE_TARGET, EXAMPLE)
+            numbers = len(SEGMENTS) * number + np.where(masked, TARGET, given)
+            found += self.split(numbers) if placement.apart else [numbers]
+        return np.concatenate([numbers.ravel() for numbers in found]).astype(np.int32)
 
     def keep(self, painted: np.ndarray) -> np.ndarray:
         """Put the given pixels back into a painted query row, exactly: uint8 [h, C*w, 3]."""

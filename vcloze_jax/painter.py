@@ -13,7 +13,6 @@ of that only the masked pixels are kept.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -25,6 +24,7 @@ from jax.sharding import Mesh
 from vcloze_jax import conditioning, flow, sharding
 from vcloze_jax.grid import Spec, bucket
 from vcloze_jax.model.ops import unpack
+from vcloze_jax.placement import kind_of
 
 BATCH_TOKENS = 2**13  # image tokens per device and call: enough to keep any accelerator busy
 
@@ -33,6 +33,7 @@ BATCH_TOKENS = 2**13  # image tokens per device and call: enough to keep any acc
 class Canvas:
     """A grid on its way from spec to picture; every stage adds what it made."""
 
+    painter: "Painter"  # who decodes it
     spec: Spec
     txt: np.ndarray  # [T, text_width]
     pooled: np.ndarray  # [vec_width]
@@ -41,13 +42,13 @@ class Canvas:
     times: np.ndarray  # float32 [N + 1], of the Euler steps
     condition: np.ndarray = None  # float32 [S, 320]; [S, 0] where a placement has none
     latents: np.ndarray = None  # float32 [S, 64]: noise; at t = 0 the picture
-    decode: Callable = None  # of the Canvas -> uint8 [h, C*w, 3]
     second_passes: list["Canvas"] = field(default_factory=list)  # one a target, if asked for
 
     @cached_property
     def pixels(self):
         """The painted query row, uint8 [h, C*w, 3], decoded by the hosts that ask for it."""
-        return self.decode(self)
+        with self.painter.timed(self.seconds, "decode"):
+            return self.painter.decode(self.spec.grid, self.latents)
 
     @property
     def targets(self):
@@ -76,8 +77,7 @@ class Painter:
         self.select_step = jax.jit(select_step)
         # Where its result lies is said, or the second step would be another program.
         self.euler_step = jax.jit(euler_step, out_shardings=sharding.batch_sharding(mesh))
-        decode = lambda vae, z, h, w: vae.decode(unpack(z, h, w))  # noqa: E731
-        self.decode_row = jax.jit(decode, static_argnums=(2, 3))
+        self.decode_row = jax.jit(lambda vae, z, hw: vae.decode(unpack(z, *hw)), static_argnums=2)
 
     @property
     def vae(self):
@@ -105,10 +105,9 @@ class Painter:
     def start(self, spec, texts):
         """What a spec begins as: a Canvas, whose times only tokens that are noisy shift."""
         (*text, seconds), placement = texts[spec.prompt], self.preset.flux.placement
-        noisy = ~np.array(placement.clean)[spec.grid.segments(placement)]
-        how = int(noisy.sum()), self.preset.flow, spec.strength or 1.0
-        times = flow.schedule(spec.num_inference_steps, *how)
-        return Canvas(spec, *text, Counter(seconds), times, decode=self.decode_canvas)
+        noisy = int((~np.array(placement.clean)[kind_of(spec.grid.segments(placement))]).sum())
+        times = flow.schedule(spec.num_inference_steps, noisy, self.preset.flow, spec.strength or 1)
+        return Canvas(self, spec, *text, Counter(seconds), times)
 
     def run_pass(self, canvases, progress, watch):
         """One pass over all canvases."""
@@ -204,11 +203,6 @@ class Painter:
         """What the steps of a batch read: its Context, as it is (references.py: not all of it)."""
         return context
 
-    def decode_canvas(self, canvas):
-        """`decode` of what was painted."""
-        with self.timed(canvas.seconds, "decode"):
-            return self.decode(canvas.spec.grid, canvas.latents)
-
     def decode(self, grid, latents):
         """Latents float32 [S, 64] of a grid -> its query row, uint8 [h, C*w, 3], in one piece:
         norms and attention see all of a picture, so that tiles would not give the same."""
@@ -216,7 +210,7 @@ class Painter:
         count = grid.columns if self.preset.flux.placement.apart else 1
         last = latents[-(h * w // 4) :].astype(self.dtype).reshape(count, -1, latents.shape[-1])
         with jax.set_mesh(self.alone):
-            pictures = conditioning.to_pixels(self.decode_row(self.vae, last, h, w // count))
+            pictures = conditioning.to_pixels(self.decode_row(self.vae, last, (h, w // count)))
         return np.concatenate(list(pictures), 1)
 
 

@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 SEGMENTS = ("text", "example", "example's target", "query", "target")  # of tokens, by number
-TEXT, EXAMPLE, EXAMPLE_TARGET, QUERY, TARGET = range(len(SEGMENTS))
+TEXT, EXAMPLE, EXAMPLE_TARGET, QUERY, TARGET = range(len(SEGMENTS))  # five more for each row above
 ALL = ("11111",) * len(SEGMENTS)
+
+
+def kind_of(segments):
+    """Which of SEGMENTS, by number, tokens of some `segments` are, in whatever row."""
+    return segments % len(SEGMENTS)
 
 
 @dataclass(frozen=True)
@@ -22,12 +27,12 @@ class Placement:
     """
 
     name: str
-    # "canvas": noise | latent | mask, of FLUX.1-Fill's 384 channels; "noise" or "clean": of 64.
-    enters: tuple[str, ...] = ("text", "canvas", "canvas", "canvas", "canvas")
+    # "beside": noise, latent and mask beside it, FLUX.1-Fill's 384 channels; of 64 "noise", "clean"
+    enters: tuple[str, ...] = ("text", "beside", "beside", "beside", "beside")
     time: tuple[str, ...] = ("t",) * 5  # or "0", of what is clean
     branch: tuple[str, ...] = ("mod",) * 5  # or "cond_mod", which begins as a copy of "mod"
     attends: tuple[str, ...] = ALL  # a row: whom a segment's tokens see
-    # "row", its number; "canvas", always 0, y running on; of cells apart, each a picture by itself:
+    # "row", its number; "page", always 0, y running on; of cells apart, each a picture by itself:
     # "frame", its number, or "reference", 1, 2, … for what is given and 0 for the target.
     axis0: str = "row"
     embeds: bool = False  # whether a learnt vector, zero at birth, is added to what is clean
@@ -40,7 +45,7 @@ class Placement:
     @cached_property
     def channels(self) -> int:
         """That a base of this placement reads."""
-        return 384 if "canvas" in self.enters else 64
+        return 384 if "beside" in self.enters else 64
 
     @property
     def apart(self) -> bool:

@@ -24,7 +24,7 @@ from vcloze_jax.grid import bucket
 from vcloze_jax.model.mmdit import Flux, Modulation
 from vcloze_jax.model.ops import attention
 from vcloze_jax.painter import Painter
-from vcloze_jax.placement import ALL
+from vcloze_jax.placement import ALL, kind_of
 from vcloze_jax.sharding import batch_sharding
 from vcloze_jax.storage.weights import abstract
 
@@ -51,7 +51,7 @@ def prepare_parts(flux, x, context, sizes):
     """Tokens x [B, S, 64] and their Context -> Prepared, what moves padded to the first of the two
     `sizes`, references to the other."""
     (B, S, _), T = x.shape, context.txt.shape[1]
-    clean = jnp.asarray(flux.config.placement.clean)[context.segments]  # B S
+    clean = jnp.asarray(flux.config.placement.clean)[kind_of(context.segments)]  # B S
     is_real = jnp.arange(S) < context.lengths[:, None] - T
     moving, given = find(~clean & is_real, sizes[0]), find(clean & is_real, sizes[1])
     real = jnp.concatenate([jnp.ones((B, T), bool), moving < S, given < S], 1)[:, None]
@@ -124,7 +124,7 @@ def part_sizes(grid, preset):
     """To how many tokens those of a grid that move are padded, and its references, 0 if there are
     none or they are not constant: to as many cells as `bucket` would have pairs of them."""
     placement = preset.flux.placement
-    given = np.array(placement.clean)[grid.segments(placement)] & are_constant(placement)
+    given = np.array(placement.clean)[kind_of(grid.segments(placement))] & are_constant(placement)
     counts = int((~given).sum()), int(given.sum())
     return tuple(n and bucket(2 * n, preset.resolution) // 2 for n in counts)
 

@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     numbers: jax.Array  # int32 [B], of each grid in the run: what is drawn for it depends on that
     pe: tuple  # cos, sin float32 [1 or B, T + S, 1, K/2]; one is on the host
     kinds: jax.Array | None = None  # uint8 [B, KIND], of their tasks, as UTF-8
-    segments: jax.Array | None = None  # uint8 [B, S], of a Placement by segments
+    segments: jax.Array | None = None  # int32 [B, S], of a Placement by segments
 
 
 class NoisyBatch(NamedTuple):

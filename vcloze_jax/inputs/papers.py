@@ -10,7 +10,7 @@ from vcloze_jax.placement import FILL, Placement
 
 # AnyRefill (arXiv 2502.11158): FLUX.1-Fill's own canvas, a reference on the left and on the right
 # what is painted, whole or in part. Its rank, rate and steps are not known here.
-ANYREFILL = replace(FILL, name="anyrefill", axis0="canvas")
+ANYREFILL = replace(FILL, name="anyrefill", axis0="page")
 
 # fmt: off
 # VisualCloze on FLUX.1-dev (its appendix B): all but the target stays clean, and is told time 0. No

@@ -14,7 +14,7 @@ from flax import nnx
 
 from vcloze_jax.model.layers import Dense, DoubleBlock, LastLayer, MLPEmbedder, SingleBlock, stack
 from vcloze_jax.model.ops import attention, keep_products, timestep_embedding
-from vcloze_jax.placement import TEXT
+from vcloze_jax.placement import TEXT, kind_of
 from vcloze_jax.sharding import by_batch, gathered
 
 # A layer that waits in host memory (sample.py --offload) comes when it is used; others stay.
@@ -85,23 +85,23 @@ class Flux(nnx.Module):
         """img [B, S, in_channels], txt [B, T, text_width], pe of T + S tokens -> [B, S, out].
 
         `mod` is a `modulation`; `lengths` int32 [B] counts the real tokens, text included, where
-        img is padded; `segments` uint8 [B, S] is what img shows, where the config's Placement asks.
+        img is padded; `segments` int32 [B, S] is what img shows, where the config's Placement asks.
         """
         img = self.img_in(img)  # B S D
         txt = self.txt_in(txt)  # B T D
         T, placement, seen = txt.shape[1], self.config.placement, (lengths,)  # FILL asks no more
-        if placement.embeds:
-            clean = jnp.asarray(placement.clean)[segments]  # B S
-            img = img + clean[..., None] * self.cond_in(jnp.ones((1, 1), img.dtype))
         if placement.by_segment:
-            segments = jnp.pad(segments, ((0, 0), (T, 0)), constant_values=TEXT)  # B L
+            kinds = jnp.pad(kind_of(segments), ((0, 0), (T, 0)), constant_values=TEXT)  # B L
+        if placement.embeds:
+            clean = jnp.asarray(placement.clean)[kinds[:, T:]]  # B S
+            img = img + clean[..., None] * self.cond_in(jnp.ones((1, 1), img.dtype))
         if placement.masked:
-            seen += (jnp.asarray(placement.sees)[segments[:, :, None], segments[:, None]],)  # B L L
+            seen += (jnp.asarray(placement.sees)[kinds[:, :, None], kinds[:, None]],)  # B L L
 
         def own(mod, first=0):  # of tokens from the first on
             if len(placement.vectors) == 1:
                 return mod
-            which = jnp.asarray(placement.vector_of)[segments[:, first:]]
+            which = jnp.asarray(placement.vector_of)[kinds[:, first:]]
             return jnp.take_along_axis(mod, which[..., None], 1)
 
         attend = lambda *qkv: (attention(*qkv, *seen), None)  # noqa: E731

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vcloze_jax.grid import PATCH
 from vcloze_jax.model.ops import attention
+from vcloze_jax.placement import TEXT, kind_of
 from vcloze_jax.sharding import on_host, spread
 
 CHUNK = 256  # queries at once
-TEXT, QUERY, TARGET = "text", "the query's conditions", "the target itself"
 CONDITIONS_OF, TARGET_OF = "conditions of example {}", "target of example {}"
+QUERY, TARGET = "the query's conditions", "the target itself"
+NAMES = "text", CONDITIONS_OF, TARGET_OF, QUERY, TARGET  # of placement.SEGMENTS
 
 
 def attention_heat(q, k, queries, lengths=None, chunk=CHUNK):
@@ -85,18 +86,11 @@ def paint_and_look(painter, specs, bar):
 
 
 def segment_tokens(grid, text_tokens):
-    """Names of what tokens show, and of which each is: int [T + S], text first.
-
-    They are the text; of each example its conditions and its target; the query's conditions, and
-    its target. The target is the query's last cell.
-    """
-    names, found = [TEXT], [np.zeros(text_tokens, int)]
-    for number, (h, w) in enumerate(grid.shape, 1):
-        cell = w // PATCH // grid.columns  # tokens across
-        in_target = np.arange(w // PATCH) >= (grid.columns - 1) * cell
-        found.append(np.tile(len(names) + in_target, h // PATCH))
-        names += [CONDITIONS_OF.format(number), TARGET_OF.format(number)]
-    return [*names[:-2], QUERY, TARGET], np.concatenate(found)
+    """Names of the segments of text and grid, by their number, and of which each token is, int
+    [T + S]: text, of each example its conditions and its target, the query's, its target."""
+    numbers = np.concatenate([np.full(text_tokens, TEXT), grid.segments()])
+    found, segments = np.unique(numbers, return_inverse=True)
+    return [NAMES[kind_of(n)].format(n // len(NAMES) + 1) for n in found], segments
 
 
 def segment_masses(heat, segments):
