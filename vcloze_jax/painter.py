@@ -62,7 +62,7 @@ class Painter:
     """The models of a preset on a mesh, and the compiled parts of sampling.
 
     `models` has the attributes flux and vae, each asked for where its stage begins;
-    `read_texts(prompts)` -> {prompt: (txt, pooled, unread, seconds)}: what T5 says of each token,
+    `read_texts(prompts)` -> {prompt: its txt, pooled, unread, seconds}: what T5 says of each token,
     CLIP of the whole. What passes within `timed(seconds, part)` is added to that part.
     """
 
@@ -104,10 +104,10 @@ class Painter:
 
     def start(self, spec, texts):
         """What a spec begins as: a Canvas, whose times only tokens that are noisy shift."""
-        (*text, seconds), placement = texts[spec.prompt], self.preset.flux.placement
+        text, placement = texts[spec.prompt], self.preset.flux.placement
         noisy = int((~np.array(placement.clean)[kind_of(spec.grid.segments(placement))]).sum())
         times = flow.schedule(spec.num_inference_steps, noisy, self.preset.flow, spec.strength or 1)
-        return Canvas(self, spec, *text, Counter(seconds), times)
+        return Canvas(self, spec, text.txt, text.pooled, text.unread, Counter(text.seconds), times)
 
     def run_pass(self, canvases, progress, watch):
         """One pass over all canvases."""
