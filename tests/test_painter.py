@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,11 +11,12 @@ import tiny
 from paintspecs import BLANK, PARTLY, POODLE, SMALL, TOKENS
 
 from vcloze_jax.config import UserError
-from vcloze_jax.devices import cpu_mesh
+from vcloze_jax.devices import cpu_mesh, make_mesh, painting_mesh, parse_mesh
 from vcloze_jax.inputs.specfiles import read_specs
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.pipeline import load_painter
 from vcloze_jax.programs import tally
+from vcloze_jax.runwriter import make_painter
 from vcloze_jax.storage import adapters, weights
 
 
@@ -70,6 +72,16 @@ def test_mesh(painters, tmp_path):
     batch = jobs(tmp_path, BLANK, PARTLY, BLANK | {"seed": 5})
     for one, eight in zip(painters[1](batch), painters[8](batch), strict=True):
         assert tiny.relative(eight.latents, one.latents) < 1e-5
+
+
+def test_virtual_devices_paint_no_copies():
+    """A run on eight virtual devices paints its previews on one, without seven copies of a grid on
+    the same cores; of accelerators all paint."""
+    parts = dict(frozen={}, tokenizers=None, dtype="float32")
+    trainer = SimpleNamespace(preset=tiny.TINY, mesh=make_mesh(parse_mesh("8")), **parts)
+    assert make_painter(trainer, None).shards == 1
+    cards = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")] * 8))
+    assert painting_mesh(cards) is cards
 
 
 @pytest.mark.parametrize("mesh", ["1", "2"])

@@ -114,6 +114,13 @@ def cpu_mesh():
     return jax.make_mesh((1,) * len(AXES), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:1])
 
 
+def painting_mesh(mesh):
+    """Where a mesh paints a few grids: all of it or, of virtual devices, which share the cores of
+    one machine, the first alone. Each of the others would paint a copy."""
+    virtual = mesh.devices.flat[0].platform == "cpu" and jax.process_count() == 1
+    return cpu_mesh() if virtual else mesh
+
+
 def kernel_on(mesh, preset):
     """What computes the MMDiT's attention on a mesh, by name."""
     platform = mesh.devices.flat[0].platform

@@ -7,11 +7,12 @@ from itertools import takewhile
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from vcloze_jax import plan
 from vcloze_jax.data.sources import draw_of_shape, draw_validation
-from vcloze_jax.devices import copy_to_hosts
+from vcloze_jax.devices import copy_to_hosts, painting_mesh
 from vcloze_jax.grid import Spec
 from vcloze_jax.hosts import Poll, agreed
 from vcloze_jax.inputs.cli import name_command
@@ -169,6 +170,8 @@ class RunWriter:
     def paint(self, models, steps=None):
         """The query rows of the previews as these models paint them, as far as the run goes on, and
         no further than so many Euler steps. Nothing on a host that does not write them."""
+        if self.painter.mesh != self.trainer.mesh:  # which has one device, for whole arrays
+            models = jax.device_put(models, NamedSharding(self.painter.mesh, PartitionSpec()))
         self.painter.models = models
         go_on = lambda every, _: takewhile(lambda _: not self.stopped(), every[:steps])  # noqa: E731
         canvases = self.painter(self.specs, go_on)
@@ -246,7 +249,8 @@ def base_models(trainer):
 def make_painter(trainer, cache):
     """A Painter of the models that it is given, which reads their prompts with them, or finds them
     in a GridCache."""
-    painter = choose_painter(trainer.preset)(trainer.preset, None, None, trainer.mesh)
+    mesh = painting_mesh(trainer.mesh)
+    painter = choose_painter(trainer.preset)(trainer.preset, None, None, mesh)
     encoders = lambda: (painter.models.t5, painter.models.clip)  # noqa: E731
     memory = TextMemory() if "t5" in trainer.frozen else cache
     painter.read_texts = TextReader(trainer.tokenizers, encoders, trainer.dtype, memory)
