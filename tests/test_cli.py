@@ -118,6 +118,15 @@ def test_list_tasks(call, folder):
     assert find_task("gray->fluent_3d") == find_task("gray-to-fluent_3d") and not find_task("grey")
 
 
+def test_a_start_is_not_spent_on_garbage():
+    """A command looks for garbage less often than Python would: most of what tracing makes lives."""
+    code = "import gc; from vcloze_jax.inputs import cli; "
+    code += "cli.run(lambda argv: print(gc.get_threshold()[0]))"
+    command = [sys.executable, "-c", code]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert int(told) >= 20_000
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="a setting of Linux's C library")
 def test_a_process_asks_for_huge_pages_once(monkeypatch):
     """It begins again as the same process, with the same words, and keeps settings that it has."""

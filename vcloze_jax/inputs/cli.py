@@ -1,6 +1,7 @@
 """What the commands share: flags, one-line errors and exit codes."""
 
 import argparse
+import gc
 import os
 import re
 import sys
@@ -179,6 +180,9 @@ def run(main, huge_pages=False):
     # Compiled programs are kept, also those of less than a second: mini's are many.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "programs"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    # Tracing makes millions of small objects that live: to look through them for garbage, as often
+    # as Python would, is a tenth of a start.
+    gc.set_threshold(20_000, 20, 20)
     code = exit_code(main)
     for function in AT_END:
         with suppress(Exception):  # what ended this process may have ended others before
