@@ -193,3 +193,15 @@ def test_share_of_the_peak():
     speed = plan.training_speed(preset, [16, 16], seconds, mesh)
     assert speed["mfu"] == 0.4
     assert speed["tflops"] == pytest.approx(0.4 * 4 * 989 * done / needed, rel=1e-3)
+
+
+def test_nothing_is_counted_that_is_not_done(monkeypatch):
+    """Tracing takes half a second a program: the forward pass alone is counted, beside a gradient,
+    only where remat runs it again."""
+    counted = []
+    monkeypatch.setattr(plan, "flux_flops", lambda *of, **how: counted.append(how) or 1)
+    for remat, forward in (("none", []), ("light", []), ("full", [{}])):
+        preset = replace(tiny.TINY, flux=replace(tiny.TINY.flux, remat=remat))
+        assert plan.gradient_flops(preset, 16) == (1, 1 + len(forward))
+        assert counted == [{"learning": True}, *forward]
+        counted.clear()

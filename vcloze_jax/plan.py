@@ -221,7 +221,7 @@ def gradient_flops(preset, tokens):
     """Of the MMDiT in a training step, for one grid: what its gradient needs, and what is done for
     it, which is more where full remat runs each block once more."""
     needed = flux_flops(preset, tokens, learning=True)
-    return needed, needed + flux_flops(preset, tokens) * (preset.flux.remat == "full")
+    return needed, needed + (flux_flops(preset, tokens) if preset.flux.remat == "full" else 0)
 
 
 def training_speed(preset, tokens, seconds, mesh):

@@ -38,6 +38,7 @@ class Validation:
 def measure_batch(trainable, frozen, noisy, *, region, **statics):
     """Both of them, of one batch: float32 [2]."""
     loss, _ = loss_fn(trainable, frozen, noisy, region=region, **statics)
+    predict = jax.jit(partial(predict_velocity, **statics))  # traced once for both
     nothing = jax.tree.map(jnp.zeros_like, trainable)
-    out, bare = (predict_velocity(w, frozen, noisy, **statics) for w in (trainable, nothing))
+    out, bare = (predict(w, frozen, noisy) for w in (trainable, nothing))
     return gathered(jnp.stack([loss, jnp.linalg.norm(out - bare) / jnp.linalg.norm(out)]))
