@@ -99,8 +99,8 @@ def test_previews(unbroken):
 
 
 def test_question(home, unbroken):
-    """A held-out grid lies there as a spec: what it paints is what the last preview shows (another
-    mesh rounds otherwise), of its given cells alone."""
+    """A held-out grid lies there as a spec: what it paints is what the last preview shows (a
+    folded adapter rounds otherwise), of its given cells alone."""
     (asked,) = read_specs([unbroken / "question.json"], tiny.TINY)
     files = sorted(file.name for file in (unbroken / "question").iterdir())
     assert files == ["0_0.png", "0_1.png", "1_0.png"] and asked.grid.targets == [1]
