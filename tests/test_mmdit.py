@@ -12,7 +12,6 @@ from flax import nnx
 from safetensors.numpy import load_file
 from tiny import FLUX, cast, flux, part, relative, stored
 
-from vcloze_jax.conditioning import Context
 from vcloze_jax.config import FLUX_FILL
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.ops import attention, rope_table
@@ -163,8 +162,7 @@ def test_modulations_of_all_steps_at_once():
     model, args = flux(), inputs()
     rest = args["guidance"], args["pooled"]
     times = np.float32([[1.0, 0.8, 0.3, 0.0], [1.0, 0.9, 0.5, 0.0]])
-    context = Context(None, None, rest[1], rest[0], None)
-    all_steps = jax.jit(modulate_steps)(model, times, context)
+    all_steps = jax.jit(modulate_steps)(model, times, *rest)
     assert all_steps.single.shape == (3, FLUX.single_blocks, 2, 3 * FLUX.width)
     modulation = jax.jit(lambda model, *args: model.modulation(*args))
     for i in range(3):

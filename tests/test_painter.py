@@ -115,9 +115,9 @@ def test_offload_is_of_one_host(folder, monkeypatch):
         load_painter(folder, None, None, True)
 
 
-def test_compiles(painters, tmp_path):
+def test_compiles(painters, tmp_path, monkeypatch):
     """Grids of the same bucket and rows share their programs; another number of steps costs no
-    more than its modulations."""
+    more than its modulations, and another bucket has them already."""
     painter = painters[1]
     painter(jobs(tmp_path, BLANK | {"content_prompt": f"{tmp_path}"}))  # which nothing remembers
     before = tally["programs"]
@@ -129,3 +129,7 @@ def test_compiles(painters, tmp_path):
     assert tally["programs"] == before
     painter(jobs(tmp_path, BLANK | {"num_inference_steps": 3}))
     assert tally["programs"] - before <= 2  # the modulations, and those of a step
+    before = tally["programs"]
+    monkeypatch.setattr("vcloze_jax.painter.bucket", lambda tokens, resolution: 3 * TOKENS)
+    painter(jobs(tmp_path, BLANK))
+    assert tally["programs"] - before == 1  # a step

@@ -166,7 +166,7 @@ class Painter:
             flux = self.models.flux  # adapters folded in
         with self.timed(seconds, "paint"), jax.set_mesh(self.mesh):
             x, times, context = self.stack(batch, size)
-            mods = self.modulate_steps(flux, times, context)
+            mods = self.modulate_steps(flux, times, context.guidance, context.pooled)
             context = self.prepare(batch, flux, x, context)
             told = watch and sharding.on_host(x)
             for i in steps:
@@ -221,9 +221,9 @@ def initial_noise(spec):
     return np.asarray(jax.random.normal(jax.random.key(spec.seed), (spec.grid.tokens, 64), "f4"))
 
 
-def modulate_steps(flux, times, context):
+def modulate_steps(flux, times, guidance, pooled):
     """The modulations of all steps, times float32 [B, N + 1]; leaves get an axis N in front."""
-    at = partial(flux.modulation, guidance=context.guidance, pooled=context.pooled)
+    at = partial(flux.modulation, guidance=guidance, pooled=pooled)
     return jax.vmap(at)(times[:, :-1].T)
 
 

@@ -68,7 +68,8 @@ class Onlooker:
         if i == 0:
             batch = canvases + canvases[-1:] * (len(before) - len(canvases))
             _, times, self.context = self.painter.stack(batch, before.shape[1])
-            self.mods = self.painter.modulate_steps(flux, times, self.context), times
+            told = self.context.guidance, self.context.pooled
+            self.mods = self.painter.modulate_steps(flux, times, *told), times
             self.heat.append([])
         mod, *_ = self.painter.select_step(*self.mods, i)
         heat = on_host(self.look(flux, spread(before, self.painter.mesh), mod, self.context))
