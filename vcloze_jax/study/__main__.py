@@ -44,8 +44,9 @@ from vcloze_jax.study.photographs import photograph_files
 from vcloze_jax.study.trainings import count_cores
 
 TITLE = "A study of a model that reads examples"
+LEAD = "Made by `{command}`, which gives the same page again, but for the seconds at its end."
 TOOK = (
-    "Seconds of each part on {cores} cores, {minutes:.1f} minutes in all. What was compiled or "
+    "Seconds of each part, {minutes:.1f} minutes in all; CPU cores: {cores}. What was compiled or "
     "trained before took none of them."
 )
 
@@ -84,7 +85,7 @@ def main(argv):
     painter = load_painter(cli.fetch_weights(args), args.lora, args.mesh)
     how = args.num_inference_steps, args.quick, bar_below, args.out
     lab = Lab(painter, source, *how, args.photographs, items, grids, judges)
-    lead = f"Made by `{describe_command(args, parts)}`, which gives the same page again."
+    lead = LEAD.format(command=describe_command(args, parts))
     chapters, seconds = {}, {}
     with tqdm(parts, unit="part", dynamic_ncols=True) as bar:
         for name in bar:

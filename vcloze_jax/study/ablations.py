@@ -9,7 +9,7 @@ import numpy as np
 
 from vcloze_jax.config import MINI
 from vcloze_jax.study import draw
-from vcloze_jax.study.asker import DIALLED, Asker, to_levels
+from vcloze_jax.study.asker import DIALLED, Asker, name_count, to_levels
 from vcloze_jax.study.page import Chapter, Figure, TextTable, list_records, tabulate_records
 from vcloze_jax.study.trainings import QUICK_STEPS, TASK, train_all
 
@@ -83,6 +83,6 @@ def ask_variant(asker, run):
     record = {"loss of the target, last fifth": float(np.mean(losses[-len(log) // 5 :]))}
     for count in range(DIALLED + 1):
         painted = asker.paint(TASK, asker.examples(count))
-        record[f"{count} examples"] = asker.error(painted, TASK.target)
+        record[name_count(count)] = asker.error(painted, TASK.target)
     back = asker.paint_blank(TASK, asker.examples(DIALLED), blank=(0,))[..., 0]
     return record | {"backwards": asker.error(back, TASK.conditions[0])}, painted[0]
