@@ -16,7 +16,7 @@ from vcloze_jax.config import UserError
 from vcloze_jax.data import graph
 
 TASK = graph.parse_task("gray->fluent_flat")  # mini never saw it
-AT_ONCE = 4  # at most, where there are cores: each takes 2 GB
+AT_ONCE = 4  # at most, where there are cores: each takes 1.4 GB
 QUICK_STEPS = 2
 
 
