@@ -125,8 +125,8 @@ def open_test_items(folder, preset):
 
 
 def bar_below(steps, label):
-    """The steps of one batch as a bar below that of the parts, gone when they are done."""
-    return tqdm(steps, label, unit="step", position=1, leave=False, dynamic_ncols=True)
+    """Steps of a batch, or trainings, as a bar below that of the parts, gone when they are done."""
+    return tqdm(steps, label, position=1, leave=False, dynamic_ncols=True)
 
 
 def describe_command(args, parts):

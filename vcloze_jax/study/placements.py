@@ -25,7 +25,8 @@ SAYS = (
     "canvas; the others with mini_clean, which learnt the same infilling from as many grids where "
     "all that is given is clean, as `dev` places it. RMSE on held-out subjects with no sentence; "
     "`backwards` asks for the condition of the target, `unseen` for `{unseen}`, with {dialled} "
-    "examples. Noisy tokens are those of a grid with as many examples."
+    "examples. Noisy tokens are those of a grid with as many examples. On CPUs a step has one "
+    "thread, beside another training where there is a core for it."
 )
 
 
