@@ -3,6 +3,8 @@ for what it has learnt itself."""
 
 import json
 import shlex
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +16,7 @@ from vcloze_jax.data import graph
 from vcloze_jax.data.graphemoji import open_tasks
 from vcloze_jax.inputs import recipeflags
 from vcloze_jax.inputs.papers import PLACEMENTS
-from vcloze_jax.study import ablations, placements
+from vcloze_jax.study import ablations, placements, trainings
 from vcloze_jax.study.parts import PARTS, SLOW, Lab, choose_parts
 
 
@@ -32,7 +34,7 @@ def test_each_row_changes_one_value():
     assert [len(values) for values in changed] == [0, *[1] * (len(changed) - 1)]
     assert len({str(values) for values in changed}) == len(changed)
     assert recipes[0] == recipeflags.read_recipe(train.parse([]))
-    assert recipes[0].rank == MINI.recipe.rank and ablations.TASK not in graph.TRAIN
+    assert recipes[0].rank == MINI.recipe.rank and trainings.TASK not in graph.TRAIN
 
 
 def test_quick_leaves_them_out():
@@ -45,20 +47,43 @@ def test_quick_leaves_them_out():
 def test_a_failed_training_is_told(tmp_path):
     """What train.py says is the user's line, with the command that said it."""
     with pytest.raises(UserError, match="python train.py .*--rank -1.*: .*--rank") as told:
-        ablations.train_variant(["--rank", "-1"], 2, tmp_path / "run")
+        trainings.train_all({tmp_path / "run": ["--rank", "-1"]}, 2, lambda runs, label: runs)
     assert "\n" not in f"{told.value}" and not (tmp_path / "run").exists()
+
+
+def test_trainings_side_by_side(tmp_path, monkeypatch):
+    """As many run at once as there are cores, a thread each; where one fails, those beside it end,
+    and no others begin."""
+    together, begun = threading.Barrier(2, timeout=20), []
+
+    def pretend(command, *, env, **_):
+        begun.append((command[-1], env["PJRT_NPROC"]))
+        if str(tmp_path / "bad") in command:
+            return SimpleNamespace(returncode=2, stderr="no\nwhy")
+        together.wait() if len(begun) <= 4 else time.sleep(0.1)
+        return SimpleNamespace(returncode=0)
+
+    bar = lambda runs, label: runs  # noqa: E731
+    monkeypatch.setattr(trainings.subprocess, "run", pretend)
+    monkeypatch.setattr(trainings, "count_cores", lambda: 2)
+    trainings.train_all({tmp_path / f"{i}": [] for i in range(4)}, 7, bar)
+    assert begun == [("7", "1")] * 4
+    with pytest.raises(UserError, match="python train.py .*bad.*: why"):
+        trainings.train_all({tmp_path / name: [] for name in ("bad", *"0123456789")}, 7, bar)
+    assert len(begun) < 4 + 11
 
 
 def test_rows_tell_of_their_runs(tmp_path, monkeypatch):
     """A run is trained once for each row and its own losses are told, of its last fifth."""
     trained = []
 
-    def pretend(flags, steps, run):
-        trained.append(flags)
-        run.mkdir(parents=True)
-        losses = [9.0, 9.0, 9.0, 9.0, float(len(trained))]
-        lines = [json.dumps({"loss_by_region": {"target": x}}) for x in losses]
-        (run / "metrics.jsonl").write_text("\n".join(lines))
+    def pretend(runs, steps, bar):
+        for run, flags in runs.items():
+            trained.append(flags)
+            run.mkdir(parents=True)
+            losses = [9.0, 9.0, 9.0, 9.0, float(len(trained))]
+            lines = [json.dumps({"loss_by_region": {"target": x}}) for x in losses]
+            (run / "metrics.jsonl").write_text("\n".join(lines))
 
     class Still:
         """One that answers nothing."""
@@ -68,7 +93,7 @@ def test_rows_tell_of_their_runs(tmp_path, monkeypatch):
         def __call__(self, specs, bar):
             return [SimpleNamespace(pixels=np.zeros_like(s.grid.query.pixels)) for s in specs]
 
-    monkeypatch.setattr(ablations, "train_variant", pretend)
+    monkeypatch.setattr(ablations, "train_all", pretend)
     monkeypatch.setattr(ablations, "load_variant", lambda run: Still())
     source = open_tasks("", MINI.recipe).held_out()
     lab = Lab(None, source, 2, True, lambda steps, label: steps, tmp_path)
@@ -82,11 +107,12 @@ def test_placements_are_trained_alike(tmp_path, monkeypatch):
     for what it has learnt, with an example more and more, and what it never saw."""
     trained, asked = [], []
 
-    def pretend(flags, steps, run):
-        trained.append((flags, steps))
-        run.mkdir(parents=True)
-        line = json.dumps({"loss_by_region": {"target": 1.0}, "seconds": 0.5})
-        (run / "metrics.jsonl").write_text("\n".join([line] * 5))
+    def pretend(runs, steps, bar):
+        for run, flags in runs.items():
+            trained.append((flags, steps))
+            run.mkdir(parents=True)
+            line = json.dumps({"loss_by_region": {"target": 1.0}, "seconds": 0.5})
+            (run / "metrics.jsonl").write_text("\n".join([line] * 5))
 
     class Still:
         """One that answers nothing."""
@@ -97,15 +123,14 @@ def test_placements_are_trained_alike(tmp_path, monkeypatch):
             asked.append(len(specs[0].grid.rows))
             return [SimpleNamespace(pixels=np.zeros_like(s.grid.query.pixels)) for s in specs]
 
-    for room in (placements, ablations):
-        monkeypatch.setattr(room, "train_variant", pretend)
+    monkeypatch.setattr(placements, "train_all", pretend)
     monkeypatch.setattr(placements, "load_run", lambda run: Still())
     source = open_tasks("", MINI.recipe).held_out()
     lab = Lab(None, source, 2, True, lambda steps, label: steps, tmp_path)
     rows = placements.compare_placements(lab).numbers["placements"]
     names = [*PLACEMENTS]
     flags = [["--placement", name] for name in names]
-    assert trained == [(each, ablations.QUICK_STEPS) for each in flags]
+    assert trained == [(each, trainings.QUICK_STEPS) for each in flags]
     assert asked == [1, 2, 3, 3, 3] * len(names) and placements.UNSEEN in graph.HELD_OUT_TASKS
     assert [row[""] for row in rows] == names
     noisy = {True: "16 of 96", False: "96 of 96"}  # whether others are clean

@@ -159,6 +159,29 @@ def test_the_truth_has_no_error(measure, few):
         assert [row["autoencoder"] for row in numbers["square"]] == [0, 0, 0, 0]
 
 
+def test_a_question_is_painted_once(few):
+    """What was asked before is not painted again, whoever asks and among what; another painter,
+    and what differs in words, blank cells or noise, knows nothing of it."""
+    counts = []
+
+    class Counting(Echo):
+        def __call__(self, specs, bar):
+            counts.append(len(specs))
+            return super().__call__(specs, bar)
+
+    lab = make_lab(Counting())
+    who, others = Asker(lab), Asker(lab._replace(painter=Counting()))
+    was = who.paint(TASK, who.examples(1))
+    assert np.array_equal(who.paint(TASK, who.examples(1)), was) and counts == [4]
+    others.paint(TASK, who.examples(1))
+    who.paint(TASK, who.examples(1), sentence=True)
+    who.paint_blank(TASK, who.examples(1), blank=(0,))
+    again = Asker(lab)
+    again.noises += 1
+    more = again.paint(TASK, who.examples(1))
+    assert counts == [4] * 4 + [2] and np.array_equal(more[: who.noises], was)
+
+
 def test_what_was_painted_is_given(few):
     """The second of two steps is asked beside what the first one painted, from each noise."""
     painter = Echo()

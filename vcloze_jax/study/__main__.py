@@ -18,11 +18,13 @@ The parts:
     ablations  short trainings that differ in one choice (--quick leaves them out)
     placements the same task learnt in every way to place cells (likewise)
 
-Subjects are held out, seeds fixed: the same command gives the same bytes.
+Subjects are held out, seeds fixed: the same command gives the same bytes, but for the seconds that
+it took, which end the page.
 """
 
 import json
 import shlex
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,11 +38,17 @@ from vcloze_jax.inputs.pictures import check_writable, save_text
 from vcloze_jax.inputs.specfiles import read_specs
 from vcloze_jax.storage import places
 from vcloze_jax.study.judges import FLAGS, check_judge
-from vcloze_jax.study.page import write_html, write_markdown
+from vcloze_jax.study.page import Chapter, TextTable, write_html, write_markdown
 from vcloze_jax.study.parts import Lab, choose_parts, run_part
 from vcloze_jax.study.photographs import photograph_files
+from vcloze_jax.study.trainings import count_cores
 
 TITLE = "A study of a model that reads examples"
+LEAD = "Made by `{command}`, which gives the same page again, but for the seconds at its end."
+TOOK = (
+    "Seconds of each part, {minutes:.1f} minutes in all; CPU cores: {cores}. What was compiled or "
+    "trained before took none of them."
+)
 
 
 def main(argv):
@@ -77,22 +85,32 @@ def main(argv):
     painter = load_painter(cli.fetch_weights(args), args.lora, args.mesh)
     how = args.num_inference_steps, args.quick, bar_below, args.out
     lab = Lab(painter, source, *how, args.photographs, items, grids, judges)
-    lead = f"Made by `{describe_command(args, parts)}`, which gives the same page again."
-    chapters = {}
+    lead = LEAD.format(command=describe_command(args, parts))
+    chapters, seconds = {}, {}
     with tqdm(parts, unit="part", dynamic_ncols=True) as bar:
         for name in bar:
             bar.set_description(name)
+            start = time.perf_counter()
             chapters[name] = run_part(name, lab)
-            write_report(args.out, lead, chapters)  # so far: who stops it keeps what there is
+            seconds[name] = time.perf_counter() - start
+            # so far: who stops it keeps what there is
+            write_report(args.out, lead, chapters, tell_seconds(seconds))
     print(f"{', '.join(parts)}: {args.out}/index.html")
 
 
-def write_report(folder, lead, chapters):
-    """Write {name: (title, Chapter)} as a page, as its tables, as its numbers; and what lies beside
-    it. Files that are there are replaced."""
+def tell_seconds(seconds):
+    """Chapter of the {part: seconds} that it took."""
+    rows = [["part", "seconds"], *([name, f"{x:.0f}"] for name, x in seconds.items())]
+    says = TOOK.format(cores=count_cores(), minutes=sum(seconds.values()) / 60)
+    return Chapter([says, TextTable(rows)], {})
+
+
+def write_report(folder, lead, chapters, took):
+    """Write {name: (title, Chapter)} as a page that ends with the Chapter of what it took, as its
+    tables, as its numbers; and what lies beside it. Files that are there are replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {name: part.numbers for name, (_, part) in chapters.items()}
-    pages = TITLE, lead, dict(chapters.values())
+    pages = TITLE, lead, dict(chapters.values()) | {"What it took": took}
     save_text(folder / "study.json", json.dumps(numbers, indent=1) + "\n")
     save_text(folder / "study.md", write_markdown(*pages))
     for _, part in chapters.values():
@@ -107,8 +125,8 @@ def open_test_items(folder, preset):
 
 
 def bar_below(steps, label):
-    """The steps of one batch as a bar below that of the parts, gone when they are done."""
-    return tqdm(steps, label, unit="step", position=1, leave=False, dynamic_ncols=True)
+    """Steps of a batch, or trainings, as a bar below that of the parts, gone when they are done."""
+    return tqdm(steps, label, position=1, leave=False, dynamic_ncols=True)
 
 
 def describe_command(args, parts):

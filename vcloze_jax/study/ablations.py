@@ -1,24 +1,17 @@
 """What each choice of the recipe is good for: short trainings of mini's base that differ in one of
-them, each a command of train.py's, and what their adapters then do.
-
-A run's folder is the report's, ablations/NAME: a finished one is not trained again, but its flags
-must be the same. The task is one that mini never saw.
-"""
+them, and what their adapters then do. The runs are kept in the report's ablations-STEPS."""
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from vcloze_jax.config import MINI, UserError
-from vcloze_jax.data import graph
+from vcloze_jax.config import MINI
 from vcloze_jax.study import draw
-from vcloze_jax.study.asker import DIALLED, Asker, to_levels
+from vcloze_jax.study.asker import DIALLED, Asker, name_count, to_levels
 from vcloze_jax.study.page import Chapter, Figure, TextTable, list_records, tabulate_records
+from vcloze_jax.study.trainings import QUICK_STEPS, TASK, train_all
 
 VARIANTS = {  # the recipe as it is, and then with one flag of another value
     "as it is": "",
@@ -30,8 +23,7 @@ VARIANTS = {  # the recipe as it is, and then with one flag of another value
     "shifted times": "--time-shift",
     "no text": "--caption-dropout 1",
 }
-STEPS, QUICK_STEPS, QUICK_VARIANTS = 100, 2, 2
-TASK = graph.parse_task("gray->fluent_flat")
+STEPS, QUICK_VARIANTS = 100, 2
 SHOWN = 4  # subjects of a sheet
 SAYS = (
     "Mini's base, which only infills, learns `{task}` by `python train.py --data "
@@ -48,10 +40,10 @@ def ablate(lab):
     """Chapter of a Lab: trains, asks, and compares. Raises UserError if a training fails."""
     names = [*VARIANTS][: QUICK_VARIANTS if lab.quick else None]
     steps = QUICK_STEPS if lab.quick else STEPS
+    runs = {name: lab.out / f"ablations-{steps}" / name.replace(" ", "-") for name in names}
+    train_all({run: shlex.split(VARIANTS[name]) for name, run in runs.items()}, steps, lab.bar)
     records, columns = [], {}
-    for name in lab.bar(names, "ablations"):
-        run = lab.out / "ablations" / name.replace(" ", "-")
-        train_variant(shlex.split(VARIANTS[name]), steps, run)
+    for name, run in runs.items():
         asker = Asker(lab._replace(painter=load_variant(run)))
         record, painted = ask_variant(asker, run)
         records.append(
@@ -74,21 +66,6 @@ def ablate(lab):
     return Chapter(blocks, {"ablations": list_records(records)})
 
 
-def train_variant(flags, steps, run):
-    """Run train.py with these flags, in a process of its own. Raises UserError with its last line
-    if it fails."""
-    flags = ["--data", f"graphemoji:{TASK.spelling}", *flags, "--out", f"{run}"]
-    for name in ("steps", "save-every", "preview-every"):
-        flags += [f"--{name}", f"{steps}"]
-    command = [sys.executable, "-m", "vcloze_jax.train", *flags]
-    # On an accelerator this process holds most of the memory: the other takes what it needs.
-    env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise UserError(f"python train.py {shlex.join(flags)}: {said}")
-
-
 def load_variant(run):
     """A Painter of what a run has learnt: an adapter for mini's base, or all weights."""
     from vcloze_jax.pipeline import load_painter
@@ -106,6 +83,6 @@ def ask_variant(asker, run):
     record = {"loss of the target, last fifth": float(np.mean(losses[-len(log) // 5 :]))}
     for count in range(DIALLED + 1):
         painted = asker.paint(TASK, asker.examples(count))
-        record[f"{count} examples"] = asker.error(painted, TASK.target)
+        record[name_count(count)] = asker.error(painted, TASK.target)
     back = asker.paint_blank(TASK, asker.examples(DIALLED), blank=(0,))[..., 0]
     return record | {"backwards": asker.error(back, TASK.conditions[0])}, painted[0]

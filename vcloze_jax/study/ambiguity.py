@@ -34,6 +34,10 @@ MOVES = (
     "pixels over the noises (its spread over subjects). It is 0 where a question has one answer, "
     "but a blur would have 0, too: read it beside the error."
 )
+CURVES = (
+    "Dashed: with the sentence. Bars: over subjects. Grey: more than the {trained} examples of "
+    "training."
+)
 
 
 def measure_ambiguity(lab):
@@ -58,9 +62,7 @@ def measure_ambiguity(lab):
         asker.spreads,
         MOVES,
         sum_up(results),
-        Figure(
-            draw_curves_of(results), f"Bars: over subjects. Grey: more than {TRAINED} examples."
-        ),
+        Figure(draw_curves_of(results), CURVES.format(trained=TRAINED)),
         TextTable(tabulate_counts(results)),
         *sheets,
     ]

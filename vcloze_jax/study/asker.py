@@ -5,8 +5,11 @@ The noise of the last row is the same however many examples stand above it, so t
 picture is the examples' doing.
 """
 
+import hashlib
+import pickle
 from functools import partial
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -20,8 +23,9 @@ SUBJECTS, QUICK_SUBJECTS, NOISES, QUICK_NOISES = 12, 4, 3, 2
 DIALLED = 2  # examples, where their number is not what is asked
 SPREADS = (
     "Numbers are means (deviation over subjects; mean deviation over noise) for {subjects} "
-    "subjects from {noises} noises each."
+    "subjects from {noises} noises each (seeds 0 to {last})."
 )
+PAINTED = WeakKeyDictionary()  # {painter: {digest of a Spec: its painted cells}}
 
 
 class Spread(NamedTuple):
@@ -58,7 +62,8 @@ class Asker:
     @property
     def spreads(self):
         """What the numbers of a table are, in words."""
-        return SPREADS.format(subjects=len(self.subjects), noises=self.noises)
+        count = len(self.subjects)
+        return SPREADS.format(subjects=count, noises=self.noises, last=count * self.noises - 1)
 
     def truth(self, node):
         """A node of the subjects, float32 [N, 64, 64, 3]."""
@@ -88,9 +93,7 @@ class Asker:
             grid, prompt = pose_question(self.source, *asked)
             cells = {column: to_levels(x[noise, number]) for column, x in given.items()}
             specs.append(specify(self.lab, change_query(grid, blank, cells), prompt, seed))
-        canvases = self.lab.painter(specs, self.lab.bar)
-        painted = zip(specs, canvases, strict=True)
-        cells = np.stack([np.stack(s.grid.cut(c.pixels), -1) for s, c in painted])
+        cells = np.stack(paint_once(self.lab, specs))
         shape = self.noises, len(self.subjects), *cells.shape[1:]
         return cells.reshape(shape).astype(np.float32) / 255
 
@@ -103,6 +106,18 @@ class Asker:
         64, 64, 3]."""
         asked, given = self.truth(task.target), [self.truth(node) for node in task.conditions]
         return min(given, key=lambda pictures: rmse(pictures, asked).mean())
+
+
+def paint_once(lab, specs):
+    """The painted cells of some Specs, uint8 [h, w, 3, cells] each. A fifth of what the parts ask
+    was asked before, by another one: of the same painter it is not painted again."""
+    known = PAINTED.setdefault(lab.painter, {})
+    keys = [hashlib.sha256(pickle.dumps(spec)).digest() for spec in specs]
+    new = {key: spec for key, spec in zip(keys, specs, strict=True) if key not in known}
+    canvases = lab.painter([*new.values()], lab.bar) if new else []
+    for (key, spec), canvas in zip(new.items(), canvases, strict=True):
+        known[key] = np.stack(spec.grid.cut(canvas.pixels), -1)
+    return [known[key] for key in keys]
 
 
 def specify(lab, grid, prompt, seed):
@@ -129,6 +144,11 @@ def to_levels(pictures):
 def parse_tasks(names, most=None):
     """The first of some tasks, by their names."""
     return [graph.parse_task(name) for name in names[:most]]
+
+
+def name_count(count):
+    """How many examples, in words."""
+    return f"{count} example{'s' * (count != 1)}"
 
 
 def mean_error(spreads):

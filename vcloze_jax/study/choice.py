@@ -15,14 +15,14 @@ TASKS = ("gray->fluent_3d", "mask->fluent_3d", "noto->openmoji_line", "fluent_3d
 QUICK_TASKS, SETS, QUICK_SETS = 1, 8, 3
 SHOWN = 4  # subjects of a sheet
 SAYS = (
-    "{sets} sets of {dialled} examples for each subject, drawn at random from the held-out "
-    "subjects, each painted from the same noises. `best`, `median` and `worst` are chosen for each "
-    "subject in hindsight, by the mean error over its noises; `best of other noises` is chosen by "
-    "all noises but one and measured on that one: what of the choice is the set's and not the "
-    "noise's. `nearest` are the {dialled} subjects whose conditions are nearest to the query's in "
-    "latent space, the nearest one last; relatives of an emoji are among them. Its gain is the "
-    "mean of the random sets less it, with the standard error over subjects. `copied` is the "
-    "target of the nearest example itself, left as it is."
+    "{sets} sets of {dialled} examples for each subject, drawn at random (seed 0) from the other "
+    "held-out subjects, each painted from the same noises. `best`, `median` and `worst` are chosen "
+    "for each subject in hindsight, by the mean error over its noises; `best of other noises` is "
+    "chosen by all noises but one and measured on that one: what of the choice is the set's and "
+    "not the noise's. `nearest` are the {dialled} subjects whose conditions are nearest to the "
+    "query's in latent space, the nearest one last; relatives of an emoji are among them. Its gain "
+    "is the mean of the random sets less it, with the standard error over subjects. `copied` is "
+    "the target of the nearest example itself, left as it is."
 )
 
 

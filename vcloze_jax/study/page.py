@@ -75,10 +75,13 @@ def list_records(records):
 
 
 def write_html(title, lead, chapters):
-    """A page of {title: Chapter}: its pictures are inside it, and it runs nothing."""
-    parts = [f"<h1>{mark_up(title)}</h1>", f"<p>{mark_up(lead)}</p>"]
-    for name, chapter in chapters.items():
-        inside = [f"<h2>{mark_up(name)}</h2>", *map(show_block, chapter.blocks)]
+    """A page of {title: Chapter}: a list of them, and each below the other. Its pictures are
+    inside it, and it runs nothing."""
+    links = [f'<li><a href="#{i}">{mark_up(name)}</a></li>' for i, name in enumerate(chapters)]
+    contents = "\n".join(["<ol>", *links, "</ol>"])
+    parts = [f"<h1>{mark_up(title)}</h1>", f"<p>{mark_up(lead)}</p>", contents]
+    for number, (name, chapter) in enumerate(chapters.items()):
+        inside = [f'<h2 id="{number}">{mark_up(name)}</h2>', *map(show_block, chapter.blocks)]
         parts.append("\n".join(["<section>", *inside, "</section>"]))
     head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{STYLE}</style>'
     head += '\n<meta name="viewport" content="width=device-width">'

@@ -1,7 +1,7 @@
 """All ways to place the cells of a grid (vcloze_jax/inputs/papers.py), learnt alike: the paper's
 comparison of FLUX.1-Fill with FLUX.1-dev (appendix B, Fig. 14) in miniature, and others beside.
 
-Runs are kept as those of ablations are, in the report's placements/NAME.
+The runs are kept in the report's placements-STEPS.
 """
 
 import json
@@ -12,9 +12,10 @@ from vcloze_jax.data import graph
 from vcloze_jax.grid import PATCH
 from vcloze_jax.inputs.papers import PLACEMENTS
 from vcloze_jax.study import draw
-from vcloze_jax.study.ablations import QUICK_STEPS, SHOWN, TASK, ask_variant, train_variant
+from vcloze_jax.study.ablations import SHOWN, ask_variant
 from vcloze_jax.study.asker import DIALLED, Asker, to_levels
 from vcloze_jax.study.page import Chapter, Figure, TextTable, list_records, tabulate_records
+from vcloze_jax.study.trainings import QUICK_STEPS, TASK, train_all
 
 STEPS = 300
 UNSEEN = graph.parse_task("fluent_high_contrast->fluent_3d")
@@ -24,16 +25,18 @@ SAYS = (
     "canvas; the others with mini_clean, which learnt the same infilling from as many grids where "
     "all that is given is clean, as `dev` places it. RMSE on held-out subjects with no sentence; "
     "`backwards` asks for the condition of the target, `unseen` for `{unseen}`, with {dialled} "
-    "examples. Noisy tokens are those of a grid with as many examples."
+    "examples. Noisy tokens are those of a grid with as many examples. On CPUs a step has one "
+    "thread, beside another training where there is a core for it."
 )
 
 
 def compare_placements(lab):
     """Chapter of a Lab: trains, asks, and compares. Raises UserError if a training fails."""
-    folder, steps = lab.out / "placements", QUICK_STEPS if lab.quick else STEPS
+    steps = QUICK_STEPS if lab.quick else STEPS
+    runs = {name: lab.out / f"placements-{steps}" / name for name in PLACEMENTS}
+    train_all({run: ["--placement", name] for name, run in runs.items()}, steps, lab.bar)
     records, columns = [], {}
-    for name in lab.bar([*PLACEMENTS], "placements"):
-        train_variant(["--placement", name], steps, run := folder / name)
+    for name, run in runs.items():
         asker = Asker(lab._replace(painter=load_run(run)))
         record, columns[name] = ask_variant(asker, run)
         records.append({"": name} | record | ask_more(asker, PLACEMENTS[name], run))

@@ -4,7 +4,14 @@ the target to its conditions."""
 from vcloze_jax.data.graph import HELD_OUT_TASKS, TRAIN, Task
 from vcloze_jax.inputs.measures import rmse
 from vcloze_jax.study import draw
-from vcloze_jax.study.asker import DIALLED, Asker, mean_error, parse_tasks, to_levels
+from vcloze_jax.study.asker import (
+    DIALLED,
+    Asker,
+    mean_error,
+    name_count,
+    parse_tasks,
+    to_levels,
+)
 from vcloze_jax.study.page import (
     Chapter,
     Figure,
@@ -72,7 +79,7 @@ def go_back(asker, task):
     record = {"trained": f"`{task.name}`", "the way back": known}
     for count in range(DIALLED + 1):
         painted = asker.paint_blank(task, asker.examples(count), (0,))[..., 0]
-        record[f"{count} examples"] = asker.error(painted, asked)
+        record[name_count(count)] = asker.error(painted, asked)
     record["as a task of its own"] = ask_forth(asker, asked, given)
     copied = rmse(asker.truth(given), asker.truth(asked))
     return record | {"copy": float(copied.mean())}, painted
@@ -87,7 +94,7 @@ def sum_up_ways(records):
     """The means by what the way back is, in words."""
     lines = []
     for known in dict.fromkeys(record["the way back"] for record in records):
-        names = f"{DIALLED} examples", "as a task of its own"
+        names = name_count(DIALLED), "as a task of its own"
         of_kind = [record for record in records if record["the way back"] == known]
         back, own = (mean_error([record[name] for record in of_kind]) for name in names)
         lines.append(f"{known}: {back:.3f} backwards, {own:.3f} as a task of its own")

@@ -8,7 +8,15 @@ from vcloze_jax.evaluate import reconstruct
 from vcloze_jax.inputs.measures import rmse
 from vcloze_jax.questions import pose_question
 from vcloze_jax.study import draw
-from vcloze_jax.study.asker import DIALLED, Asker, Spread, mean_error, parse_tasks, to_levels
+from vcloze_jax.study.asker import (
+    DIALLED,
+    Asker,
+    Spread,
+    mean_error,
+    name_count,
+    parse_tasks,
+    to_levels,
+)
 from vcloze_jax.study.page import (
     Chapter,
     Figure,
@@ -89,7 +97,7 @@ def measure_counts(asker, kind, task):
     """A record of one task: its errors by number of examples, and that of copying."""
     counts = range(DIALLED + 1)
     errors = {
-        f"{n} examples": asker.error(asker.paint(task, asker.examples(n)), task.target)
+        name_count(n): asker.error(asker.paint(task, asker.examples(n)), task.target)
         for n in counts
     }
     copied = float(rmse(asker.nearest_given(task), asker.truth(task.target)).mean())
@@ -101,8 +109,8 @@ def sum_up_kinds(records):
     lines = []
     for kind in KINDS:
         of_kind = [record for record in records if record[""] == kind]
-        zero, two = (mean_error([r[f"{n} examples"] for r in of_kind]) for n in (0, DIALLED))
-        better = sum(r[f"{DIALLED} examples"].mean < r["copy"] for r in of_kind)
+        zero, two = (mean_error([r[name_count(n)] for r in of_kind]) for n in (0, DIALLED))
+        better = sum(r[name_count(DIALLED)].mean < r["copy"] for r in of_kind)
         beats = f"better than copying on {better} of {len(of_kind)}"
         lines.append(f"{kind}, {zero:.3f} to {two:.3f}, {beats}")
     return f"Mean errors without and with {DIALLED} examples: {'; '.join(lines)}."
@@ -138,7 +146,7 @@ def show_square(asker, painted, title):
         given = {f"{number} {node}": asker.truth(node) for node in task.conditions}
         painting = {f"{number} painted": pictures[0], f"{number} truth": asker.truth(task.target)}
         columns |= {label: to_levels(x[:SHOWN]) for label, x in (given | painting).items()}
-    return Figure(draw.label_columns(columns), title.capitalize() + ".")
+    return Figure(draw.label_columns(columns), f"{title.capitalize()}; the tasks are numbered.")
 
 
 def name_tasks(names):
