@@ -159,7 +159,11 @@ def tell_encoding(painter, canvas, encode=pipeline.Painter.encode):
     print("encoded", canvas.spec.name, file=sys.stderr)
     encode(painter, canvas)
 
-pipeline.Painter.encode = tell_encoding
+def tell_decoding(painter, grid, latents, decode=pipeline.Painter.decode):
+    print("decoded", file=sys.stderr)
+    return decode(painter, grid, latents)
+
+pipeline.Painter.encode, pipeline.Painter.decode = tell_encoding, tell_decoding
 
 for name in ("save_png", "save_text"):
     def tell(file, content, write=getattr(pipeline, name)):
@@ -174,19 +178,21 @@ sample.cli.run(sample.main)
 @pytest.mark.slow
 def test_two_hosts_paint_as_one(home, tmp_path):
     """Two hosts of one device paint the bytes that a process of two does; each encodes what its
-    device holds, decodes and writes its own grids, also such as are enlarged, one record each; one
-    speaks."""
+    device holds, for which it decodes what is enlarged, and decodes and writes its own grids, one
+    record each; one speaks."""
     grid = json.loads((home / "grids.jsonl").read_text().splitlines()[0])
     grid["image"][-1][-1] = None
     spec = grid | {"num_inference_steps": 2, "resolution": 32}
     again = spec | {"seed": 1, "upsampling": {"width": 48, "num_inference_steps": 3}}
-    (tmp_path / "grid.json").write_text(json.dumps([spec, again, spec | {"seed": 2}]))
+    (tmp_path / "grid.json").write_text(json.dumps([again, spec, again | {"seed": 2}]))
     argv = [f"--weights={home / 'weights'}", "--mesh=2", f"--grid={tmp_path / 'grid.json'}"]
     codes, outs, errors = ends(start_pair([*argv, f"--out={tmp_path / 'two'}"], (TELLING,) * 2))
     assert codes == [0, 0], errors
     assert "3 grids painted" in outs[0] and "painted" not in outs[1]
     told = [[x.split()[1] for x in e.splitlines() if x.startswith("encoded ")] for e in errors]
-    assert told == [["grid-0", "grid-1", "grid"], ["grid-2", "grid"]]  # one is enlarged, and copied
+    assert told == [["grid-0", "grid-1", "grid"], ["grid-2", "grid"]]  # grid: what is enlarged
+    decoded = [e.splitlines().count("decoded") for e in errors]
+    assert decoded == [4, 2]  # grid-0 and -2, each twice; grid-2 to enlarge it, grid-1
     wrote = [{x[6:] for x in e.splitlines() if x.startswith("wrote ")} for e in errors]
     names = [{f"grid-{i}{end}" for end in (".png", "_target0.png", ".json")} for i in range(3)]
     assert wrote == [names[0] | names[2], names[1]]
