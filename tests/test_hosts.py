@@ -42,7 +42,7 @@ from vcloze_jax.config import Recipe, UserError
 from vcloze_jax.devices import make_mesh, parse_mesh, put
 from vcloze_jax.inputs import cli
 from vcloze_jax.sharding import on_host, spread
-from vcloze_jax.storage import checkpoint
+from vcloze_jax.storage import checkpoint, digests
 
 def main(argv):
     mesh = make_mesh(parse_mesh("2"))
@@ -70,9 +70,12 @@ def main(argv):
     assert on_host(batch).tolist() == [[i] * 3 for i in range(4)]
 
     kernel = np.arange(8, dtype=np.float32).reshape(4, 2)
-    state = put({"kernel": kernel, "bias": np.ones(3, np.float32)}, mesh)
+    state = put({"kernel": kernel, "bias": np.ones(3, np.float32)}, mesh, "flux/")
+    digested, digest = [], digests.digest_bytes
+    digests.digest_bytes = lambda x: digested.append(x.shape) or digest(x)
     checkpoint.save(folder, 5, state)
     step, again = checkpoint.resume(folder, jax.tree.map(lambda x: x * 0, state))
+    assert sorted(digested) == [(2, 2), (2, 2), (3,), (3,)], digested  # its own, at both ends
     assert step == 5 and again["kernel"].sharding == state["kernel"].sharding
     for ours, theirs in zip(*map(jax.tree.leaves, map(on_host, (state, again)))):
         assert np.array_equal(ours, theirs)
@@ -85,7 +88,8 @@ cli.run(main)
 
 def test_two_processes(tmp_path):
     """Two hosts find each other; each hears what the other says, and has its mistakes; each brings
-    its own rows to a batch; a checkpoint of both is one that a process alone reads."""
+    its own rows to a batch, and digests its own part of an array; a checkpoint of both is one that
+    a process alone reads."""
     codes, outs, errors = ends(start_pair([tmp_path], (PARTS, PARTS)))
     assert codes == [0, 0], errors
     assert "host 0" in errors[0] and "host 1" in errors[1]
