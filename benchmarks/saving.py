@@ -3,8 +3,10 @@
 A state as that of an adapter: weights and two moments, float32, stacked over layers, on a mesh of
 all devices. Its step multiplies matrices, so that the devices are at work as they are in training,
 and changes all of the state in its place. Measured are steps alone, the one in which a save begins,
-those beside it until it is whole; then, in a process of its own, taking the state up again: what
-the host holds at most, and the device. Linux only. 15 GB are rank 256 on FLUX.1-Fill.
+those beside it until it is whole, and what both lose to steps alone, as a share of the steps from
+one save to the next (--save-every, 500); then, in a process of its own, taking the state up again:
+what the host holds at most, and the device. Linux only. 15 GB are rank 256 on FLUX.1-Fill. On a CPU
+the threads that save take the cores of the step, which those of an accelerator's host do not.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from load_memory import resident  # noqa: E402
 
+from vcloze_jax.config import Recipe  # noqa: E402
 from vcloze_jax.devices import copy_to_hosts, make_mesh, parse_mesh  # noqa: E402
 from vcloze_jax.sharding import shardings  # noqa: E402
 from vcloze_jax.storage import checkpoint  # noqa: E402
@@ -73,20 +76,22 @@ def save(folder, like, products):
     for _ in range(4):
         state, seconds = timed(step, state, matrix)
         alone.append(seconds)
-    found["step alone"] = statistics.median(alone)
+    found["step alone"] = usual = statistics.median(alone)
     for number in (1, 2):
         before, start, beside = resident("VmRSS"), time.perf_counter(), []
         copy = copy_to_hosts(state)
         copied = time.perf_counter() - start
         saving = checkpoint.begin(folder, number, copy)
         found[f"save {number}: copy"] = copied
-        found[f"save {number}: copy, begin"] = time.perf_counter() - start
+        found[f"save {number}: copy, begin"] = begun = time.perf_counter() - start
         while not saving.done() or not beside:
             state, seconds = timed(step, state, matrix)
             beside.append(seconds)
         found[f"save {number}: step beside"] = statistics.median(beside)
         found[f"save {number}: slowest"] = max(beside)
         found[f"save {number}: whole after"] = time.perf_counter() - start
+        found[f"save {number}: lost"] = lost = begun + sum(beside) - usual * len(beside)
+        found[f"save {number}: lost, %"] = 100 * lost / (usual * Recipe().save_every)
         found[f"save {number}: host rise GB"] = (resident("VmHWM") - before) / GB
         saving.result()
         del saving, copy

@@ -311,3 +311,12 @@ def test_kill(tmp_path):
         assert_equal(state, jax.tree.map(lambda x, step=step: jnp.full_like(x, step), like))
         checkpoint.clean(folder)
         assert all(name.isdecimal() for name in os.listdir(folder))
+
+
+def test_hosts_digest_as_much_as_each_other():
+    """Hosts take files in turn, in an order in which each host's large one lies beside the others':
+    so none has all of these to read."""
+    names = [f"process_{i}/{file}" for i in range(2) for file in ("d/ab", "manifest")]
+    ordered = sorted(names, key=checkpoint.digests.by_name)
+    for share in (ordered[::2], ordered[1::2]):
+        assert [name.count("d/ab") for name in share] == [1, 0]

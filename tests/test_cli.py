@@ -193,6 +193,7 @@ def test_help(call, main):
         ("--preset maxi", "argument --preset: invalid choice: 'maxi'"),
         ("--preset flux-fill", "--preset flux-fill: its weights are yours; add --weights DIR"),
         ("--from-scratch --rank 4", "--from-scratch trains every weight"),
+        ("--from-scratch --offload", "--from-scratch trains the text encoders, too"),
         ("--data nowhere.jsonl", "--data nowhere.jsonl: no such data"),
         ("--data nowhere", "--data nowhere: no such data"),
         ("--data none", "none: no pair in it: "),

@@ -42,7 +42,7 @@ from vcloze_jax.config import Recipe, UserError
 from vcloze_jax.devices import make_mesh, parse_mesh, put
 from vcloze_jax.inputs import cli
 from vcloze_jax.sharding import on_host, spread
-from vcloze_jax.storage import checkpoint
+from vcloze_jax.storage import checkpoint, digests
 
 def main(argv):
     mesh = make_mesh(parse_mesh("2"))
@@ -70,9 +70,12 @@ def main(argv):
     assert on_host(batch).tolist() == [[i] * 3 for i in range(4)]
 
     kernel = np.arange(8, dtype=np.float32).reshape(4, 2)
-    state = put({"kernel": kernel, "bias": np.ones(3, np.float32)}, mesh)
+    state = put({"kernel": kernel, "bias": np.ones(3, np.float32)}, mesh, "flux/")
+    digested, digest = [], digests.digest_bytes
+    digests.digest_bytes = lambda x: digested.append(x.shape) or digest(x)
     checkpoint.save(folder, 5, state)
     step, again = checkpoint.resume(folder, jax.tree.map(lambda x: x * 0, state))
+    assert sorted(digested) == [(2, 2), (2, 2), (3,), (3,)], digested  # its own, at both ends
     assert step == 5 and again["kernel"].sharding == state["kernel"].sharding
     for ours, theirs in zip(*map(jax.tree.leaves, map(on_host, (state, again)))):
         assert np.array_equal(ours, theirs)
@@ -85,7 +88,8 @@ cli.run(main)
 
 def test_two_processes(tmp_path):
     """Two hosts find each other; each hears what the other says, and has its mistakes; each brings
-    its own rows to a batch; a checkpoint of both is one that a process alone reads."""
+    its own rows to a batch, and digests its own part of an array; a checkpoint of both is one that
+    a process alone reads."""
     codes, outs, errors = ends(start_pair([tmp_path], (PARTS, PARTS)))
     assert codes == [0, 0], errors
     assert "host 0" in errors[0] and "host 1" in errors[1]
@@ -159,7 +163,11 @@ def tell_encoding(painter, canvas, encode=pipeline.Painter.encode):
     print("encoded", canvas.spec.name, file=sys.stderr)
     encode(painter, canvas)
 
-pipeline.Painter.encode = tell_encoding
+def tell_decoding(painter, grid, latents, decode=pipeline.Painter.decode):
+    print("decoded", file=sys.stderr)
+    return decode(painter, grid, latents)
+
+pipeline.Painter.encode, pipeline.Painter.decode = tell_encoding, tell_decoding
 
 for name in ("save_png", "save_text"):
     def tell(file, content, write=getattr(pipeline, name)):
@@ -174,19 +182,21 @@ sample.cli.run(sample.main)
 @pytest.mark.slow
 def test_two_hosts_paint_as_one(home, tmp_path):
     """Two hosts of one device paint the bytes that a process of two does; each encodes what its
-    device holds, decodes and writes its own grids, also such as are enlarged, one record each; one
-    speaks."""
+    device holds, for which it decodes what is enlarged, and decodes and writes its own grids, one
+    record each; one speaks."""
     grid = json.loads((home / "grids.jsonl").read_text().splitlines()[0])
     grid["image"][-1][-1] = None
     spec = grid | {"num_inference_steps": 2, "resolution": 32}
     again = spec | {"seed": 1, "upsampling": {"width": 48, "num_inference_steps": 3}}
-    (tmp_path / "grid.json").write_text(json.dumps([spec, again, spec | {"seed": 2}]))
+    (tmp_path / "grid.json").write_text(json.dumps([again, spec, again | {"seed": 2}]))
     argv = [f"--weights={home / 'weights'}", "--mesh=2", f"--grid={tmp_path / 'grid.json'}"]
     codes, outs, errors = ends(start_pair([*argv, f"--out={tmp_path / 'two'}"], (TELLING,) * 2))
     assert codes == [0, 0], errors
     assert "3 grids painted" in outs[0] and "painted" not in outs[1]
     told = [[x.split()[1] for x in e.splitlines() if x.startswith("encoded ")] for e in errors]
-    assert told == [["grid-0", "grid-1", "grid"], ["grid-2", "grid"]]  # one is enlarged, and copied
+    assert told == [["grid-0", "grid-1", "grid"], ["grid-2", "grid"]]  # grid: what is enlarged
+    decoded = [e.splitlines().count("decoded") for e in errors]
+    assert decoded == [4, 2]  # grid-0 and -2, each twice; grid-2 to enlarge it, grid-1
     wrote = [{x[6:] for x in e.splitlines() if x.startswith("wrote ")} for e in errors]
     names = [{f"grid-{i}{end}" for end in (".png", "_target0.png", ".json")} for i in range(3)]
     assert wrote == [names[0] | names[2], names[1]]

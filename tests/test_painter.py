@@ -86,7 +86,8 @@ def test_virtual_devices_paint_no_copies():
 
 @pytest.mark.parametrize("mesh", ["1", "2"])
 def test_offload(folder, tmp_path, mesh):
-    """Where the MMDiT's blocks wait in host memory, adapter and all, the picture is the same."""
+    """Where the MMDiT's blocks wait in host memory, adapter and all, the picture is the same. Their
+    vectors stay: no TPU cuts one of many there."""
     lora = tmp_path / "lora.safetensors"
     ranked = replace(tiny.TINY.flux, rank=4)
     adapters.save(lora, tiny.filled(weights.abstract(Flux, ranked)[1]))
@@ -94,7 +95,8 @@ def test_offload(folder, tmp_path, mesh):
     specs = jobs(tmp_path, BLANK)
     assert np.array_equal(*(painter(specs)[0].pixels for painter in (one, other)))
     blocks = other.models.flux.double, other.models.flux.single
-    assert {x.sharding.memory_kind for x in jax.tree.leaves(blocks)} == {"pinned_host"}
+    for x in jax.tree.leaves(blocks):
+        assert x.sharding.memory_kind == ("pinned_host" if x.ndim > 2 else "device")
     assert jax.tree.leaves(other.models.flux.final)[0].sharding.memory_kind == "device"
 
 

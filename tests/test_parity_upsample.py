@@ -61,8 +61,9 @@ def test_same_picture(pipeline, painter, name):
 
 def upsample(painter, up, picture):
     """The picture by the second pass of ours, uint8."""
-    spec = Spec(None, "", 1, 30.0, upsampling=up, content_prompt="a red fox")
-    (painted,) = painter(up.specs(spec, [picture]))
+    targets = lambda: [picture]  # noqa: E731
+    spec = Spec(up.grid(targets), "", 1, 30.0, upsampling=up, content_prompt="a red fox")
+    (painted,) = painter(up.specs(spec, targets))
     return painted.pixels
 
 

@@ -17,6 +17,7 @@ from vcloze_jax.inputs.spec import upsampled_size
 from vcloze_jax.inputs.specfiles import read_specs
 from vcloze_jax.inputs.upsampling import Upsampling
 from vcloze_jax.pipeline import describe, load_painter
+from vcloze_jax.storage.textreader import Text
 
 SIZES = {"a": (48, 32), "big": (2000, 1000), "small": (40, 20)}
 
@@ -126,7 +127,7 @@ def test_times(steps, strength, calls):
 def test_grid():
     """A target is stretched to its size, all of it masked, in a row of number 0."""
     target = np.zeros((32, 48, 3), np.uint8)
-    grid = Upsampling(32, 64, 0.4, 8).grid(target)
+    grid = Upsampling(32, 64, 0.4, 8).grid(lambda: [target])
     assert grid.shape == ((64, 32),) and grid.query.mask.all() and grid.targets == [0]
     assert set(grid.ids()[:, 0]) == {0} and grid.ids()[:, 1].max() == 3
 
@@ -149,7 +150,7 @@ def test_second_pass(painter, read):
     assert [t.shape for t in both.targets] == [(32, 64, 3)] * 2  # 64 * 32 / 48 = 42, floored
     passes = describe(both, painter)["upsampling"]
     assert [again["tokens"]["image"] for again in passes] == [8, 8]
-    again = spec.upsampling.specs(spec, first.targets)
+    again = spec.upsampling.specs(spec, first.cut)
     assert {second.prompt for second in again} == {"a fox"}
     for painted, target in zip(painter(again), both.targets, strict=True):
         assert len(painted.times) == 3  # of 5 steps the last 2
@@ -164,8 +165,8 @@ def test_start(painter, read):
     def start(strength, value, noise=None):
         target = np.full((32, 48, 3), value, np.uint8)
         up = Upsampling(64, 32, strength, 4, noise)
-        (second,) = up.specs(replace(read({}), upsampling=up), [target])
-        canvas = painter.start(second, {"": (None, None, {}, Counter())})
+        (second,) = up.specs(replace(read({}), upsampling=up), lambda: [target])
+        canvas = painter.start(second, {"": Text(None, None, {}, Counter())})
         painter.encode(canvas)
         return canvas.latents
 

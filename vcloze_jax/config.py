@@ -145,6 +145,7 @@ class Recipe:
     seed: int = setting(0, "of all that is drawn")
     mesh: str = setting("", "8 (fsdp=8), or data=2,tensor=4; state=8: base whole", RUN, free=True)
     cache: str = setting("", "encode your own data once, into this folder", RUN, free=True)
+    offload: bool = setting(False, "text encoders' blocks wait in host memory", RUN, free=True)
     threads: int = setting(4, "that make grids ahead", RUN, least=1, free=True)
     micro_batch: int = setting(0, "grids at a time, of a group; 0: one", RUN, least=0, free=True)
     save_every: int = setting(500, "steps between checkpoints", RUN, least=1, free=True)

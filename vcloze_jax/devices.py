@@ -21,6 +21,7 @@ from vcloze_jax.sharding import AXES, compute_dtype, count_shards, shardings
 
 MOST = 65_536  # devices on an axis
 HOST = "pinned_host"  # memory of a host that devices write by themselves
+BLOCKS = "double", "single", "blocks"  # of the MMDiT, and of a text encoder
 SETTINGS = {  # of JAX, which variables of the environment may have set otherwise
     "jax_default_prng_impl": "threefry2x32",  # with these a seed would mean another noise
     "jax_threefry_partitionable": True,
@@ -132,6 +133,12 @@ def put(tree, mesh, root=""):
     """The tree's host arrays, each in its place on the mesh."""
     place = lambda x, where: jax.make_array_from_callback(x.shape, where, x.__getitem__)  # noqa: E731
     return jax.tree.map(place, tree, shardings(tree, mesh, root))
+
+
+def waits(path, x):
+    """Whether a model's array, by its path, waits in host memory where its blocks do: if it holds a
+    matrix of every layer. No TPU cuts one vector out of many there, and they are small."""
+    return path[0].key in BLOCKS and x.ndim > 2
 
 
 def copy_to_hosts(tree):

@@ -50,12 +50,14 @@ class Canvas:
         with self.painter.timed(self.seconds, "decode"):
             return self.painter.decode(self.spec.grid, self.latents)
 
+    def cut(self):
+        """The painted cells in column order, uint8 [h, w, 3] each."""
+        return self.spec.grid.cut(self.pixels)
+
     @property
     def targets(self):
-        """The painted cells in column order, uint8 [h, w, 3] each, of the last pass made so far."""
-        if self.second_passes:
-            return [canvas.pixels for canvas in self.second_passes]
-        return self.spec.grid.cut(self.pixels)
+        """The same, of the second pass where one is asked for."""
+        return [canvas.pixels for canvas in self.second_passes] or self.cut()
 
 
 class Painter:
@@ -91,14 +93,13 @@ class Painter:
         after)` is told of each, with a batch's latents [B, bucket, 64] at times[i] and [i + 1].
         Raises FloatingPointError if a picture is not finite.
         """
-        prompts = [spec.prompt for spec in specs]
-        texts = self.read_texts(prompts + [s.content_prompt for s in specs if s.upsampling])
-        start = partial(self.start, texts=texts)
+        prompts = [s.prompt for s in specs] + [s.content_prompt for s in specs if s.upsampling]
+        start = partial(self.start, texts=self.read_texts(prompts))
         canvases = list(map(start, specs))
         self.run_pass(canvases, progress, watch)
         for canvas in canvases:
             if up := canvas.spec.upsampling:
-                canvas.second_passes = list(map(start, up.specs(canvas.spec, canvas.targets)))
+                canvas.second_passes = list(map(start, up.specs(canvas.spec, canvas.cut)))
         self.run_pass([second for c in canvases for second in c.second_passes], progress, watch)
         return canvases
 

@@ -294,7 +294,8 @@ def describe(canvas, painter):
 
 
 def describe_pass(canvas, preset):
-    """Tokens, what was not read of the prompt, and seconds of one pass, of this host."""
+    """Tokens, what was not read of the prompt, and seconds of one pass, of this host: "vae" is 0
+    where another one, whose device held the grid, has encoded it."""
     tokens = canvas.spec.grid.tokens
     sizes = dict(image=tokens, text=len(canvas.txt), bucket=bucket(tokens, preset.resolution))
     moving, once = part_sizes(canvas.spec.grid, preset)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vcloze_jax import flow
-from vcloze_jax.devices import make_mesh, micro_size, parse_mesh
+from vcloze_jax.devices import make_mesh, micro_size, parse_mesh, waits
 from vcloze_jax.grid import bucket
 from vcloze_jax.inputs.cli import fetch_weights
 from vcloze_jax.model.mmdit import Flux
@@ -95,15 +95,14 @@ def sampling(preset, specs, mesh, device=None, offload=False):
     weights = weights_on_device(preset, MODULES, mesh, dtype)
     kept = max(size for size, _ in batches) // shards * kept_bytes(preset, given, dtype)
     if offload:
-        weights["flux"] = offloaded_on_device(preset, mesh, dtype)
+        weights["flux"] = offloaded_on_device("flux", preset, mesh, dtype)
     texts = {name: weights.pop(name) for name in ("t5", "clip")}
     stages = {
         "reading": texts,
         "painting": weights | {"activations": step // share + kept},
         "decoding": weights | {"activations": picture // share},
     }
-    remedies = REMEDIES | ({} if offload else {"flux": f"--offload, or {MESH}"})
-    return "\n".join(lines + verdict(stages, mesh, device, remedies))
+    return "\n".join(lines + verdict(stages, mesh, device, not offload))
 
 
 def precision(mesh, device):
@@ -133,8 +132,7 @@ def training(preset, data, mesh, device=None):
     shards = count_shards(mesh)
     preset, settings = preset.learning, preset.recipe
     shape = max(data.shapes(), key=lambda shape: shape.tokens)
-    rows = shape.sizes
-    tokens = shape.tokens
+    rows, tokens = shape.sizes, shape.tokens
     grids = micro_size(settings, mesh) // shards
     encoded = Counter(() if settings.cache else (*rows, rows[-1]))  # the query also blanked
     _, total = gradient_flops(preset, tokens)
@@ -144,8 +142,7 @@ def training(preset, data, mesh, device=None):
     total += sum(n * flops(lower_vae(preset, VAE.moments, row)) for row, n in encoded.items())
 
     trained = ("flux", "t5", "clip") if settings.from_scratch else ("flux",)
-    frozen = [name for name in MODULES if settings.rank or name not in trained]
-    frozen = [name for name in frozen if texts_read or name not in ("t5", "clip")]
+    frozen = ("flux",) * (settings.rank > 0) + ("vae",) + ("t5", "clip") * (texts_read == 1)
     exact = sum(weights_on_device(preset, trained, mesh, "float32").values())
     if settings.rank:
         exact = on_device(abstract(Flux, preset.flux)[1], mesh, "flux", "float32")
@@ -156,6 +153,8 @@ def training(preset, data, mesh, device=None):
         + [grids * n * vae[row] for row, n in encoded.items()]
     )
     stage = weights_on_device(preset, frozen, mesh, dtype)
+    for name in {"t5", "clip"}.intersection(frozen if settings.offload else ()):
+        stage[name] = offloaded_on_device(name, preset, mesh, dtype)
     stage |= {"learnt": exact, "its gradients": 2 * exact, "its moments": 2 * exact}
     stage |= {"activations": activations // share}
     sides = ", ".join(f"{width}x{height}" for height, width in rows)
@@ -165,7 +164,8 @@ def training(preset, data, mesh, device=None):
         f"{si(total * settings.batch, 'FLOP')} in a step of {settings.batch}, {grids} at a time on "
         f"each of {mesh.size} {dtype} devices; bytes on each:",
     ]
-    return "\n".join(lines + verdict({"a step": stage}, mesh, device))
+    can_offload = texts_read == 1 and not settings.offload
+    return "\n".join(lines + verdict({"a step": stage}, mesh, device, can_offload))
 
 
 def weights_on_device(preset, names, mesh, dtype):
@@ -174,18 +174,17 @@ def weights_on_device(preset, names, mesh, dtype):
     return {name: on_device(tree, mesh, name, dtype) for name, tree in bases.items()}
 
 
-def offloaded_on_device(preset, mesh, dtype):
-    """Bytes of the MMDiT on one device where its blocks wait in host memory: of the rest, and of
-    what all of them make modulations with, at once; a block that computes, and the next, are less.
-    """
-    base = dict(abstract(Flux, preset.flux)[2])
-    blocks = base.pop("double") | {"single": base.pop("single")}
-    modulates = preset.flux.placement.branch
-    base |= {
-        name: {part: block[part] for part in modulates if part in block}
-        for name, block in blocks.items()
-    }
-    return on_device(base, mesh, "flux", dtype)
+def offloaded_on_device(name, preset, mesh, dtype):
+    """Bytes of a model on one device where its blocks wait in host memory: of the rest, and of what
+    all of them make modulations with, at once; a block that computes, and the next, are less."""
+
+    def stays(path, x):
+        modulates = {entry.key for entry in path} & {*preset.flux.placement.branch}
+        return x if modulates or not waits(path, x) else None
+
+    _, _, base = abstract(MODULES[name], getattr(preset, name))
+    tree = jax.tree_util.tree_map_with_path(stays, base)
+    return on_device(tree, mesh, name, dtype)
 
 
 def on_device(tree, mesh, root, dtype):
@@ -294,7 +293,7 @@ def lower_vae(preset, method, size, dtype="float32"):
     return jax.jit(method).lower(vae, jax.ShapeDtypeStruct((1, *shape), dtype))
 
 
-def verdict(stages, mesh, device, remedies=REMEDIES):
+def verdict(stages, mesh, device, can_offload=False):
     """Lines: each stage's bytes by part, and whether the largest fits, or what to change."""
     lines = []
     for name, parts in stages.items():
@@ -309,6 +308,7 @@ def verdict(stages, mesh, device, remedies=REMEDIES):
     if sum(peak.values()) <= limit:
         return [*lines, f"it fits into {si(limit, 'B')}"]
     part = max(peak, key=peak.get)
+    remedies = REMEDIES | ({"flux": f"--offload, or {MESH}"} if can_offload else {})
     return [*lines, f"it does not fit into {si(limit, 'B')}: try {remedies.get(part, MESH)}"]
 
 

@@ -60,6 +60,8 @@ TABLE = (
     (r"", P()),
 )
 SMALL = 2**28  # numbers, half a gigabyte of bfloat16; most kernels of FLUX's blocks are larger
+# A layer that waits in host memory (--offload) comes when it is used; others stay where they are.
+fetched = partial(jax.tree.map, partial(jax.device_put, device=jax.memory.Space.Device))
 on_host = partial(multihost_utils.process_allgather, tiled=True)  # arrays -> NumPy's, each whole
 
 

@@ -134,6 +134,8 @@ def check_recipe(recipe):
         raise UserError(f"--placement {recipe.placement}: {reason}")
     if recipe.from_scratch and (recipe.rank or recipe.lora):
         raise UserError("--from-scratch trains every weight: leave --rank and --lora away")
+    if recipe.from_scratch and recipe.offload:
+        raise UserError("--from-scratch trains the text encoders, too: leave --offload away")
     if recipe.cache:
         check_cache(recipe)
     return recipe

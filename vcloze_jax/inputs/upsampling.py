@@ -1,11 +1,28 @@
 """The second pass that a spec asks for (SDEdit), as more specs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from PIL import Image
 
-from vcloze_jax.grid import PATCH, Grid, Row, Spec
+from vcloze_jax.grid import PATCH, Grid, Spec
+
+Targets = Callable[[], list[np.ndarray]]  # -> uint8 [h, w, 3] each
+
+
+class LaterRow:
+    """A Row that is decoded and enlarged when its pixels are first asked for: by who encodes it,
+    one of many hosts."""
+
+    def __init__(self, make: Callable[[], np.ndarray], mask: np.ndarray):
+        self.make, self.mask = make, mask
+        self.height, self.width = mask.shape
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        return self.make()
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,15 +44,19 @@ class Upsampling:
         """S of one target."""
         return self.width // PATCH * (self.height // PATCH)
 
-    def grid(self, target: np.ndarray) -> Grid:
-        """A target, uint8 [h, w, 3], as the picture to start from: one cell, all of it masked."""
+    def grid(self, targets: Targets, i: int = 0) -> Grid:
+        """The i-th target as the picture to start from: one cell, all of it masked."""
         size = self.width, self.height
-        picture = Image.fromarray(target).resize(size, Image.Resampling.LANCZOS)
-        row = Row(np.asarray(picture), np.ones(size[::-1], bool))
+
+        def enlarge():
+            return np.asarray(Image.fromarray(targets()[i]).resize(size, Image.Resampling.LANCZOS))
+
+        row = LaterRow(enlarge, np.ones(size[::-1], bool))
         return Grid((row,), columns=1, first_row=0)
 
-    def specs(self, spec: Spec, targets: list[np.ndarray]) -> list[Spec]:
+    def specs(self, spec: Spec, targets: Targets) -> list[Spec]:
         """The second pass over the painted targets of the spec that asks for it."""
         how = dict(seed=spec.seed, latents=self.latents, strength=self.strength)
         asked = spec.content_prompt, self.num_inference_steps, spec.guidance_scale
-        return [Spec(self.grid(target), *asked, **how) for target in targets]
+        grids = (self.grid(targets, i) for i in range(len(spec.grid.targets)))
+        return [Spec(grid, *asked, **how) for grid in grids]

@@ -15,10 +15,7 @@ from flax import nnx
 from vcloze_jax.model.layers import Dense, DoubleBlock, LastLayer, MLPEmbedder, SingleBlock, stack
 from vcloze_jax.model.ops import attention, keep_products, timestep_embedding
 from vcloze_jax.placement import TEXT, kind_of
-from vcloze_jax.sharding import by_batch, gathered
-
-# A layer that waits in host memory (sample.py --offload) comes when it is used; others stay.
-near = partial(jax.tree.map, partial(jax.device_put, device=jax.memory.Space.Device))
+from vcloze_jax.sharding import by_batch, fetched, gathered
 
 
 class Modulation(NamedTuple):
@@ -72,7 +69,7 @@ class Flux(nnx.Module):
         placement, double = self.config.placement, self.double
         at = {"t": t, "0": jnp.zeros_like(t)}
         vec_at = {time: vector(at[time]) for time in dict.fromkeys(placement.time)}
-        one = lambda layer, vec: by_batch(gathered(near(layer)(vec)))  # noqa: E731
+        one = lambda layer, vec: by_batch(gathered(fetched(layer)(vec)))  # noqa: E731
         each = jax.vmap(one, (0, None))
         return Modulation(
             of_vectors(lambda branch, vec: each(getattr(double.img, branch), vec)),
@@ -115,11 +112,11 @@ class Flux(nnx.Module):
         T, remat = txt.shape[1], self.config.remat
 
         def double(x, layer):
-            block, img_mod, txt_mod, kept = near(layer)
+            block, img_mod, txt_mod, kept = fetched(layer)
             return block(*x, own(img_mod, T), txt_mod, pe, lambda *qkv: attend(*qkv, *kept))
 
         def single(x, layer):
-            block, mod, kept = near(layer)
+            block, mod, kept = fetched(layer)
             return block(x, own(mod), pe, lambda *qkv: attend(*qkv, *kept))
 
         if remat != "none":

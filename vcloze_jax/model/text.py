@@ -15,7 +15,7 @@ from flax import nnx
 from vcloze_jax.config import CLIPConfig, T5Config
 from vcloze_jax.model.layers import Dense, RMSNorm, stack
 from vcloze_jax.model.ops import layer_norm
-from vcloze_jax.sharding import COLUMNS, ROWS, by_batch, gathered
+from vcloze_jax.sharding import COLUMNS, ROWS, by_batch, fetched, gathered
 
 
 class T5Encoder(nnx.Module):
@@ -34,7 +34,7 @@ class T5Encoder(nnx.Module):
         buckets = relative_buckets(ids.shape[1], c.buckets, c.max_distance)  # T T
         bias = jnp.moveaxis(self.relative_bias[buckets], -1, 0)[None]  # 1 H T T
         x = by_batch(gathered(self.embed[...])[ids])  # B T D
-        x, _ = jax.lax.scan(lambda x, block: (block(x, bias), None), x, self.blocks)
+        x, _ = jax.lax.scan(lambda x, block: (fetched(block)(x, bias), None), x, self.blocks)
         return self.norm(x)
 
 
@@ -90,7 +90,7 @@ class CLIPTextEncoder(nnx.Module):
     def __call__(self, ids):
         """Token ids int32 [B, T], T <= max_length -> [B, D], read at the first `eos` of a row."""
         x = by_batch(gathered(self.embed[...])[ids]) + self.positions[None]  # B T D
-        x, _ = jax.lax.scan(lambda x, block: (block(x), None), x, self.blocks)
+        x, _ = jax.lax.scan(lambda x, block: (fetched(block)(x), None), x, self.blocks)
         first = jnp.argmax(ids == self.config.eos, axis=1)[:, None, None]  # B 1 1
         return self.norm(jnp.take_along_axis(x, first, 1)[:, 0])
 

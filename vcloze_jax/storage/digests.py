@@ -56,7 +56,7 @@ def check_files(path: Path) -> dict:
     if seal.decode(errors="replace") != hashlib.sha256(text).hexdigest():
         raise Damaged("file digests is not what was saved")
     digests = json.loads(text)
-    for name, digest in pick_share(sorted(digests["files"].items())):
+    for name, digest in pick_share(sorted(digests["files"].items(), key=lambda x: by_name(x[0]))):
         if digest_file(path / name) != digest:
             raise Damaged(f"file {name} is not what was saved")
     arrays = digests["arrays"].items()  # of version 0.1.0, digested whole
@@ -110,7 +110,13 @@ def digest_file(path: Path) -> str:
 
 def walk_files(path: Path) -> list[Path]:
     """All files of a step but digests, in one order."""
-    return sorted(f for f in (path / "arrays").rglob("*") if f.is_file())
+    return sorted((f for f in (path / "arrays").rglob("*") if f.is_file()), key=by_name)
+
+
+def by_name(file) -> tuple[str, ...]:
+    """What orders files so that those of one kind, each host's own, are neighbours: or all large
+    ones could be one host's share."""
+    return Path(file).parts[::-1]
 
 
 def flush(path: Path) -> None:

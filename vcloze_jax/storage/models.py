@@ -13,7 +13,7 @@ from flax import nnx
 
 from vcloze_jax import __version__
 from vcloze_jax.config import PRESETS, UserError
-from vcloze_jax.devices import HOST, cpu_mesh, kernel_on, put
+from vcloze_jax.devices import HOST, copy_to_hosts, cpu_mesh, kernel_on, put, waits
 from vcloze_jax.inputs.cachefolder import cache_folder
 from vcloze_jax.inputs.papers import PLACEMENTS
 from vcloze_jax.placement import FILL
@@ -32,7 +32,7 @@ class LazyModels:
 
     MMDiT and autoencoder stay there. The text encoders, half as large as the MMDiT and needed for
     a moment, are loaded whenever they are asked for, and live no longer than they are held. With
-    `offload` the MMDiT's blocks wait in host memory, from where mmdit.near fetches them. Of a
+    `offload` the MMDiT's blocks wait in host memory, from where sharding.fetched fetches them. Of a
     `bank`, {name: adapters}, `select` takes one in place of `loras`: the MMDiT is then loaded anew,
     for folding is not undone without rounding.
     """
@@ -129,11 +129,10 @@ def move_offloaded(tree, mesh):
     """A tree of the MMDiT, leaf by leaf from the CPU to its place on the mesh: its blocks into the
     devices' hosts' memory, from which copies are fast."""
 
-    def place(path, sharding):
-        waits = path[0].key in ("double", "single")
-        return sharding.with_memory_kind(HOST) if waits else sharding
+    def place(path, x, sharding):
+        return sharding.with_memory_kind(HOST) if waits(path, x) else sharding
 
-    layout = jax.tree_util.tree_map_with_path(place, shardings(tree, mesh, "flux/"))
+    layout = jax.tree_util.tree_map_with_path(place, tree, shardings(tree, mesh, "flux/"))
     leaves, treedef = jax.tree.flatten(tree)
     tree.clear()
     moved = [jax.device_put(leaves.pop(0), where) for where in jax.tree.leaves(layout)]
@@ -184,7 +183,8 @@ def load_for_training(preset, folder, mesh):
 
     Trainable, in float32: the adapter; with rank 0 the MMDiT; from scratch the text encoders too.
     The rest is frozen, in the compute dtype, and comes from the weights folder; with a cache the
-    text encoders have done their work, and stay there. Raises UserError.
+    text encoders have done their work, and stay there; with --offload their blocks wait in host
+    memory, from where the program that reads fetches one at a time. Raises UserError.
     """
     recipe = preset.recipe
     adapter = recipe.lora and load_start(preset)  # first, since it may be refused
@@ -199,6 +199,9 @@ def load_for_training(preset, folder, mesh):
             continue
         dtype = "float32" if name in learnt else compute_dtype(mesh)
         tree = load_tree(name, preset, folder, dtype, mesh)
+        if recipe.offload and name in ENCODERS:
+            move = lambda path, x: copy_to_hosts(x) if waits(path, x) else x  # noqa: E731
+            tree = jax.tree_util.tree_map_with_path(move, tree)
         (trainable if name in learnt else frozen)[name] = tree
     if adapter:
         trainable["flux"] = put(adapter, mesh, "flux/")
