@@ -13,7 +13,7 @@ from vcloze_jax.sharding import BATCH, P
 
 LANES = 128  # of a TPU: tokens are cut into multiples of it
 BLOCK = 2048  # tokens of a block, at most
-OF_KINDS = 640  # queries of a block, at most, where they are of kinds
+OF_KINDS = 640  # of these queries, at most, where they are of kinds: their features are more
 AT_ONCE = 512  # keys that its queries meet at once, at most
 TILE = 2**19  # scores at once, at most
 HIDDEN = -1e30  # a score that weighs nothing, beside any other
@@ -48,8 +48,8 @@ def splash(q, k, v, lengths, sees=None, kinds=None, *, interpret=False):
     and heads. `interpret` runs it on a CPU, for tests.
 
     Tokens are padded to what is cut well. All queries are of one segment, and real keys alone, so
-    that padded queries see what they see in the formula; where queries are of several kinds, scores
-    say whom each sees. Queries are scaled before they are multiplied: in bfloat16 that is one
+    that padded queries see what they see in the formula; of several kinds, a query that sees nobody
+    sees all real keys alike. Queries are scaled before they are multiplied: in bfloat16 that is one
     rounding more.
     """
     (B, L, H, K), keys = q.shape, k.shape[1]
@@ -87,27 +87,29 @@ def splash(q, k, v, lengths, sees=None, kinds=None, *, interpret=False):
         place = P(*BATCH, None if H % mesh.shape["tensor"] else "tensor")
         places = dict(in_specs=(place, place, place, BATCH), out_specs=place)
         on_device = jax.shard_map(on_device, check_vma=False, **places)
-    pads = lambda size: ((0, 0), (0, 0), (0, size), (0, 0))  # noqa: E731
-    q = jnp.pad(q.swapaxes(1, 2), pads(rows - L))
-    k, v = (jnp.pad(x.swapaxes(1, 2), pads(columns - keys)) for x in (k, v))
+
+    def heads_first(x, size):
+        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, size - x.shape[1]), (0, 0)))
+
+    q, k, v = heads_first(q, rows), heads_first(k, columns), heads_first(v, columns)
     return on_device(q, k, v, real)[:, :, :L].swapaxes(1, 2)
 
 
 def tell_kinds(q, k, sees, kinds):
-    """q and k with LANES more features each, that add 0 to a score, exactly, where a query's kind
+    """q and k with LANES more features each, which add 0 to a score, exactly, where a query's kind
     sees the key, and HIDDEN where it does not.
 
-    It takes half as many operations again. A mask that is data would be read for each head, four
-    bytes a score, and segments have to be equal, which no two kinds are that see some keys alike.
+    It takes half as many operations again. The kernel's own masks of data are read for each head,
+    four bytes a score; and its segments see who is equal, so that kinds which see some keys alike,
+    and others not, would each take a call of their own, over all tokens.
     """
     kinds = jax.nn.one_hot(kinds, LANES, dtype=q.dtype)  # B L LANES
     hidden = jnp.where(sees, 0, HIDDEN).astype(k.dtype).swapaxes(1, 2)  # B keys R
     hidden = jnp.pad(hidden, ((0, 0), (0, 0), (0, LANES - hidden.shape[2])))
 
     def join(x, features):
-        return jnp.concatenate(
-            [x, jnp.broadcast_to(features[:, :, None], (*x.shape[:3], LANES))], -1
-        )
+        features = jnp.broadcast_to(features[:, :, None], (*x.shape[:3], LANES))
+        return jnp.concatenate([x, features], -1)
 
     return join(q, kinds), join(k, hidden)
 
