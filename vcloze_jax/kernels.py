@@ -77,8 +77,8 @@ def splash(q, k, v, lengths, sees=None, kinds=None, *, interpret=False):
             real = real.astype(jnp.int32)
             return kernel(q, k, v, kernels.SegmentIds(jnp.ones(rows, jnp.int32), real))
 
-        # One by one: for a grid with samples, as vmap makes it, sums would lie twice in a chip's
-        # vector memory, and a loop would copy what it is handed.
+        # vmap would make samples an axis of the kernel's grid, along which the sums it keeps change
+        # and so lie twice in a chip's vector memory; a loop would copy what it is handed.
         reals = [None] * len(q) if real is None else real
         return jnp.stack([of_sample(*sample) for sample in zip(q, k, v, reals, strict=True)])
 
