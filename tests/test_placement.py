@@ -267,7 +267,7 @@ def test_accelerators_compute_masks_in_their_kernels(monkeypatch, platform, plac
 
     t, angles = shape(dtype=jnp.float32), shape(200, 1, 64, dtype=jnp.float32)
     args = shape(190, 64), frozen, shape(10, 64), shape(32), t, angles
-    traced = jax.jit(jax.grad(loss)).trace(*args, shape(190, dtype=jnp.uint8))
+    traced = jax.jit(jax.grad(loss)).trace(*args, shape(190, dtype=jnp.int32))
     text = traced.lower(lowering_platforms=({"gpu": "cuda"}.get(platform, platform),)).as_text()
     assert set(re.findall(r"splash_mha_\w+|__cudnn\$\w+", text)) == FUSED[platform]
     assert not re.search(r"2x2x(200x200|256x256)xf32", text)
