@@ -17,7 +17,6 @@ import pytest
 import test_mmdit
 import tiny
 from flax import nnx
-from jax._src.cudnn import fused_attention_stablehlo
 from placed import (
     DATA,
     NAME,
@@ -253,7 +252,7 @@ def test_accelerators_compute_masks_in_their_kernels(monkeypatch, platform, plac
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     # No library of NVIDIA's is here to be asked for its version.
     library = SimpleNamespace(cudnn_get_version=lambda: 91000)
-    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", library)
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.cuda_versions", library)
     sizes = dict(width=256, heads=2, double_blocks=1, single_blocks=1, text_width=64, vec_width=32)
     config = FluxConfig(**sizes, in_channels=64, placement=placement, remat="full")
     shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((2, *s), dtype)  # noqa: E731
