@@ -3,22 +3,22 @@
 The velocities are those of torch (scripts/fixtures_placements.py), stored and live.
 """
 
+import re
 from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 import test_mmdit
 import tiny
 from flax import nnx
 from placed import (
     DATA,
-    MESH,
     NAME,
     NOISE,
     TORCH,
@@ -31,14 +31,15 @@ from placed import (
     velocity,
 )
 from safetensors.numpy import load_file
+from test_attention import draw_kinds
 from test_mmdit import TEXT, close
 
 from vcloze_jax import kernels
 from vcloze_jax.conditioning import segment_table
-from vcloze_jax.devices import kernel_on
+from vcloze_jax.config import FluxConfig
 from vcloze_jax.inputs.papers import DEV, FRAMES, KLEIN, KONTEXT, PLACEMENTS
 from vcloze_jax.model.mmdit import Flux, Modulation
-from vcloze_jax.model.ops import attention, choose_kernel, timestep_embedding
+from vcloze_jax.model.ops import attention, timestep_embedding
 from vcloze_jax.placement import FILL, kind_of
 from vcloze_jax.storage import weights
 
@@ -190,11 +191,11 @@ def test_a_forbidden_pair_has_no_gradient(placement):
     block = jax.tree.map(lambda x: x[0], flux.double)
     segments = np.concatenate([np.zeros(TEXT, int), grid().segments(placement)])
     kinds = kind_of(segments)
-    pairs = np.array(placement.sees)[kinds[:, None], kinds][None]
+    sees = np.array(placement.sees)[:, kinds]
     mod = jnp.ones((1, 6 * flux.config.width))
 
     def attend(q, k, v):
-        return attention(q, k, v, None, pairs), None
+        return attention(q, k, v, None, sees[None], kinds[None]), None
 
     def become(img, txt):
         (img, txt), _ = block(img, txt, mod, mod, args["pe"], attend)
@@ -204,26 +205,20 @@ def test_a_forbidden_pair_has_no_gradient(placement):
     streams = (rng.standard_normal((1, n, flux.config.width), np.float32) for n in (8, TEXT))
     of_img, of_txt = jax.jit(jax.jacobian(become, (0, 1)))(*streams)
     reach = jnp.abs(jnp.concatenate([of_txt, of_img], 2)[:, 0]).max(-1) > 0
-    np.testing.assert_array_equal(reach, pairs[0])
+    np.testing.assert_array_equal(reach, sees[kinds])
 
 
 def test_who_is_not_seen_is_masked():
-    """The formula under pairs and lengths is a softmax over who is seen; cuDNN is asked for the
-    same; on a TPU, whose segment ids cannot say it, the formula is asked."""
-    rng = np.random.default_rng(0)
-    q, k, v = rng.standard_normal((3, 2, 6, 1, 8)).astype(np.float32)
-    pairs = rng.random((2, 6, 6)) < 0.5
-    pairs[:, range(6), range(6)] = pairs[:, :, 0] = True
+    """The formula under kinds and lengths is a softmax over who is seen."""
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 6, 1, 8)).astype(np.float32)
+    sees, kinds = draw_kinds(6, 6)
     lengths = np.int32([6, 4])
     scores = np.einsum("bqhk,bshk->bqs", q, k) / 8**0.5
+    pairs = np.stack([table[kind] for table, kind in zip(sees, kinds, strict=True)])
     seen = pairs & (np.arange(6) < lengths[:, None, None])
     share = np.where(seen, np.exp(scores), 0)
     expected = np.einsum("bqs,bshk->bqhk", share / share.sum(-1, keepdims=True), v)
-    np.testing.assert_allclose(attention(q, k, v, lengths, pairs), expected, atol=1e-6)
-    assert choose_kernel("tpu", jnp.dtype("bfloat16"), 128, masked=True) == "xla"
-    assert choose_kernel("gpu", jnp.dtype("bfloat16"), 128, masked=True) == "cudnn"
-    preset = replace(reference.PRESET, flux=replace(tiny.FLUX, placement=FRAMES))
-    assert kernel_on(MESH, preset) == "xla"
+    np.testing.assert_allclose(attention(q, k, v, lengths, sees, kinds), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [6, 7])
@@ -231,15 +226,50 @@ def test_cudnn_gets_the_mask(monkeypatch, tokens):
     """Its call says what the formula computes, of an odd number of tokens, too."""
 
     def formula(q, k, v, implementation, key_value_seq_lengths, mask):
-        assert implementation == "cudnn" and q.shape[1] % 2 == 0
-        return attention(q, k, v, key_value_seq_lengths, mask[:, 0])
+        assert implementation == "cudnn" and (L := q.shape[1]) % 2 == 0
+        each = jnp.arange(L)[None].repeat(2, 0)
+        return attention(q, k, v, key_value_seq_lengths, mask[:, 0], each)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", formula)
     rng = np.random.default_rng(0)
     q, k, v = map(jnp.asarray, rng.standard_normal((3, 2, tokens, 1, 8)).astype(np.float32))
-    pairs = jnp.asarray(rng.random((2, tokens, tokens)) < 0.5).at[:, :, 0].set(True)
-    expected = attention(q, k, v, None, pairs)
-    np.testing.assert_allclose(kernels.cudnn(q, k, v, None, pairs), expected, atol=1e-6)
+    seen = draw_kinds(tokens, tokens)
+    expected = attention(q, k, v, None, *seen)
+    np.testing.assert_allclose(kernels.cudnn(q, k, v, None, *seen), expected, atol=1e-6)
+
+
+FUSED = {
+    "tpu": {"splash_mha_fwd_segmented_residuals", "splash_mha_dkv_segmented_no_residuals"},
+    "gpu": {"__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"},
+}
+
+
+@pytest.mark.parametrize("platform", FUSED)
+@pytest.mark.parametrize("placement", [FRAMES, KLEIN])
+def test_accelerators_compute_masks_in_their_kernels(monkeypatch, platform, placement):
+    """The program of a gradient, made here for another platform, calls its kernel under a mask,
+    too, and holds no scores of all tokens by all."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    # No library of NVIDIA's is here to be asked for its version.
+    library = SimpleNamespace(cudnn_get_version=lambda: 91000)
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.cuda_versions", library)
+    sizes = dict(width=256, heads=2, double_blocks=1, single_blocks=1, text_width=64, vec_width=32)
+    config = FluxConfig(**sizes, in_channels=64, placement=placement, remat="full")
+    shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((2, *s), dtype)  # noqa: E731
+    graphdef, _, frozen = weights.abstract(Flux, config)
+    frozen = jax.tree.map(lambda x: x.update(dtype=jnp.bfloat16), frozen)
+
+    def loss(img, frozen, txt, pooled, t, angles, segments):
+        flux = nnx.merge(graphdef, frozen)
+        out = flux(img, txt, flux.modulation(t, t, pooled), (angles, angles), None, segments)
+        return out.astype(jnp.float32).sum()
+
+    t, angles = shape(dtype=jnp.float32), shape(200, 1, 64, dtype=jnp.float32)
+    args = shape(190, 64), frozen, shape(10, 64), shape(32), t, angles
+    traced = jax.jit(jax.grad(loss)).trace(*args, shape(190, dtype=jnp.int32))
+    text = traced.lower(lowering_platforms=({"gpu": "cuda"}.get(platform, platform),)).as_text()
+    assert set(re.findall(r"splash_mha_\w+|__cudnn\$\w+", text)) == FUSED[platform]
+    assert not re.search(r"2x2x(200x200|256x256)xf32", text)
 
 
 # --- against diffusers itself ---

@@ -145,7 +145,7 @@ def test_cudnn_gets_more_keys_than_queries(monkeypatch, tokens):
 
     def formula(q, k, v, implementation, key_value_seq_lengths, mask):
         assert q.shape[1] % 2 == k.shape[1] % 2 == 0 and mask.shape[2:] == (q.shape[1], k.shape[1])
-        return attention(q, k, v, key_value_seq_lengths, mask[:, 0])
+        return attention(q, k, v, key_value_seq_lengths, mask[:, 0, :1])
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", formula)
     rng = np.random.default_rng(0)
@@ -278,10 +278,10 @@ def test_who_sees_whom_is_as_in_klein():
     rng, counts = np.random.default_rng(0), (3, 5, 4)
     q, k, v = rng.standard_normal((3, 2, 12, 2, 8)).astype(np.float32)
     segments = np.repeat([0, QUERY, TARGET], counts)
-    pairs = np.array(KLEIN.sees)[segments[:, None], segments][None].repeat(2, 0)
+    seen = np.array(KLEIN.sees)[:, segments][None].repeat(2, 0), segments[None].repeat(2, 0)
     theirs = partial(flux2._flux2_kv_causal_attention, num_txt_tokens=3)
     whole = theirs(*map(torch.tensor, (q, k, v)), num_ref_tokens=5)
-    np.testing.assert_allclose(attention(q, k, v, None, pairs), whole, atol=1e-6)
+    np.testing.assert_allclose(attention(q, k, v, None, *seen), whole, atol=1e-6)
     is_reference = segments == QUERY
     cache = flux2.Flux2KVLayerCache()
     cache.store(*(torch.tensor(x[:, is_reference]) for x in (k, v)))

@@ -125,8 +125,7 @@ def painting_mesh(mesh):
 def kernel_on(mesh, preset):
     """What computes the MMDiT's attention on a mesh, by name."""
     platform = mesh.devices.flat[0].platform
-    flux = preset.flux
-    return choose_kernel(platform, compute_dtype(mesh), flux.head_dim, flux.placement.masked)
+    return choose_kernel(platform, compute_dtype(mesh), preset.flux.head_dim)
 
 
 def put(tree, mesh, root=""):

@@ -4,7 +4,7 @@ the MMDiT of its own tokens alone, which see them, too.
 
 It is exact, and for sampling alone: training, which knows no second step, asks of all tokens under
 a mask. On accelerators steps say which keys are real by a mask, too: on a GPU that is a bias, on a
-TPU it takes the formula. FLUX.2's klein does it, by other code for each of its attentions
+TPU it costs nothing. FLUX.2's klein does it, by other code for each of its attentions
 (huggingface/diffusers:src/diffusers/models/transformers/transformer_flux2.py, Flux2KVCache).
 """
 

@@ -93,7 +93,7 @@ class Flux(nnx.Module):
             clean = jnp.asarray(placement.clean)[kinds[:, T:]]  # B S
             img = img + clean[..., None] * self.cond_in(jnp.ones((1, 1), img.dtype))
         if placement.masked:
-            seen += (jnp.asarray(placement.sees)[kinds[:, :, None], kinds[:, None]],)  # B L L
+            seen += jnp.asarray(placement.sees)[:, kinds].swapaxes(0, 1), kinds  # B 5 L
 
         def own(mod, first=0):  # of tokens from the first on
             if len(placement.vectors) == 1:

@@ -58,39 +58,40 @@ def rope(x, pe):
     return out.reshape(x.shape).astype(x.dtype)
 
 
-def attention(q, k, v, lengths=None, pairs=None):
+def attention(q, k, v, lengths=None, sees=None, kinds=None):
     """Softmax attention over q, k, v [B, L, H, K] -> [B, L, H, K]; the one seam for kernels.
 
     `lengths` int32 [B] counts each sample's real tokens: padding is on the right only, and nobody
-    sees it. `pairs` bool [B, L or 1, L] says who sees whom, where not all see all. Keys may be more
-    than queries. The platform is that of the mesh in use: programs are compiled for others than
-    ours. The formula has its heads first: XLA's CPU backend differentiates it more than twice as
-    fast as `jax.nn.dot_product_attention`.
+    sees it. Where not all see all, `sees` bool [B, R, L] says whom each of R kinds of queries sees,
+    and `kinds` [B, L] of which a query is, None for R = 1. Keys may be more than queries. The
+    platform is that of the mesh in use: programs are compiled for others than ours. The formula has
+    its heads first: XLA's CPU backend differentiates it more than twice as fast as
+    `jax.nn.dot_product_attention`.
     """
     L, K = k.shape[1], k.shape[3]
     mesh = jax.sharding.get_abstract_mesh()
     platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-    kernel = choose_kernel(platform, q.dtype, K, pairs is not None)
+    kernel = choose_kernel(platform, q.dtype, K)
     if kernel != "xla":
         compute = resolve_name(f"vcloze_jax.kernels:{kernel}")  # slow to import
-        return compute(q, k, v, lengths) if pairs is None else compute(q, k, v, lengths, pairs)
+        return compute(q, k, v, lengths, sees, kinds)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # B H L K
     scores = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32) * K**-0.5
     if lengths is not None:
         real = jnp.arange(L) < lengths[:, None, None, None]  # B 1 1 L
         scores = jnp.where(real, scores, -jnp.inf)
-    if pairs is not None:
+    if sees is not None:
+        pairs = sees if kinds is None else jnp.take_along_axis(sees, kinds[..., None], 1)
         scores = jnp.where(pairs[:, None], scores, -jnp.inf)
     out = jnp.matmul(jax.nn.softmax(scores).astype(v.dtype), v)  # B H L K
     return checkpoint_name(out.swapaxes(1, 2), KEPT)
 
 
-def choose_kernel(platform, dtype, head_dim, masked=False):
-    """What computes attention there: "cudnn", "splash", or XLA, the formula; that is also for TPUs
-    where not all see all, which segment ids, equal or not, cannot say."""
+def choose_kernel(platform, dtype, head_dim):
+    """What computes attention there: "cudnn", "splash", or XLA, the formula."""
     if dtype == "bfloat16" and platform == "gpu":
         return "cudnn"
-    splash = dtype == "bfloat16" and platform == "tpu" and head_dim % 128 == 0 and not masked
+    splash = dtype == "bfloat16" and platform == "tpu" and head_dim % 128 == 0
     return "splash" if splash else "xla"
 
 
