@@ -18,8 +18,8 @@ The parts:
     ablations  short trainings that differ in one choice (--quick leaves them out)
     placements the same task learnt in every way to place cells (likewise)
 
-Subjects are held out, seeds fixed: the same command gives the same bytes, but for the seconds that
-it took, which end the page.
+Subjects are held out, seeds fixed: on as many cores the same command gives the same bytes, but for
+the seconds that it took, which end the page.
 """
 
 import json
@@ -44,7 +44,10 @@ from vcloze_jax.study.photographs import photograph_files
 from vcloze_jax.study.trainings import count_cores
 
 TITLE = "A study of a model that reads examples"
-LEAD = "Made by `{command}`, which gives the same page again, but for the seconds at its end."
+LEAD = (
+    "Of `{model}`, by `{command}`, which gives the same page again on as many CPU cores, but for "
+    "the seconds at its end."
+)
 TOOK = (
     "Seconds of each part, {minutes:.1f} minutes in all; CPU cores: {cores}. What was compiled or "
     "trained before took none of them."
@@ -85,7 +88,8 @@ def main(argv):
     painter = load_painter(cli.fetch_weights(args), args.lora, args.mesh)
     how = args.num_inference_steps, args.quick, bar_below, args.out
     lab = Lab(painter, source, *how, args.photographs, items, grids, judges)
-    lead = LEAD.format(command=describe_command(args, parts))
+    model = args.asked if args.weights else "mini"
+    lead = LEAD.format(model=model, command=describe_command(args, parts))
     chapters, seconds = {}, {}
     with tqdm(parts, unit="part", dynamic_ncols=True) as bar:
         for name in bar:

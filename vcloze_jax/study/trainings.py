@@ -1,6 +1,6 @@
-"""Short trainings of the study, each a command of train.py's in a process of its own. On CPUs some
-run side by side, a thread each: a step of mini's hardly uses a second one, and a run is then the
-same run on every number of cores.
+"""Short trainings of the study, each a command of train.py's in a process of its own. On CPUs they
+run side by side, a thread each: no core waits for another, and a run is the same run, to the bit,
+on every number of cores.
 
 A run's folder is the report's: a finished one is not trained again, one that was stopped goes on.
 """
@@ -42,7 +42,7 @@ def count_cores():
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
 
 
-def train_variant(flags, run, steps, env=None):
+def train_variant(flags, run, steps, env):
     """Run train.py with these flags, in a process of its own, whose environment is `env`. Raises
     UserError with its last line if it fails."""
     flags = ["--data", f"graphemoji:{TASK.spelling}", *flags, "--out", f"{run}"]
