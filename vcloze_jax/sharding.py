@@ -60,8 +60,6 @@ TABLE = (
     (r"", P()),
 )
 SMALL = 2**28  # numbers, half a gigabyte of bfloat16; most kernels of FLUX's blocks are larger
-# A layer that waits in host memory (--offload) comes when it is used; others stay where they are.
-fetched = partial(jax.tree.map, partial(jax.device_put, device=jax.memory.Space.Device))
 on_host = partial(multihost_utils.process_allgather, tiled=True)  # arrays -> NumPy's, each whole
 
 
@@ -112,9 +110,8 @@ def held_here(count, mesh):
 
 def placed(x, *axes):
     """x, its axes split over these of the mesh in use (`jax.set_mesh`), if there is one."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, P(*axes))
+    empty = jax.sharding.get_abstract_mesh().empty
+    return x if empty else jax.lax.with_sharding_constraint(x, P(*axes))
 
 
 def gathered(x):
@@ -125,6 +122,14 @@ def gathered(x):
 def by_batch(x):
     """x [B, ...], B over the batch axes of the mesh in use."""
     return placed(x, *BATCH, *[None] * (x.ndim - 1))
+
+
+def fetched(layer):
+    """A layer, on the devices: weights that wait in host memory (--offload) come, split as they lie
+    there. Without a barrier XLA would gather them before, from host to host."""
+    device, barrier = jax.memory.Space.Device, jax.lax.optimization_barrier
+    is_here = lambda x: jax.typeof(x).memory_space == device  # noqa: E731
+    return jax.tree.map(lambda x: x if is_here(x) else barrier(jax.device_put(x, device)), layer)
 
 
 def spread(rows, mesh):

@@ -220,5 +220,4 @@ def chunks(mod, n):
 def stack(make, layers, rngs):
     """`layers` modules as one, with a leading layer axis on every weight. Modules are pytrees: vmap
     makes them, scan runs them."""
-    keys = jax.random.split(rngs.params(), layers)
-    return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
+    return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), layers))

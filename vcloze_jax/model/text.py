@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.nn.initializers import normal
 
 from vcloze_jax.config import CLIPConfig, T5Config
 from vcloze_jax.model.layers import Dense, RMSNorm, stack
@@ -23,8 +24,8 @@ class T5Encoder(nnx.Module):
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         c = self.config = config
-        self.embed = nnx.Param(normal(rngs, (c.vocab, c.width), 1.0))
-        self.relative_bias = nnx.Param(normal(rngs, (c.buckets, c.heads), c.width**-0.5))
+        self.embed = nnx.Param(normal(1.0)(rngs.params(), (c.vocab, c.width)))
+        self.relative_bias = nnx.Param(normal(c.width**-0.5)(rngs.params(), (c.buckets, c.heads)))
         self.blocks = stack(lambda rngs: T5Block(c, rngs=rngs), c.layers, rngs)
         self.norm = RMSNorm(c.width)
 
@@ -82,8 +83,8 @@ class CLIPTextEncoder(nnx.Module):
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         c = self.config = config
-        self.embed = nnx.Param(normal(rngs, (c.vocab, c.width), 0.02))
-        self.positions = nnx.Param(normal(rngs, (c.max_length, c.width), 0.01))
+        self.embed = nnx.Param(normal(0.02)(rngs.params(), (c.vocab, c.width)))
+        self.positions = nnx.Param(normal(0.01)(rngs.params(), (c.max_length, c.width)))
         self.blocks = stack(lambda rngs: CLIPBlock(c, rngs=rngs), c.layers, rngs)
         self.norm = LayerNorm(c.width)
 
@@ -133,7 +134,3 @@ def attend(block, x, **options):
     q, k, v = (f(x).reshape(*x.shape[:2], block.heads, -1) for f in (block.q, block.k, block.v))
     out = jax.nn.dot_product_attention(q, k, v, implementation="xla", **options)  # B T H K
     return block.o(out.reshape(*x.shape[:2], -1))
-
-
-def normal(rngs, shape, std):
-    return std * jax.random.normal(rngs.params(), shape)

@@ -21,8 +21,7 @@ class Conv(nnx.Module):
 
     def __init__(self, in_channels, out_channels, size=3, *, stride=1, padding="SAME", rngs):
         self.stride, self.padding = stride, padding
-        shape = (size, size, in_channels, out_channels)
-        bound = (size * size * in_channels) ** -0.5
+        shape, bound = (size, size, in_channels, out_channels), (size * size * in_channels) ** -0.5
         self.kernel = nnx.Param(uniform(rngs.params(), shape, bound))
         self.bias = nnx.Param(jnp.zeros(out_channels))
 
