@@ -89,10 +89,8 @@ def attention(q, k, v, lengths=None, sees=None, kinds=None):
 
 def choose_kernel(platform, dtype, head_dim):
     """What computes attention there: "cudnn", "splash", or XLA, the formula."""
-    if dtype == "bfloat16" and platform == "gpu":
-        return "cudnn"
-    splash = dtype == "bfloat16" and platform == "tpu" and head_dim % 128 == 0
-    return "splash" if splash else "xla"
+    on_tpu = "splash" if head_dim % 128 == 0 else "xla"
+    return {"gpu": "cudnn", "tpu": on_tpu}.get(platform, "xla") if dtype == "bfloat16" else "xla"
 
 
 def keep_products(primitive, *_, **params):
