@@ -80,7 +80,7 @@ def test_programs_of_tpus():
 @needs_libtpu
 @pytest.mark.slow
 def test_what_does_not_fit_is_refused():
-    """FLUX.1-Fill with every result kept needs seven times a v5e's memory, and is refused."""
+    """FLUX.1-Fill with every result kept needs six times a v5e's memory, and is refused."""
     done = run("tpu_aot.py", "v5e:2x4", "--programs", "accumulate", "--keep-all")
     assert done.returncode == 1 and "refused" in done.stdout, done.stderr
 

@@ -119,7 +119,7 @@ def test_list_tasks(call, folder):
 
 
 def test_a_start_is_not_spent_on_garbage():
-    """A command looks for garbage less often than Python would: most of what tracing makes lives."""
+    """A command looks for garbage less often than Python would: what tracing makes mostly lives."""
     code = "import gc; from vcloze_jax.inputs import cli; "
     code += "cli.run(lambda argv: print(gc.get_threshold()[0]))"
     command = [sys.executable, "-c", code]

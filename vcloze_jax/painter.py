@@ -224,8 +224,7 @@ def initial_noise(spec):
 
 def modulate_steps(flux, times, guidance, pooled):
     """The modulations of all steps, times float32 [B, N + 1]; leaves get an axis N in front."""
-    at = partial(flux.modulation, guidance=guidance, pooled=pooled)
-    return jax.vmap(at)(times[:, :-1].T)
+    return jax.vmap(flux.modulation, (0, None, None))(times[:, :-1].T, guidance, pooled)
 
 
 def select_step(mods, times, i):

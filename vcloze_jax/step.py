@@ -92,10 +92,8 @@ def spread_rows(examples, mesh, masks_every_row=False, placement=FILL):
 
 
 def encode_batch(frozen, batch, key, *, graphdefs, preset, dtype):
-    """Pictures and text encoded, noise added at times that are drawn for each grid alone.
-
-    A program of its own: nothing of it is differentiated.
-    """
+    """Pictures and text encoded, noise added at times that are drawn for each grid alone; a program
+    of its own, of which nothing is differentiated."""
     recipe, models = preset.recipe, merge_models(graphdefs, frozen, names=ENCODERS)
     # Of a grid's number alone: neither batch nor mesh changes what is drawn for it.
     keys = jax.vmap(lambda n: jax.random.split(jax.random.fold_in(key, n), 4), out_axes=1)
@@ -133,10 +131,14 @@ def predict_velocity(trainable, frozen, noisy, *, graphdefs, dtype):
 def loss_fn(trainable, frozen, noisy, *, region, **statics):
     """Masked flow-matching loss of a micro-batch (paper, section 3) -> the mean over its grids,
     and what is told of each: its loss by region, float32 [B], its time and kind."""
-    out, share = predict_velocity(trainable, frozen, noisy, **statics), noisy.share
-    shares = {"target": share, "grid": jnp.ones_like(share)}
-    losses = {name: flow.masked_loss(out, noisy.velocity, s) for name, s in shares.items()}
+    losses = losses_by_region(predict_velocity(trainable, frozen, noisy, **statics), noisy)
     return losses[region].mean(), losses | {"time": noisy.t, "kind": noisy.kinds}
+
+
+def losses_by_region(out, noisy):
+    """Masked loss of the velocity `out`, of what is masked and of all rows: float32 [B] each."""
+    shares = {"target": noisy.share, "grid": jnp.ones_like(noisy.share)}
+    return {name: flow.masked_loss(out, noisy.velocity, s) for name, s in shares.items()}
 
 
 def merge_models(graphdefs, *trees, names=("flux", *ENCODERS)):
