@@ -76,7 +76,7 @@ def operations(function, *args):
 @pytest.mark.parametrize(
     "placement, lengths", [(FILL, None), (PLACEMENTS["anyrefill"], np.int32([11, 9]))]
 )
-def test_a_canvas_costs_nothing(placement, lengths):
+def test_channels_beside_cost_nothing(placement, lengths):
     """Its program has the operations of one that knows no placement, as many FLOPs, and gives the
     same bits: no token has a vector of its own, and no attention a mask."""
     args = inputs(placement, 384)

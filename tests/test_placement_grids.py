@@ -62,7 +62,7 @@ def test_each_example_has_segments_of_its_own(placement):
         assert {QUERY, TARGET} == set(kind_of(np.unique(cells)[-2:]))
 
 
-def test_canvas_is_one_picture():
+def test_a_page_is_one_picture():
     """Without rows: AnyRefill's positions of any grid are those of stock Fill's one picture as high
     as all rows."""
     square = Row(np.zeros((32, 64, 3), np.uint8), np.zeros((32, 64), bool))

@@ -110,14 +110,17 @@ def test_verdict():
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 100})
     mesh = SimpleNamespace(devices=np.array([device]))
     stages = {"reading": {"t5": 90}, "painting": {"flux": 30, "activations": 50}}
-    assert plan.verdict(stages, mesh, None)[-1] == "it fits into 100 B"
+    assert plan.verdict(stages, mesh, None, {})[-1] == "it fits into 100 B"
     stages["painting"]["activations"] = 80
-    assert "painting: 110 B (flux 30 B, activations 80 B)" in plan.verdict(stages, mesh, None)[1]
-    assert plan.verdict(stages, mesh, None)[-1].startswith(
+    assert (
+        "painting: 110 B (flux 30 B, activations 80 B)" in plan.verdict(stages, mesh, None, {})[1]
+    )
+    assert plan.verdict(stages, mesh, None, {})[-1].startswith(
         "it does not fit into 100 B: try a larger --m"
     )
-    told = plan.verdict({"a step": {"flux": 101}}, mesh, None, can_offload=True)[-1]
-    assert told.endswith(f"try --offload, or {plan.MESH}")
+    for spared, remedy in ((1, f"--offload, or {plan.MESH}"), (0, plan.MESH)):
+        told = plan.verdict({"a step": {"flux": 101}}, mesh, None, {"a step": spared})[-1]
+        assert told.endswith(f"try {remedy}")
 
 
 def count_numbers(tree):

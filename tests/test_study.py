@@ -33,8 +33,8 @@ def report(tmp_path_factory):
 
 
 def test_same_bytes(report):
-    """The same command gives the same page, tables and numbers, wherever it writes them, down to
-    the seconds that it took."""
+    """The same command gives the same page, tables and numbers, wherever it writes them, but for
+    the seconds that it took, which end the page."""
     files = [sorted(folder.iterdir()) for folder in report]
     assert [file.name for file in files[0]] == ["index.html", "study.json", "study.md"]
     for one, two in zip(*files, strict=True):
@@ -139,7 +139,7 @@ def test_records_are_tables():
 
 
 @pytest.mark.parametrize("part", ["walk", "looks"])
-def test_what_opens_the_model_knows_a_canvas(part):
+def test_what_opens_the_model_tells_no_segments(part):
     """Parts that look into the MMDiT are refused where tokens have segments."""
     preset = replace(MINI, flux=replace(MINI.flux, placement=DEV))
     lab = Lab(SimpleNamespace(preset=preset), None, STEPS, True, None)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -148,13 +149,28 @@ def test_second_pass(painter, read):
     (both,) = painter([spec])
     assert np.array_equal(both.pixels, first.pixels)
     assert [t.shape for t in both.targets] == [(32, 64, 3)] * 2  # 64 * 32 / 48 = 42, floored
-    passes = describe(both, painter)["upsampling"]
+    passes = describe(both)["upsampling"]
     assert [again["tokens"]["image"] for again in passes] == [8, 8]
     again = spec.upsampling.specs(spec, first.cut)
     assert {second.prompt for second in again} == {"a fox"}
     for painted, target in zip(painter(again), both.targets, strict=True):
         assert len(painted.times) == 3  # of 5 steps the last 2
         assert np.array_equal(painted.pixels, target)
+
+
+def test_seconds_are_told_once(painter, read, monkeypatch):
+    """To decode what a second pass begins with is the first one's: the second's record leaves those
+    seconds out."""
+    spec, decode = read({"width": 64}, num_inference_steps=2), painter.decode
+    painter([spec])  # compiled
+
+    def decode_slowly(*args):
+        time.sleep(0.5)
+        return decode(*args)
+
+    monkeypatch.setattr(painter, "decode", decode_slowly)
+    (canvas,) = painter([spec])
+    assert canvas.seconds["decode"] > 0.5 > canvas.second_passes[0].seconds["vae"]
 
 
 def test_start(painter, read):

@@ -96,8 +96,7 @@ TRAINING = "training (defaults are the preset's, with --data of your own in part
 
 
 def setting(default, help, section=TRAINING, *, free=False, least=None, choices=None):
-    """A field of Recipe: its default, what --help says and where, and whether it is `free` to
-    change when a run goes on."""
+    """A field of Recipe: default, help and its part there; whether a resumed run may change it."""
     options = dict(help=help, section=section, free=free, least=least, choices=choices)
     return field(default=default, metadata=options)
 

@@ -77,7 +77,7 @@ class Grid:
 
     def pictures(self, placement: Placement = FILL) -> list[Row]:
         """What is encoded, each in one piece: the rows or, where they are apart, the cells."""
-        if not placement.apart:
+        if not placement.apart or self.columns == 1:
             return list(self.rows)
         cut = [map(Row, self.split(row.pixels), self.split(row.mask)) for row in self.rows]
         return [cell for cells in cut for cell in cells]

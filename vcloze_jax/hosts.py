@@ -2,9 +2,11 @@
 
     srun -N 2 --ntasks-per-node 8 --gpus-per-node 8 python train.py … --mesh 16 --out /nfs/run
     gcloud compute tpus tpu-vm ssh POD --worker all --command "cd vcloze-jax; python train.py …"
-    xpk workload create --cluster C --workload W --tpu-type v5p-64 --command "python train.py …"
+    xpk workload create --cluster C --workload W --tpu-type v5p-64 --docker-image IMAGE \\
+        --command "python train.py …"
 
-start one on Slurm, on a TPU pod slice, on GKE. --out is one folder that all of them see: a local
+start one on Slurm, on a TPU pod slice, on GKE, where IMAGE has this repository and what
+`pip install '.[tpu]'` brings. --out is one folder that all of them see: a local
 disk, NFS, Lustre, Filestore, no bucket. If one is lost, the others end within a minute; the same
 command goes on, on as many as there are.
 

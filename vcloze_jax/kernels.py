@@ -49,8 +49,8 @@ def splash(q, k, v, lengths, sees=None, kinds=None, *, interpret=False):
 
     Tokens are padded to what is cut well. All queries are of one segment, and real keys alone, so
     that padded queries see what they see in the formula; of several kinds, a query that sees nobody
-    sees all real keys alike. Queries are scaled before they are multiplied: in bfloat16 that is one
-    rounding more.
+    sees all real keys alike, but for its gradient: no Placement has one. Queries are scaled before
+    they are multiplied: in bfloat16 that is one rounding more.
     """
     (B, L, H, K), keys = q.shape, k.shape[1]
     rows, columns = padded_length(L), padded_length(keys)

@@ -126,16 +126,17 @@ class Painter:
         """Condition and noise of one grid, whose rows are encoded at their exact width."""
         spec, seconds, times = canvas.spec, canvas.seconds, canvas.times
         placement, second = self.preset.flux.placement, spec.strength is not None
-        rows = spec.grid.pictures(placement)
+        # A second pass's are decoded now: those seconds are the first one's.
+        pictures = [(p.pixels[None], p.mask[None]) for p in spec.grid.pictures(placement)]
         with self.timed(seconds, "load"):
             vae = self.vae
         with self.timed(seconds, "vae"):
             fill = np.float32(conditioning.GREY if second else conditioning.BLACK)
-            tokens = [self.encode_condition(vae, r.pixels[None], r.mask[None], fill) for r in rows]
+            tokens = [self.encode_condition(vae, *picture, fill) for picture in pictures]
             canvas.condition = np.concatenate([np.asarray(t, "f4")[0] for t in tokens])
             canvas.latents = initial_noise(spec)
             if second:
-                picture = np.asarray(self.encode_picture(vae, rows[0].pixels[None]), "f4")[0]
+                picture = np.asarray(self.encode_picture(vae, pictures[0][0]), "f4")[0]
                 canvas.latents = (1 - times[0]) * picture + times[0] * canvas.latents
             entering = canvas.latents, canvas.condition, spec.grid.segments(placement), placement
             canvas.latents, canvas.condition = conditioning.enter(*entering)

@@ -32,7 +32,7 @@ from vcloze_jax.inputs.sheet import cell_boxes, compose
 from vcloze_jax.inputs.spec import read_spec
 from vcloze_jax.inputs.specfiles import check_picked, output_names, read_specs
 from vcloze_jax.inputs.world import describe_unlike_mini
-from vcloze_jax.painter import Canvas, Painter
+from vcloze_jax.painter import Canvas
 from vcloze_jax.placement import FILL
 from vcloze_jax.programs import tally, timed
 from vcloze_jax.references import choose_painter, part_sizes
@@ -47,7 +47,6 @@ class Painting:
     """What came of one grid; its pictures are decoded when they are first asked for."""
 
     canvas: Canvas
-    painter: Painter
     is_ours: bool  # of several hosts, which all painted it, one decodes and writes it
     moves: dict | None = None  # {change: RMSE to what was painted without it}, if asked for
 
@@ -74,7 +73,7 @@ class Painting:
     def record(self) -> dict:
         """The spec as resolved, prompt, sizes, boxes, tokens, seconds by part, versions."""
         moves = {} if self.moves is None else {"dial": self.moves}
-        return describe(self.canvas, self.painter) | moves
+        return describe(self.canvas) | moves
 
     @property
     def dropped(self):
@@ -202,7 +201,7 @@ class Pipeline:
         ours = pick_share(range(len(canvases)))
         moves = measure_moves(paint, canvases, *hooks) if dial else [None] * len(canvases)
         paintings = [
-            Painting(canvas, self.painter, i in ours, moved)
+            Painting(canvas, i in ours, moved)
             for i, (canvas, moved) in enumerate(zip(canvases, moves, strict=True))
         ]
         for i in ours:
@@ -268,9 +267,9 @@ def paint_by_adapter(painter, specs, *hooks, watch=None):
     return [canvases[i] for i in range(len(specs))]
 
 
-def describe(canvas, painter):
+def describe(canvas):
     """All that made a picture, as JSON."""
-    spec = canvas.spec
+    spec, painter = canvas.spec, canvas.painter
     grid = spec.grid
     preset = painter.preset
     models = painter.models

@@ -94,15 +94,16 @@ def sampling(preset, specs, mesh, device=None, offload=False):
     picture = max(temporaries(lower_vae(preset, *call, compiled)) for call in pictures)
     weights = weights_on_device(preset, MODULES, mesh, dtype)
     kept = max(size for size, _ in batches) // shards * kept_bytes(preset, given, dtype)
+    less = weights["flux"] - offloaded_on_device("flux", preset, mesh, dtype)
     if offload:
-        weights["flux"] = offloaded_on_device("flux", preset, mesh, dtype)
+        weights["flux"], less = weights["flux"] - less, 0
     texts = {name: weights.pop(name) for name in ("t5", "clip")}
     stages = {
         "reading": texts,
         "painting": weights | {"activations": step // share + kept},
         "decoding": weights | {"activations": picture // share},
     }
-    return "\n".join(lines + verdict(stages, mesh, device, not offload))
+    return "\n".join(lines + verdict(stages, mesh, device, dict(painting=less, decoding=less)))
 
 
 def precision(mesh, device):
@@ -153,8 +154,11 @@ def training(preset, data, mesh, device=None):
         + [grids * n * vae[row] for row, n in encoded.items()]
     )
     stage = weights_on_device(preset, frozen, mesh, dtype)
-    for name in {"t5", "clip"}.intersection(frozen if settings.offload else ()):
-        stage[name] = offloaded_on_device(name, preset, mesh, dtype)
+    read = ("t5", "clip") if texts_read == 1 else ()
+    offloaded = {name: offloaded_on_device(name, preset, mesh, dtype) for name in read}
+    spared = sum(stage[name] - offloaded[name] for name in read)
+    if settings.offload:
+        stage, spared = stage | offloaded, 0
     stage |= {"learnt": exact, "its gradients": 2 * exact, "its moments": 2 * exact}
     stage |= {"activations": activations // share}
     sides = ", ".join(f"{width}x{height}" for height, width in rows)
@@ -164,8 +168,7 @@ def training(preset, data, mesh, device=None):
         f"{si(total * settings.batch, 'FLOP')} in a step of {settings.batch}, {grids} at a time on "
         f"each of {mesh.size} {dtype} devices; bytes on each:",
     ]
-    can_offload = texts_read == 1 and not settings.offload
-    return "\n".join(lines + verdict({"a step": stage}, mesh, device, can_offload))
+    return "\n".join(lines + verdict({"a step": stage}, mesh, device, {"a step": spared}))
 
 
 def weights_on_device(preset, names, mesh, dtype):
@@ -176,7 +179,8 @@ def weights_on_device(preset, names, mesh, dtype):
 
 def offloaded_on_device(name, preset, mesh, dtype):
     """Bytes of a model on one device where its blocks wait in host memory: of the rest, and of what
-    all of them make modulations with, at once; a block that computes, and the next, are less."""
+    all of them make modulations with, at once; of the MMDiT a block that computes, and the next,
+    are less, and encoders have done before the peak."""
 
     def stays(path, x):
         modulates = {entry.key for entry in path} & {*preset.flux.placement.branch}
@@ -293,8 +297,9 @@ def lower_vae(preset, method, size, dtype="float32"):
     return jax.jit(method).lower(vae, jax.ShapeDtypeStruct((1, *shape), dtype))
 
 
-def verdict(stages, mesh, device, can_offload=False):
-    """Lines: each stage's bytes by part, and whether the largest fits, or what to change."""
+def verdict(stages, mesh, device, spared):
+    """Lines: each stage's bytes by part, and whether the largest fits, or what to change; --offload
+    would take so many bytes off some, {stage: spared}."""
     lines = []
     for name, parts in stages.items():
         each = ", ".join(f"{part} {si(count, 'B')}" for part, count in parts.items())
@@ -308,8 +313,11 @@ def verdict(stages, mesh, device, can_offload=False):
     if sum(peak.values()) <= limit:
         return [*lines, f"it fits into {si(limit, 'B')}"]
     part = max(peak, key=peak.get)
-    remedies = REMEDIES | ({"flux": f"--offload, or {MESH}"} if can_offload else {})
-    return [*lines, f"it does not fit into {si(limit, 'B')}: try {remedies.get(part, MESH)}"]
+    remedy = REMEDIES.get(part, MESH)
+    left = [sum(parts.values()) - spared.get(name, 0) for name, parts in stages.items()]
+    if max(left) <= limit:
+        remedy = f"--offload, or {remedy}"
+    return [*lines, f"it does not fit into {si(limit, 'B')}: try {remedy}"]
 
 
 def si(count, unit):

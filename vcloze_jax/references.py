@@ -4,7 +4,7 @@ the MMDiT of its own tokens alone, which see them, too.
 
 It is exact, and for sampling alone: training, which knows no second step, asks of all tokens under
 a mask. On accelerators steps say which keys are real by a mask, too: on a GPU that is a bias, on a
-TPU it costs nothing. FLUX.2's klein does it, by other code for each of its attentions
+TPU segment ids, as padding has them. FLUX.2's klein does it, by other code for each attention
 (huggingface/diffusers:src/diffusers/models/transformers/transformer_flux2.py, Flux2KVCache).
 """
 
@@ -138,7 +138,7 @@ def parts_flops(preset, tokens, sizes):
     flux, x, t = nnx.merge(*abstract(Flux, c)), shape(tokens, c.out_channels), shape()
     words = shape(T, c.text_width), shape(c.vec_width)
     angles = shape(T + tokens, 1, c.head_dim // 2)
-    rest = t, (angles, angles), shape(dtype="int32"), shape(tokens, dtype="uint8")
+    rest = t, (angles, angles), shape(dtype="int32"), shape(tokens, dtype="int32")
     context = Context(shape(tokens, c.in_channels - c.out_channels), *words, *rest)
     mod = jax.eval_shape(Flux.modulation, flux, t, t, context.pooled)
     once = jax.jit(prepare_parts, static_argnums=3).lower(flux, x, context, sizes)

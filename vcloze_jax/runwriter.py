@@ -170,12 +170,14 @@ class RunWriter:
     def paint(self, models, steps=None):
         """The query rows of the previews as these models paint them, as far as the run goes on, and
         no further than so many Euler steps. Nothing on a host that does not write them."""
-        if self.painter.mesh != self.trainer.mesh:  # which has one device, for whole arrays
+        if self.painter.mesh != self.trainer.mesh:  # the painter's one device has whole arrays
             models = jax.device_put(models, NamedSharding(self.painter.mesh, PartitionSpec()))
         self.painter.models = models
         go_on = lambda every, _: takewhile(lambda _: not self.stopped(), every[:steps])  # noqa: E731
         canvases = self.painter(self.specs, go_on)
-        return [canvas.pixels if self.run.writes else None for canvas in canvases]
+        rows = [canvas.pixels if self.run.writes else None for canvas in canvases]
+        self.painter.models = None  # an adapter of zeros, or copies, would stay till the next
+        return rows
 
     def save(self):
         """Begin to save, once the save before is complete: the adapter, then the step, so that a

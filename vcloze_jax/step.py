@@ -146,7 +146,9 @@ def merge_models(graphdefs, *trees, names=("flux", *ENCODERS)):
     models = dict.fromkeys(graphdefs)
     for name in names:
         if parts := [tree[name] for tree in trees if name in tree]:
-            models[name] = nnx.merge(graphdefs[name], *parts)
+            leaves, treedef = jax.tree.flatten(parts)  # nnx.merge leaves what it gets in a cycle
+            model = nnx.merge(graphdefs[name], *jax.tree.unflatten(treedef, range(len(leaves))))
+            models[name] = jax.tree.map(leaves.__getitem__, model)
     return Models(**models)
 
 

@@ -13,8 +13,8 @@ Targets = Callable[[], list[np.ndarray]]  # -> uint8 [h, w, 3] each
 
 
 class LaterRow:
-    """A Row that is decoded and enlarged when its pixels are first asked for: by who encodes it,
-    one of many hosts."""
+    """A Row that is decoded and enlarged when its pixels are first asked for, so by the hosts alone
+    that encode it."""
 
     def __init__(self, make: Callable[[], np.ndarray], mask: np.ndarray):
         self.make, self.mask = make, mask

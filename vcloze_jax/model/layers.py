@@ -147,8 +147,7 @@ class Stream(nnx.Module):
         return self.q_norm(q), self.k_norm(k), v
 
     def after(self, x, attn, gate1, shift2, scale2, gate2):
-        """Close the residuals of attention and MLP around x [B, S, D]; attn is [B, S, H, K], the
-        others are [B, 1 or S, D]."""
+        """Add attention and MLP to x [B, S, D]; attn is [B, S, H, K], the others [B, 1 or S, D]."""
         x = x + gate1 * self.proj(attn)
         h = jax.nn.gelu(self.mlp_in(modulate(x, shift2, scale2)), approximate=True)
         return x + gate2 * self.mlp_out(h)
@@ -212,8 +211,7 @@ class LastLayer(nnx.Module):
 
 
 def chunks(mod, n):
-    """[B, nD] -> n arrays [B, 1, D] that broadcast over tokens; or of each token's own, [B, S, nD],
-    n arrays [B, S, D]."""
+    """[B, nD] -> n arrays [B, 1, D], which tokens share; of their own, [B, S, nD] -> [B, S, D]."""
     return jnp.split(mod[:, None] if mod.ndim == 2 else mod, n, -1)
 
 

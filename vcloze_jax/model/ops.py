@@ -89,13 +89,13 @@ def attention(q, k, v, lengths=None, sees=None, kinds=None):
 
 def choose_kernel(platform, dtype, head_dim):
     """What computes attention there: "cudnn", "splash", or XLA, the formula."""
-    on_tpu = "splash" if head_dim % 128 == 0 else "xla"
-    return {"gpu": "cudnn", "tpu": on_tpu}.get(platform, "xla") if dtype == "bfloat16" else "xla"
+    if dtype != "bfloat16":
+        return "xla"
+    return {"gpu": "cudnn", "tpu": "xla" if head_dim % 128 else "splash"}.get(platform, "xla")
 
 
 def keep_products(primitive, *_, **params):
-    """What jax.checkpoint does not compute again: what is named `KEPT`, and what cuDNN gives, whose
-    statistics have no name."""
+    """What gradients keep: what is named `KEPT`, and cuDNN's own, whose statistics have no name."""
     named = primitive.name == "name" and params["name"] == KEPT
     return named or primitive.name.startswith("dot_product_attention_fwd")
 

@@ -115,8 +115,9 @@ def walk_files(path: Path) -> list[Path]:
 
 def by_name(file) -> tuple[str, ...]:
     """What orders files so that those of one kind, each host's own, are neighbours: or all large
-    ones could be one host's share."""
-    return Path(file).parts[::-1]
+    ones could be one host's share. By folders, innermost first: names in them are random."""
+    *folders, name = Path(file).parts
+    return *folders[::-1], name
 
 
 def flush(path: Path) -> None:

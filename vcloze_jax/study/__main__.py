@@ -49,8 +49,8 @@ LEAD = (
     "the seconds at its end."
 )
 TOOK = (
-    "Seconds of each part, {minutes:.1f} minutes in all; CPU cores: {cores}. What was compiled or "
-    "trained before took none of them."
+    "Seconds of each part, {minutes:.1f} minutes in all; CPU cores: {cores}. What an earlier part "
+    "had painted, or an earlier run compiled or trained, is not in them."
 )
 
 

@@ -109,8 +109,8 @@ class Asker:
 
 
 def paint_once(lab, specs):
-    """The painted cells of some Specs, uint8 [h, w, 3, cells] each. A fifth of what the parts ask
-    was asked before, by another one: of the same painter it is not painted again."""
+    """The painted cells of some Specs, uint8 [h, w, 3, cells] each. Parts ask some of what
+    others asked before: of the same painter that is not painted again."""
     known = PAINTED.setdefault(lab.painter, {})
     keys = [hashlib.sha256(pickle.dumps(spec)).digest() for spec in specs]
     new = {key: spec for key, spec in zip(keys, specs, strict=True) if key not in known}

@@ -75,8 +75,8 @@ def list_records(records):
 
 
 def write_html(title, lead, chapters):
-    """A page of {title: Chapter}: a list of them, and each below the other. Its pictures are
-    inside it, and it runs nothing."""
+    """A page of {title: Chapter}: a list of links to them, then one below the other. Its pictures
+    are inside it, and it runs nothing."""
     links = [f'<li><a href="#{i}">{mark_up(name)}</a></li>' for i, name in enumerate(chapters)]
     contents = "\n".join(["<ol>", *links, "</ol>"])
     parts = [f"<h1>{mark_up(title)}</h1>", f"<p>{mark_up(lead)}</p>", contents]

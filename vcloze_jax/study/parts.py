@@ -22,7 +22,7 @@ PARTS = {  # name: its title, and where it is
     "ablations": ("What each choice of the recipe is good for", "ablations:ablate"),
     "placements": ("Ways to place cells", "placements:compare_placements"),
 }
-OPENING = "walk", "looks"  # they open the MMDiT, and know no segments
+OPENING = "walk", "looks"  # they open the MMDiT, and tell it no segments
 SLOW = "ablations", "placements"  # --quick leaves them out, unless they are named
 
 
@@ -53,8 +53,6 @@ def run_part(name, lab):
     """(title, Chapter) of one part. Raises UserError where it cannot see into this model."""
     title, place = PARTS[name]
     if name in OPENING and (placement := lab.painter.preset.flux.placement).by_segment:
-        reason = (
-            f"it follows what is on a canvas, and this adapter is of placement {placement.name}"
-        )
-        raise UserError(f"{name}: {reason}; name other parts")
+        reason = f"{name}: it follows noise with its condition beside it"
+        raise UserError(f"{reason}, and this is placement {placement.name}; name other parts")
     return title, resolve_name(f"vcloze_jax.study.{place}")(lab)

@@ -3,6 +3,7 @@ run side by side, a thread each: no core waits for another, and a run is the sam
 on every number of cores.
 
 A run's folder is the report's: a finished one is not trained again, one that was stopped goes on.
+Ctrl-C stops those that run, too; a SIGTERM to the study alone leaves them running.
 """
 
 import os
