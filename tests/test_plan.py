@@ -146,10 +146,11 @@ def test_sample(tmp_path, capsys, nothing_loads):
     assert [line.split()[0] for line in lines[3:6]] == ["reading:", "painting:", "decoding:"]
     assert not (tmp_path / "out").exists()
     argv = ["--grid", f"{tmp_path}/fox.json", "--out", f"{tmp_path}/out", "--plan"]
-    sample.main([*argv, "--device", "5MB"])
-    assert capsys.readouterr().out.endswith("try --offload, or " + plan.MESH + "\n")
-    sample.main([*argv, "--device", "5MB", "--offload"])
-    assert "--offload" not in capsys.readouterr().out
+    for device, remedy in (("9MB", "--offload, or "), ("5MB", "")):  # where that is enough
+        sample.main([*argv, "--device", device])
+        assert capsys.readouterr().out.endswith(f"try {remedy}{plan.MESH}\n")
+    sample.main([*argv, "--device", "9MB", "--offload"])
+    assert capsys.readouterr().out.endswith("it fits into 9 MB\n")
 
 
 def test_train(tmp_path, capsys, nothing_loads):

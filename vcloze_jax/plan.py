@@ -19,6 +19,7 @@ from vcloze_jax import flow
 from vcloze_jax.devices import make_mesh, micro_size, parse_mesh, waits
 from vcloze_jax.grid import bucket
 from vcloze_jax.inputs.cli import fetch_weights
+from vcloze_jax.inputs.terminal import si
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.vae import VAE
 from vcloze_jax.painter import BATCH_TOKENS
@@ -312,17 +313,8 @@ def verdict(stages, mesh, device, spared):
         return [*lines, "this device does not say how much memory it has"]
     if sum(peak.values()) <= limit:
         return [*lines, f"it fits into {si(limit, 'B')}"]
-    part = max(peak, key=peak.get)
-    remedy = REMEDIES.get(part, MESH)
+    remedy = REMEDIES.get(max(peak, key=peak.get), MESH)
     left = [sum(parts.values()) - spared.get(name, 0) for name, parts in stages.items()]
     if max(left) <= limit:
         remedy = f"--offload, or {remedy}"
     return [*lines, f"it does not fit into {si(limit, 'B')}: try {remedy}"]
-
-
-def si(count, unit):
-    """12_345_678, "B" -> "12.3 MB"."""
-    prefixes = iter(" kMGTP")
-    while (prefix := next(prefixes, "E")) != "E" and count >= 999.5:
-        count /= 1000
-    return f"{count:.3g} {prefix.strip()}{unit}"

@@ -1,4 +1,6 @@
-"""Standard output and error that never end a run, whatever is printed and whoever reads it."""
+"""Standard output and error that never end a run, whatever is printed and whoever reads it; and how
+numbers are told there.
+"""
 
 import io
 import os
@@ -41,3 +43,11 @@ def tell_error(error):
         print(file=sys.stderr)
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
     print(f"error: {text}", file=sys.stderr)
+
+
+def si(count, unit):
+    """12_345_678, "B" -> "12.3 MB"."""
+    prefixes = iter(" kMGTP")
+    while (prefix := next(prefixes, "E")) != "E" and count >= 999.5:
+        count /= 1000
+    return f"{count:.3g} {prefix.strip()}{unit}"
