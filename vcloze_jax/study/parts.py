@@ -53,6 +53,6 @@ def run_part(name, lab):
     """(title, Chapter) of one part. Raises UserError where it cannot see into this model."""
     title, place = PARTS[name]
     if name in OPENING and (placement := lab.painter.preset.flux.placement).by_segment:
-        reason = f"{name}: it follows noise with its condition beside it"
-        raise UserError(f"{reason}, and this is placement {placement.name}; name other parts")
+        reason = "it follows noise with its condition beside it, and this adapter is of placement"
+        raise UserError(f"{name}: {reason} {placement.name}; name other parts")
     return title, resolve_name(f"vcloze_jax.study.{place}")(lab)
