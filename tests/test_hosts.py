@@ -158,16 +158,17 @@ TELLING = """
 import sys
 import sample
 from vcloze_jax import pipeline
+from vcloze_jax.painter import Painter
 
-def tell_encoding(painter, canvas, encode=pipeline.Painter.encode):
+def tell_encoding(painter, canvas, encode=Painter.encode):
     print("encoded", canvas.spec.name, file=sys.stderr)
     encode(painter, canvas)
 
-def tell_decoding(painter, grid, latents, decode=pipeline.Painter.decode):
+def tell_decoding(painter, grid, latents, decode=Painter.decode):
     print("decoded", file=sys.stderr)
     return decode(painter, grid, latents)
 
-pipeline.Painter.encode, pipeline.Painter.decode = tell_encoding, tell_decoding
+Painter.encode, Painter.decode = tell_encoding, tell_decoding
 
 for name in ("save_png", "save_text"):
     def tell(file, content, write=getattr(pipeline, name)):
