@@ -1,23 +1,20 @@
 """Laws of train.py --offload: text encoders wait in host memory, and no number changes."""
 
-from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 
 import jax
 import numpy as np
 import pytest
 import tiny
+from chips import v5e
 from flax import nnx
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 from runs import assert_same_run, flags, make_home
 from test_rowmemory import micro_batch
 
 import train
 from vcloze_jax.config import MINI
 from vcloze_jax.devices import HOST, make_mesh, parse_mesh, waits
-from vcloze_jax.sharding import AXES, batch_sharding, shardings
+from vcloze_jax.sharding import batch_sharding, shardings
 from vcloze_jax.step import purpose_key
 from vcloze_jax.storage import weights
 from vcloze_jax.storage.models import ENCODERS, load_for_training
@@ -65,26 +62,11 @@ def test_a_run_may_offload_for_a_while(home, tmp_path, mesh):
     assert_same_run(tmp_path / "moves", tmp_path / "stays")
 
 
-@contextmanager
-def no_cache():
-    """Within, JAX keeps no program: one for a machine that is not here cannot be taken up."""
-    setting = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, setting)
-    jax.config.update(setting, 1e9)
-    yield
-    jax.config.update(setting, before)
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="pip install '.[tpu-aot]'")
 @pytest.mark.parametrize("name", ENCODERS)
 def test_tpus_gather_what_has_come(monkeypatch, name):
     """Encoders that wait compile for TPUs, and a layer is gathered on the chips to which its parts
     have come: left alone, XLA gathers it from host to host, over the network."""
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
-    mesh = Mesh(np.reshape(chips, (1, 1, 8, 1)), AXES, (AxisType.Auto,) * len(AXES))
     config = getattr(MINI, name)
     graphdef, _, tree = weights.abstract(weights.MODULES[name], config)
 
@@ -92,9 +74,9 @@ def test_tpus_gather_what_has_come(monkeypatch, name):
         where = where.with_memory_kind(HOST) if waits(path, x) else where
         return x.update(dtype="bfloat16", sharding=where)
 
-    tree = jax.tree_util.tree_map_with_path(place, tree, shardings(tree, mesh, f"{name}/"))
-    ids = jax.ShapeDtypeStruct((8, config.max_length), "int32", sharding=batch_sharding(mesh))
-    encoder, read = nnx.merge(graphdef, tree), jax.jit(weights.MODULES[name].__call__)
-    with jax.set_mesh(mesh), no_cache():
-        text = read.lower(encoder, ids).compile().as_text()
+    with v5e(monkeypatch) as mesh:
+        tree = jax.tree_util.tree_map_with_path(place, tree, shardings(tree, mesh, f"{name}/"))
+        ids = jax.ShapeDtypeStruct((8, config.max_length), "int32", sharding=batch_sharding(mesh))
+        read = jax.jit(weights.MODULES[name].__call__)
+        text = read.lower(nnx.merge(graphdef, tree), ids).compile().as_text()
     assert " all-gather(" in text and "MegaScale" not in text
