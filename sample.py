@@ -15,9 +15,8 @@ from vcloze_jax.inputs.tasks import describe_tasks
 
 
 def main(argv):
-    """Files -> Specs (grid.py) by inputs/spec.py, opened pictures and a prompt each. Specs -> query
-    rows by painter.py, with conditioning.py, flow.py and model/: which also decodes and cuts out
-    the targets: a Pipeline hands it the models, a Painting writes."""
+    """Files -> Specs (grid.py), by inputs/spec.py. Specs -> pictures, by painter.py and, below it,
+    conditioning, flow and model/: a Pipeline hands it the models, a Painting writes what comes."""
     args = parse(argv, __doc__)
     preset = cli.read_preset(args)
     if args.list_tasks:

@@ -1,6 +1,7 @@
 """Two processes on this machine, started as Slurm would start them: two hosts."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -9,11 +10,11 @@ from runs import ROOT
 CHILD = "import train; train.cli.run(train.main)"
 
 
-def start(code, argv, number):
-    """A process of two, as Slurm starts them."""
+def start(code, argv, number, port):
+    """A process of two, as Slurm starts them; they find each other on this port."""
     job = dict(JOB_ID=1, STEP_NODELIST="localhost", NTASKS=2, PROCID=number, LOCALID=number)
     env = {f"SLURM_{key}": str(value) for key, value in job.items()}
-    env |= {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_PORT": os.environ["TEST_PORT"]}
+    env |= {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_PORT": f"{port}"}
     ours = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"}
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, argv)],
@@ -26,7 +27,10 @@ def start(code, argv, number):
 
 
 def start_pair(argv, codes=(CHILD, CHILD)):
-    return [start(code, argv, number) for number, code in enumerate(codes)]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [start(code, argv, number, port) for number, code in enumerate(codes)]
 
 
 def ends(pair, seconds=600):

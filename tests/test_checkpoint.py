@@ -311,13 +311,3 @@ def test_kill(tmp_path):
         assert_equal(state, jax.tree.map(lambda x, step=step: jnp.full_like(x, step), like))
         checkpoint.clean(folder)
         assert all(name.isdecimal() for name in os.listdir(folder))
-
-
-def test_hosts_digest_as_much_as_each_other():
-    """Hosts take files in turn, in an order in which each host's large one lies beside the others':
-    so none has all of these to read."""
-    large = [f"state/ocdbt.process_{i}/d/{name}" for i, name in enumerate(("0f", "f0"))]
-    names = [*large, "state/d/77", *(f"state/ocdbt.process_{i}/manifest.ocdbt" for i in (0, 1))]
-    ordered = sorted(names, key=checkpoint.digests.by_name)
-    for share in (ordered[::2], ordered[1::2]):
-        assert len({*share}.intersection(large)) == 1

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tiny
+from hostpair import ends, start_pair
 from PIL import Image
 from runs import ROOT, assert_same_run, flags, make_home
-from test_hosts import assert_equal, ends, start_pair
-from test_hosts import port as free_port  # noqa: F401 (of the two hosts)
+from test_hosts import assert_equal
 
 import train
 from vcloze_jax.config import UserError

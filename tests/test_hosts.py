@@ -7,99 +7,18 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from hostpair import CHILD, ends, start, start_pair
+from hostpair import CHILD, ends, start_pair
 from runs import ROOT, flags, make_home, metrics
 from safetensors.numpy import load_file
 
 from vcloze_jax.storage import checkpoint
-
-
-@pytest.fixture(autouse=True)
-def port(monkeypatch):
-    """A port that is free, on which the two find each other."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        monkeypatch.setenv("TEST_PORT", str(free.getsockname()[1]))
-
-
-# --- what they are made of ---
-
-PARTS = """
-import sys
-from pathlib import Path
-import jax, numpy as np
-from vcloze_jax import hosts
-from vcloze_jax.config import Recipe, UserError
-from vcloze_jax.devices import make_mesh, parse_mesh, put
-from vcloze_jax.inputs import cli
-from vcloze_jax.sharding import on_host, spread
-from vcloze_jax.storage import checkpoint, digests
-
-def main(argv):
-    mesh = make_mesh(parse_mesh("2"))
-    me, folder = jax.process_index(), Path(argv[0])
-    assert jax.process_count() == 2 and jax.local_device_count() == 1 and mesh.size == 2
-
-    assert hosts.tell_all(f"I am {me}") == ["I am 0", "I am 1"]
-    for mistaken in (0, 1):
-        try:
-            with hosts.agreed():
-                if me == mistaken:
-                    raise UserError(f"of {mistaken}")
-        except UserError as error:
-            assert str(error) == f"of {mistaken}"
-        else:
-            raise AssertionError
-    poll = hosts.Poll(mesh)
-    assert [poll(143 * (me == 1)), poll(0), poll(2 * (me == 0)), poll(0)] == [0, 143, 0, 2]
-
-    drawn = hosts.drawn_here(Recipe(group=8, micro_batch=4), mesh)
-    assert drawn == ([0, 1, 4, 5], [2, 3, 6, 7])[me]
-    rows = [np.full(3, i, np.int32) if i in drawn else None for i in range(4)]
-    batch = spread(rows, mesh)
-    assert not batch.is_fully_addressable
-    assert on_host(batch).tolist() == [[i] * 3 for i in range(4)]
-
-    kernel = np.arange(8, dtype=np.float32).reshape(4, 2)
-    state = put({"kernel": kernel, "bias": np.ones(3, np.float32)}, mesh, "flux/")
-    digested, digest = [], digests.digest_bytes
-    digests.digest_bytes = lambda x: digested.append(x.shape) or digest(x)
-    checkpoint.save(folder, 5, state)
-    step, again = checkpoint.resume(folder, jax.tree.map(lambda x: x * 0, state))
-    assert sorted(digested) == [(2, 2), (2, 2), (3,), (3,)], digested  # its own, at both ends
-    assert step == 5 and again["kernel"].sharding == state["kernel"].sharding
-    for ours, theirs in zip(*map(jax.tree.leaves, map(on_host, (state, again)))):
-        assert np.array_equal(ours, theirs)
-    print("host", me, file=sys.stderr)
-    print("spoken")
-
-cli.run(main)
-"""
-
-
-def test_two_processes(tmp_path):
-    """Two hosts find each other; each hears what the other says, and has its mistakes; each brings
-    its own rows to a batch, and digests its own part of an array; a checkpoint of both is one that
-    a process alone reads."""
-    codes, outs, errors = ends(start_pair([tmp_path], (PARTS, PARTS)))
-    assert codes == [0, 0], errors
-    assert "host 0" in errors[0] and "host 1" in errors[1]
-    assert "spoken" in outs[0] and "spoken" not in outs[1]
-    like = {"kernel": jnp.zeros((4, 2)), "bias": jnp.zeros(3)}
-    step, state = checkpoint.restore(tmp_path, like)
-    assert step == 5 and state["kernel"].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
-
-
-# --- whole runs ---
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +176,7 @@ import train
 from vcloze_jax.runwriter import RunWriter
 from vcloze_jax.storage.checkpoint import SAVING
 
-action, write = sys.argv.pop(1), RunWriter.write
+write = RunWriter.write
 
 def write_and_act(writer, sent, seconds):
     write(writer, sent, seconds)
@@ -265,7 +184,7 @@ def write_and_act(writer, sent, seconds):
     if sent.step == 3 and action == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, resource.RLIM_INFINITY))
     elif sent.step == 3:
-        os.kill(os.getpid(), int(action))
+        os.kill(os.getpid(), action)
 
 RunWriter.write = write_and_act
 train.cli.run(train.main)
@@ -274,11 +193,8 @@ train.cli.run(train.main)
 
 def run_and_act(home, out, host, action, **changes):
     """A run of two hosts, to one of which something happens at step 3."""
-    pair = [
-        start(AFTER if n == host else CHILD, [action][: n == host] + flags(home, out, **changes), n)
-        for n in range(2)
-    ]
-    return ends(pair)
+    codes = [f"action = {action!r}\n{AFTER}" if n == host else CHILD for n in range(2)]
+    return ends(start_pair(flags(home, out, **changes), codes))
 
 
 @pytest.mark.slow

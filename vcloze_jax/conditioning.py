@@ -160,8 +160,7 @@ def segment_table(grids, placement, size):
 def position_table(grids, config, text_tokens, size):
     """RoPE tables of text and image tokens, padded to `size`: float32 [B, T + size, 1, K/2].
 
-    Text stands at (0, 0, 0), its own padding too, which is seen, as in FLUX; so does padding after
-    the image tokens, which nobody attends to.
+    Text and its padding, which is seen as in FLUX, stand at (0, 0, 0); so does img's, unseen.
     """
     ids = np.zeros((len(grids), text_tokens + size, 3), np.float32)
     for of_grid, grid in zip(ids, grids, strict=True):

@@ -143,13 +143,17 @@ def losses_by_region(out, noisy):
 
 def merge_models(graphdefs, *trees, names=("flux", *ENCODERS)):
     """The four networks, or some, of graphdefs and trees by name; None for one that no tree has."""
-    models = dict.fromkeys(graphdefs)
-    for name in names:
-        if parts := [tree[name] for tree in trees if name in tree]:
-            leaves, treedef = jax.tree.flatten(parts)  # nnx.merge leaves what it gets in a cycle
-            model = nnx.merge(graphdefs[name], *jax.tree.unflatten(treedef, range(len(leaves))))
-            models[name] = jax.tree.map(leaves.__getitem__, model)
-    return Models(**models)
+    parts = {name: [tree[name] for tree in trees if name in tree] for name in names}
+    merged = {name: merge_model(graphdefs[name], *of) for name, of in parts.items() if of}
+    return Models(**dict.fromkeys(graphdefs) | merged)
+
+
+def merge_model(graphdef, *trees):
+    """A module of its trees, which are free once it is dropped: `nnx.merge` would leave what it is
+    given, here numbers, in a cycle, until Python collects garbage."""
+    leaves, treedef = jax.tree.flatten(trees)
+    numbered = nnx.merge(graphdef, *jax.tree.unflatten(treedef, range(len(leaves))))
+    return jax.tree.map(leaves.__getitem__, numbered)
 
 
 def learning_rate(recipe, n):

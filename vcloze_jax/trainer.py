@@ -81,9 +81,8 @@ class Trainer:
         return self.program("encode", shape, *args)(*args)
 
     def send(self, groups, stopped=lambda: False):
-        """Send the next optimizer step to the devices -> Sent: batch / group groups of grids, those
-        of one of one shape, each in micro-batches that divide it. None if `stopped()` between two:
-        the part that was done is lost, and the Trainer sends no more."""
+        """Send the next optimizer step to the devices -> Sent: groups of grids, each of one shape, in
+        micro-batches. None if `stopped()` between two: what was done is lost, no more is sent."""
         start, recipe = time.perf_counter(), self.recipe
         key, shapes, told = step.purpose_key(recipe.seed, "draws"), [], []
         for first in range(self.step * recipe.batch, (self.step + 1) * recipe.batch, recipe.group):

@@ -26,6 +26,7 @@ from vcloze_jax.ports import engine
 from vcloze_jax.ports.locate import locate
 from vcloze_jax.ports.tables.folder import BASES, INDEX, PARTS, SCHEDULER, SHIFT
 from vcloze_jax.sharding import on_host
+from vcloze_jax.step import merge_model
 from vcloze_jax.storage.folding import split
 from vcloze_jax.storage.preset import load_preset, translate_errors
 
@@ -106,11 +107,9 @@ def load(module: type, config, folder: Path, dtype="float32", sharding=None):
 
 
 def build(module, config, tree):
-    """A module of its weights, which frees them when it is dropped: `nnx.merge` leaves what it is
-    given, here shapes, in a cycle, until Python collects garbage."""
-    graphdef, _, base = abstract(module, config)
-    treedef = jax.tree.structure(nnx.merge(graphdef, base))
-    return jax.tree.unflatten(treedef, jax.tree.leaves(tree))
+    """A module of its weights."""
+    graphdef, _, _ = abstract(module, config)
+    return merge_model(graphdef, tree)
 
 
 def read_tree(module, config, folder, dtype="float32", sharding=None):
