@@ -81,7 +81,7 @@ class Trainer:
         return self.program("encode", shape, *args)(*args)
 
     def send(self, groups, stopped=lambda: False):
-        """Send the next optimizer step to the devices -> Sent: groups of grids, each of one shape, in
+        """Send the next optimizer step to devices -> Sent: groups of grids, of one shape each, in
         micro-batches. None if `stopped()` between two: what was done is lost, no more is sent."""
         start, recipe = time.perf_counter(), self.recipe
         key, shapes, told = step.purpose_key(recipe.seed, "draws"), [], []
