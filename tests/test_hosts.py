@@ -143,15 +143,15 @@ train.cli.run(train.main)
 @pytest.mark.slow
 def test_the_whole_depth(tmp_path):
     """A twin of FLUX.1-Fill, 19 + 38 blocks at a width of 96, on eight devices of two hosts, over
-    all axes of a mesh: it trains, saves, goes on from there with its base whole and from a cache,
-    and paints. Each host digests what its devices hold, so that an array has as many digests as
-    parts."""
+    all axes of a mesh: it trains, its text encoders in host memory, saves, goes on from there with
+    its base whole and from a cache, and paints. Each host digests what its devices hold, so that an
+    array has as many digests as parts."""
     home, out = make_home(tmp_path, tiny.DEEP), tmp_path / "run"
     common = dict(remat="light", save_every=1, preview_every=9)
-    ways = [dict(mesh="data=2,fsdp=2,tensor=2")]
-    ways += [dict(mesh="data=2,state=2,tensor=2", cache=home / "cache")]
-    for steps, way in enumerate(ways, 1):
-        argv = flags(home, out, steps=steps, **common, **way)
+    ways = [(dict(mesh="data=2,fsdp=2,tensor=2"), ["--offload"])]
+    ways += [(dict(mesh="data=2,state=2,tensor=2", cache=home / "cache"), [])]
+    for steps, (way, more) in enumerate(ways, 1):
+        argv = flags(home, out, steps=steps, **common, **way) + more
         codes, outs, errors = ends(start_pair(argv, (BRIEF,) * 2))
         assert codes == [0, 0], errors
     assert [line["step"] for line in metrics(out)] == [1, 2]
