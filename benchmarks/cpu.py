@@ -77,16 +77,16 @@ def ours(folder, case, repeats):
 
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
     from vcloze_jax.devices import ready_xla
     from vcloze_jax.model.ops import rope_table
+    from vcloze_jax.step import merge_model
     from vcloze_jax.storage import weights
-    from vcloze_jax.storage.folding import split
 
     ready_xla(1)
     config, module = case.preset("none").flux, weights.MODULES["flux"]
-    model = weights.load(module, config, folder)
+    tree = weights.by_layer(weights.read_tree(module, config, folder), config)
+    model = weights.build(module, config, tree)
     img, txt, pooled, ids = case.inputs()
     ids = np.concatenate([np.zeros((case.text, 3), np.float32), ids])
     pe = rope_table(ids[None], config.axes_dim, config.theta)
@@ -101,14 +101,13 @@ def ours(folder, case, repeats):
     tell("ours", "forward", measure(partial(wait, lambda: forward(model)), repeats), check=check)
 
     graphdef, adapter, _ = weights.abstract(module, replace(config, rank=case.rank))
-    _, _, base = split(model)
     rng = np.random.default_rng(2)
     adapter = jax.tree.map(
         lambda x: jnp.asarray(0.02 * rng.standard_normal(x.shape, np.float32)), adapter
     )
-    loss = lambda a, b: jnp.square(velocity(nnx.merge(graphdef, a, b))).mean()  # noqa: E731
+    loss = lambda *trees: jnp.square(velocity(merge_model(graphdef, *trees))).mean()  # noqa: E731
     gradient = jax.jit(jax.grad(loss))
-    tell("ours", "gradient", measure(partial(wait, lambda: gradient(adapter, base)), repeats))
+    tell("ours", "gradient", measure(partial(wait, lambda: gradient(adapter, tree)), repeats))
     a, b = (jnp.asarray(rng.standard_normal((2048, 2048), np.float32)) for _ in range(2))
     multiply = jax.jit(jnp.matmul)
     tell("ours", "product", measure(partial(wait, lambda: multiply(a, b)), repeats), 2 * 2048**3)

@@ -94,7 +94,7 @@ vae = painter.models.vae
 encode = jax.jit(partial(conditioning.encode_condition, dtype=painter.dtype))
 condition = np.concatenate([encode(vae, r.pixels[None], r.mask[None]) for r in grid.rows], 1)
 print(f"{condition.shape[-1]} channels: 64 of the latent, 256 of the mask")
-latent = ops.unpack(condition[:, -s:, :64], row.height // 8, row.width // 8)  # of the last row
+latent = ops.unpack(condition[:, -s:, :64], *(side // 8 for side in row.size))  # of the last row
 channels = [draw.colour(c) for c in np.moveaxis(np.asarray(latent[0]), -1, 0)]  # 16 of h/8 W/8
 show("5_condition", draw.tile([draw.magnify(c, 6) for c in channels], 4))
 
@@ -141,7 +141,7 @@ decode = jax.jit(lambda vae, x, h, w: vae.decode(ops.unpack(x, h, w)), static_ar
 def look(x):
     """The last row of x [1, S, 64] as a picture, uint8 [h, C*w, 3]."""
     last = x[:, -s:].astype(painter.dtype)
-    return conditioning.to_pixels(decode(vae, last, row.height // 8, row.width // 8))[0]
+    return conditioning.to_pixels(decode(vae, last, *(side // 8 for side in row.size)))[0]
 
 
 noise = jax.random.normal(jax.random.key(spec.seed), (1, S, 64))

@@ -158,7 +158,7 @@ def prepared(grid):
         blanked = torch.where(mask > 0, -1.0, pixels)
         init.append(list(blanked.chunk(grid.columns, 3)))
         masks.append(list(mask.chunk(grid.columns, 3)))
-        sizes.append([(row.height, row.width // grid.columns)] * grid.columns)
+        sizes.append([(row.size[0], row.size[1] // grid.columns)] * grid.columns)
     return dict(
         init_image=[init],
         mask=[masks],

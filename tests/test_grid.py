@@ -122,7 +122,7 @@ def test_keep_restores_every_given_pixel(seed):
     """Law: given pixels are the input's, painted ones the painter's; twice is once."""
     _, grid = random_grid(seed)
     query = grid.query
-    painted = noise(query.width, query.height, seed)
+    painted = noise(*query.size[::-1], seed)
     kept = grid.keep(painted)
     assert kept.dtype == np.uint8
     assert np.array_equal(kept[~query.mask], query.pixels[~query.mask])
@@ -134,7 +134,7 @@ def test_keep_restores_every_given_pixel(seed):
 def test_boxes_find_every_cell_in_the_sheet(seed):
     """Law: cropping the sheet by the boxes gives all cells back; cut gives the targets alike."""
     _, grid = random_grid(seed)
-    painted = noise(grid.query.width, grid.query.height, seed)
+    painted = noise(*grid.query.size[::-1], seed)
     sheet = compose(grid, painted)
     for number, boxes in enumerate(cell_boxes(grid)):
         cells = [sheet[y : y + h, x : x + w] for x, y, w, h in boxes]

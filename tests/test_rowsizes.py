@@ -136,4 +136,4 @@ def test_the_crop_that_is_named_does(resolution):
         except UserError as error:
             crop = str(error).split("crop it to ")[1].split()[0].split("x")
             grid = build_grid([[picture(*map(int, crop)), None]], resolution)
-        assert grid.query.height * grid.query.width / 2 >= resolution**2 / 4
+        assert np.prod(grid.query.size) / 2 >= resolution**2 / 4

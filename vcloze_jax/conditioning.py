@@ -4,8 +4,7 @@ Text, positions, blanking and the velocity are the same for training and samplin
 the mean of a picture's posterior, training a draw from it. A token stands for 16 x 16 pixels: the
 autoencoder makes 16 channels of each 8 x 8, `pack` puts 2 x 2 of these into 64 channels, and a mask
 of them becomes 256 (`pack_mask`). `rope_table` has the angles of a token's position, three numbers.
-In FILL, the paper's Placement, every token is noisy, its condition beside it: none is `clean`, and
-the MMDiT asks for no segments.
+In FILL, the paper's Placement, every token is noisy, none is `clean`, and segments tell nothing.
 """
 
 from typing import NamedTuple

@@ -28,12 +28,9 @@ class Row:
     mask: np.ndarray  # bool [h, C*w]
 
     @property
-    def height(self) -> int:
-        return self.pixels.shape[0]
-
-    @property
-    def width(self) -> int:
-        return self.pixels.shape[1]
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.mask.shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +60,7 @@ class Grid:
     @property
     def shape(self) -> tuple[tuple[int, int], ...]:
         """(height, width) of every row: grids of equal shape share one compiled program."""
-        return tuple((row.height, row.width) for row in self.rows)
+        return tuple(row.size for row in self.rows)
 
     @property
     def tokens(self) -> int:
@@ -90,7 +87,7 @@ class Grid:
         of_role = [next(targets if p.mask.any() else references) for p in pictures]
         rules = dict(row=count(self.first_row), frame=count(), reference=of_role, page=repeat(0))
         for number, picture in zip(rules[placement.axis0], pictures, strict=False):
-            y, x = np.mgrid[: picture.height // PATCH, : picture.width // PATCH]
+            y, x = np.indices([side // PATCH for side in picture.size])
             ids.append(np.stack([np.full_like(y, number), y + top, x], -1).reshape(-1, 3))
             top += len(y) * (placement.axis0 == "page")
         return np.concatenate(ids).astype(np.float32)
@@ -99,7 +96,7 @@ class Grid:
         """Of which segment each token is, int32 [S]: its row times five, and placement.SEGMENTS."""
         found = []
         for number, row in enumerate(self.rows):
-            h, w = row.height // PATCH, row.width // PATCH
+            h, w = (side // PATCH for side in row.size)
             masked = row.mask.reshape(h, PATCH, w, PATCH).any((1, 3))  # h w
             shown = np.isin(np.arange(w) * self.columns // w, self.targets)  # w, as the query's
             given = QUERY if row is self.query else np.where(shown, EXAMPLE_TARGET, EXAMPLE)
@@ -123,8 +120,7 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Spec:
-    """One grid to paint, and how. With a `strength` it is a second pass: the masked pixels of its
-    grid are what to start from."""
+    """One grid to paint, and how; with a `strength` a second pass, from the pixels it masks."""
 
     grid: Grid
     prompt: str  # what the grid is, what a row does, what the last cell shows

@@ -3,12 +3,11 @@
 All grids go through one stage before the next begins: texts, condition latents, Euler steps,
 pictures; then through all but the first again where a second pass is asked for, which paints each
 target once more, enlarged, from a start that is noise in part. For the steps, grids are grouped by
-token bucket and number of steps, padded on the right, and painted as batches; the result of one
-does not depend on the others. Of several hosts each encodes what its devices will hold.
+token bucket and number of steps, padded on the right, and painted as batches, of which none moves
+another's result. Of several hosts each encodes what its devices will hold.
 
 All S tokens of a grid begin as noise, those of the examples too: what is given is read from the
-condition beside them. What the steps make of it is dropped in the end: the last row is decoded, and
-of that only the masked pixels are kept.
+condition beside them. In the end the last row is decoded; only its masked pixels are kept.
 """
 
 import math
@@ -208,7 +207,7 @@ class Painter:
     def decode(self, grid, latents):
         """Latents float32 [S, 64] of a grid -> its query row, uint8 [h, C*w, 3], in one piece:
         norms and attention see all of a picture, so that tiles would not give the same."""
-        h, w = grid.query.height // 8, grid.query.width // 8
+        h, w = (side // 8 for side in grid.query.size)
         count = grid.columns if self.preset.flux.placement.apart else 1
         last = latents[-(h * w // 4) :].astype(self.dtype).reshape(count, -1, latents.shape[-1])
         with jax.set_mesh(self.alone):

@@ -1,7 +1,4 @@
-"""The training loop, and what it trains.
-
-What comes from files is handed in: models as trees, grids as examples, and who writes.
-"""
+"""The training loop, and what it trains. Models come as trees, grids as examples; others write."""
 
 import time
 from functools import partial

@@ -97,7 +97,7 @@ def _hatch(grid: Grid) -> Grid:
     rows = []
     for row in grid.rows:
         y, x = np.indices(row.mask.shape)
-        stripes = row.mask & ((x + y) % max(row.height // 6, 4) < max(row.height // 32, 1))
+        stripes = row.mask & ((x + y) % max(row.size[0] // 6, 4) < max(row.size[0] // 32, 1))
         rows.append(Row(np.where(stripes[..., None], np.uint8(MARK), row.pixels), row.mask))
     return Grid(tuple(rows), grid.columns)
 

@@ -28,8 +28,7 @@ class Dense(nnx.Module):
 
     Inputs and outputs may have several axes, as heads do: W [*into, *out], A [*into, R],
     B [R, *out]. `split` says where weights and output are on a mesh while the layer computes: left
-    to itself, XLA reorders devices, and does it wrongly once in a while
-    (benchmarks/wrong_matmul.py).
+    to itself, XLA reorders devices, at times wrongly (benchmarks/wrong_matmul.py).
 
     No alpha: the branch has scale 1, its rank is clipped to min(in, out), A starts uniform in
     +-1/sqrt(in), B and its bias at zero (lzyhha/VisualCloze:models/modules/lora.py). A scale
@@ -80,7 +79,8 @@ def contract(x, w, bias, n, axes):
     [..., *out], in the dtype of x; w then lies over those `axes` of the mesh.
 
     Gradients of w and bias are sums in float32, over tokens and devices; autodiff would round them.
-    They are products that XLA's CPU backend takes as they lie: others it copies, sums are slow.
+    All are products, as XLA's CPU backend is fast at them: sums are slow; so are more rows than
+    columns, the less the more of them (an adapter's a fifth); times what lies transposed, half.
     """
     return contract_forward(x, w, bias, n, axes)[0]
 
@@ -91,13 +91,16 @@ def contract_forward(x, w, bias, n, axes):
 
 
 def contract_backward(n, axes, saved, dy):
-    x, w, bias = saved
-    assert n == 1 or w.ndim == n + 1
+    (x, w, bias), barrier = saved, jax.lax.optimization_barrier
     at_work, out = placed(w.astype(x.dtype), *axes), tuple(range(n - w.ndim, 0))
-    dx = jnp.tensordot(dy, at_work, (out, tuple(range(n, w.ndim))))
+    if x.dtype == jnp.float32 and x.ndim > 2:  # of tokens: a vector is not worth a copy
+        dx = jnp.tensordot(dy, barrier(jnp.moveaxis(at_work, out, range(len(out)))), len(out))
+    else:
+        dx = jnp.tensordot(dy, at_work, (out, tuple(range(n, w.ndim))))
     x, dy = x.reshape(-1, *w.shape[:n]), dy.reshape(-1, *w.shape[n:])
     by_tokens = partial(jnp.tensordot, axes=(0, 0), preferred_element_type=jnp.float32)
-    dw = by_tokens(x, dy) if n == 1 else jnp.moveaxis(by_tokens(dy, x), 0, -1)
+    few_rows = n == 1 and w.shape[0] <= math.prod(w.shape[1:])  # or else it has one axis of `out`
+    dw = by_tokens(x, dy) if few_rows else jnp.moveaxis(barrier(by_tokens(dy, x)), 0, -1)
     db = None if bias is None else by_tokens(jnp.ones(len(dy), dy.dtype), dy).astype(bias.dtype)
     return dx, placed(dw, *axes).astype(w.dtype), db
 
@@ -216,6 +219,5 @@ def chunks(mod, n):
 
 
 def stack(make, layers, rngs):
-    """`layers` modules as one, with a leading layer axis on every weight. Modules are pytrees: vmap
-    makes them, scan runs them."""
+    """`layers` modules as one, with a leading layer axis on every weight; vmap makes it."""
     return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), layers))

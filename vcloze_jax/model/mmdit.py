@@ -5,7 +5,6 @@ Source: black-forest-labs/flux:src/flux/model.py. Blocks of a kind are one modul
 carry a leading layer axis: where it is large, depth costs no compile time.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -71,6 +70,9 @@ class Flux(nnx.Module):
         vec_at = {time: vector(at[time]) for time in dict.fromkeys(placement.time)}
         one = lambda layer, vec: by_batch(gathered(fetched(layer)(vec)))  # noqa: E731
         each = jax.vmap(one, (0, None))
+        if self.config.remat == "none":
+            told = lambda vec, layer: (vec, one(layer, vec))  # noqa: E731
+            each = lambda layers, vec: self.scan(told, vec, layers)[1]  # noqa: E731
         return Modulation(
             of_vectors(lambda branch, vec: each(getattr(double.img, branch), vec)),
             each(double.txt.mod, vec_at[placement.time[TEXT]]),
@@ -122,10 +124,16 @@ class Flux(nnx.Module):
         if remat != "none":
             policy = keep_products if remat == "light" else None
             double, single = (jax.checkpoint(block, policy=policy) for block in (double, single))
-        # A loop stacks what the backward pass needs: a third of mini's step on a CPU. So it is
-        # unrolled where all is kept: what is small enough for that compiles soon.
-        scan = partial(jax.lax.scan, unroll=remat == "none")
-        (img, txt), first = scan(double, (img, txt), (self.double, mod.img, mod.txt, kept[0]))
+        layers = self.double, mod.img, mod.txt, kept[0]
+        (img, txt), first = self.scan(double, (img, txt), layers)
         x = jnp.concatenate([txt, img], 1)  # B L D
-        x, rest = scan(single, x, (self.single, mod.single, kept[1]))
+        x, rest = self.scan(single, x, (self.single, mod.single, kept[1]))
         return x, (first, rest)
+
+    def scan(self, block, x, layers):
+        """A loop over layers. It stacks what the backward pass needs, a third of mini's step on a
+        CPU, so where all is kept it is unrolled: what is so small compiles soon. XLA then copies
+        every slice of stacked weights, but not of lists, which are stacked here (`by_layer`)."""
+        listed, unroll = lambda x: isinstance(x, list), self.config.remat == "none"
+        layers = jax.tree.map(lambda x: jnp.stack(x) if listed(x) else x, layers, is_leaf=listed)
+        return jax.lax.scan(block, x, layers, unroll=unroll)

@@ -43,8 +43,7 @@ class T5Block(nnx.Module):
     """Attention, then a gated MLP, each behind its own norm."""
 
     def __init__(self, c, *, rngs):
-        inner = c.heads * c.head_dim
-        dense = dict(use_bias=False, rngs=rngs)
+        inner, dense = c.heads * c.head_dim, dict(use_bias=False, rngs=rngs)
         self.heads = c.heads
         self.norm1 = RMSNorm(c.width)
         # Scores are not divided by sqrt(K): at birth the queries are, instead.
@@ -71,8 +70,7 @@ def relative_buckets(length, buckets, max_distance):
     """
     offset = np.arange(length)[None] - np.arange(length)[:, None]
     distance = np.abs(offset)
-    half = buckets // 2
-    near = half // 2
+    half, near = buckets // 2, buckets // 4
     octave = np.log(np.maximum(distance, 1).astype(np.float32) / near)
     far = near + (octave / math.log(max_distance / near) * (half - near)).astype(int)
     return np.where(distance < near, distance, np.minimum(far, half - 1)) + half * (offset > 0)
@@ -125,8 +123,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x):
         y = layer_norm(x.astype(jnp.float32), eps=1e-5)
-        y = y * self.scale.astype(jnp.float32) + self.bias.astype(jnp.float32)
-        return y.astype(x.dtype)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 def attend(block, x, **options):

@@ -60,7 +60,10 @@ class LazyModels:
         tree = load_tree("flux", self.preset, self.folder, compute_dtype(self.mesh), mesh)
         for file, scale in self.loras:
             fold(tree, put(adapters.load(file, self.preset.flux), mesh, "flux/"), scale)
-        tree = move_offloaded(tree, self.mesh) if self.offload else tree
+        if self.offload:
+            tree = move_offloaded(tree, self.mesh)
+        elif mesh.size == 1:
+            tree = weights.by_layer(tree, self.preset.flux)
         return weights.build(weights.Flux, self.preset.flux, tree)
 
     @cached_property
@@ -202,6 +205,8 @@ def load_for_training(preset, folder, mesh):
         if recipe.offload and name in ENCODERS:
             move = lambda path, x: copy_to_hosts(x) if waits(path, x) else x  # noqa: E731
             tree = jax.tree_util.tree_map_with_path(move, tree)
+        if name == "flux" and name not in learnt and mesh.size == 1:
+            tree = weights.by_layer(tree, preset.learning.flux)
         (trainable if name in learnt else frozen)[name] = tree
     if adapter:
         trainable["flux"] = put(adapter, mesh, "flux/")

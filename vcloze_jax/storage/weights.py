@@ -13,6 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
@@ -110,6 +111,15 @@ def build(module, config, tree):
     """A module of its weights."""
     graphdef, _, _ = abstract(module, config)
     return merge_model(graphdef, tree)
+
+
+def by_layer(flux, config):
+    """The MMDiT's tree for one device: where its blocks are no loop, an array a layer, in lists."""
+    if config.remat != "none":
+        return flux
+
+    cut = lambda x: jax.device_put(list(np.asarray(x)), *x.devices())  # noqa: E731
+    return flux | {name: jax.tree.map(cut, flux[name]) for name in ("double", "single")}
 
 
 def read_tree(module, config, folder, dtype="float32", sharding=None):

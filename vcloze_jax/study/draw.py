@@ -39,14 +39,14 @@ def number_tokens(grid, times=3):
     pictures, first, side = [], 0, PATCH * times
     for row in grid.rows:
         picture = Image.fromarray(magnify(row.pixels, times))
-        draw, across = ImageDraw.Draw(picture), row.width // PATCH
-        for number in range(across * (row.height // PATCH)):
+        draw, across = ImageDraw.Draw(picture), row.size[1] // PATCH
+        for number in range(across * (row.size[0] // PATCH)):
             y, x = (side * k for k in divmod(number, across))
             draw.rectangle((x, y, x + side, y + side), outline=MARK)
             box = draw.textbbox((x + 3, y + 1), str(first + number))
             draw.rectangle(box, fill="white")
             draw.text((x + 3, y + 1), str(first + number), fill="black")
-        first += across * (row.height // PATCH)
+        first += across * (row.size[0] // PATCH)
         pictures.append(np.asarray(picture))
     return stack_sheets(pictures)
 

@@ -24,7 +24,7 @@ MOMENTS = 6  # of the steps, at which the picture is looked at
 def visit_condition(j):
     grid, condition = j.spec.grid, j.canvas.condition
     row = grid.query
-    size = row.height // 8, row.width // 8
+    size = tuple(side // 8 for side in row.size)
     last = condition[None, -(size[0] * size[1] // 4) :]  # 1 s 320
     latent, mask = np.split(last, [j.states.shape[-1]], -1)
     channels = np.moveaxis(np.asarray(ops.unpack(latent, *size))[0], -1, 0)  # 16 h/8 W/8
@@ -126,7 +126,7 @@ def query_map(j, values, high):
 
 def visit_steps(j):
     final = j.states[-1]
-    count = len(j.spec.grid.query.pixels) // PATCH * (j.spec.grid.query.width // PATCH)
+    count = len(j.spec.grid.query.pixels) // PATCH * (j.spec.grid.query.size[1] // PATCH)
     far = lambda x: np.sqrt(np.square(x[:, -count:] - final[-count:]).mean((1, 2)))  # noqa: E731
     figure, (panel,) = draw.new_figure(width=5, height=3)
     panel.plot(j.canvas.times, far(j.states), "o-", color="#999999", label="x")
