@@ -13,7 +13,6 @@ from functools import cache, partial
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
@@ -118,8 +117,8 @@ def by_layer(flux, config):
     if config.remat != "none":
         return flux
 
-    cut = lambda x: jax.device_put(list(np.asarray(x)), *x.devices())  # noqa: E731
-    return flux | {name: jax.tree.map(cut, flux[name]) for name in ("double", "single")}
+    cut = jax.jit(lambda blocks: jax.tree.map(list, blocks))
+    return flux | cut({name: flux[name] for name in ("double", "single")})
 
 
 def read_tree(module, config, folder, dtype="float32", sharding=None):
