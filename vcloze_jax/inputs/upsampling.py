@@ -18,7 +18,7 @@ class LaterRow:
 
     def __init__(self, make: Callable[[], np.ndarray], mask: np.ndarray):
         self.make, self.mask = make, mask
-        self.height, self.width = mask.shape
+        self.size = mask.shape
 
     @cached_property
     def pixels(self) -> np.ndarray:
