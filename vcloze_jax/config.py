@@ -128,7 +128,7 @@ class Recipe:
     lr: float = setting(1e-4, "learning rate", free=True)
     warmup: int = setting(0, "steps over which the rate rises to --lr", least=0)
     decay_steps: int = setting(0, "at which a cosine ends at lr / 100; 0: constant", least=0)
-    optimizer: str = setting("adam", "muon: matrices of blocks are its", choices=("adam", "muon"))
+    optimizer: str = setting("adam", "or muon, for blocks at rank 0", choices=("adam", "muon"))
     weight_decay: float = setting(0.0, "decoupled, as AdamW's", least=0)
     clip: float = setting(2.0, "largest norm of a step's gradient")
     ema: float = setting(0.0, "decay of the average that is written; 0: what is learnt last")
