@@ -58,6 +58,7 @@ def main(argv):
 def learn(run, origins, preset, folder, mesh, source, **watchers):
     """Load the models, take up the run where it stands, and train to its last step or a signal."""
     from vcloze_jax.hosts import agreed, drawn_here
+    from vcloze_jax.optimizers import make_optimizer
     from vcloze_jax.rowmemory import choose_readers
     from vcloze_jax.runwriter import RunWriter
     from vcloze_jax.storage import checkpoint, gridcache, models
@@ -67,7 +68,8 @@ def learn(run, origins, preset, folder, mesh, source, **watchers):
     recipe, tokenizers = preset.recipe, Tokenizers(folder, preset.t5, preset.clip)
     cache = gridcache.fill_cache(source, preset, folder, mesh, tokenizers)
     parts = models.load_for_training(preset, folder, mesh)
-    trainer = Trainer(parts, preset, tokenizers, mesh, source.masks_every_row)
+    tx = make_optimizer(recipe.clip, recipe.weight_decay, recipe.optimizer)
+    trainer = Trainer(parts, preset, tokenizers, mesh, tx, source.masks_every_row)
     choose_readers(trainer, cache)  # on one CPU and with --cache rows come encoded
     with agreed():
         run.create()  # after all that the user may have to correct

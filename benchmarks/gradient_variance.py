@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from vcloze_jax.config import MINI  # noqa: E402
 from vcloze_jax.data.sources import draw_group, open_source  # noqa: E402
 from vcloze_jax.devices import make_mesh  # noqa: E402
+from vcloze_jax.optimizers import make_optimizer  # noqa: E402
 from vcloze_jax.step import purpose_key  # noqa: E402
 from vcloze_jax.storage import places  # noqa: E402
 from vcloze_jax.storage.models import checked_training_preset, load_for_training  # noqa: E402
@@ -78,7 +79,8 @@ def main():
     source = open_source(RECIPE)
     preset = checked_training_preset(places.MINI_FOLDER, RECIPE)
     parts = load(preset, None, mesh)
-    trainer = Trainer(parts, preset, Tokenizers(places.MINI_FOLDER, preset.t5, preset.clip), mesh)
+    tokenizers = Tokenizers(places.MINI_FOLDER, preset.t5, preset.clip)
+    trainer = Trainer(parts, preset, tokenizers, mesh, make_optimizer(RECIPE.clip))
     groups = [draw_group(source, RECIPE.seed, n, RECIPE.group) for n in range(count)]
     adapters = {name: load(preset, lora, mesh)[1] for name, lora in ADAPTERS.items()}
     print("adapter  as drawn  fully mixed  ratio          squared mean")

@@ -22,6 +22,7 @@ from vcloze_jax.config import MINI  # noqa: E402
 from vcloze_jax.data.sources import Shape, open_source, random_generator  # noqa: E402
 from vcloze_jax.devices import make_mesh  # noqa: E402
 from vcloze_jax.inputs import cli  # noqa: E402
+from vcloze_jax.optimizers import make_optimizer  # noqa: E402
 from vcloze_jax.rowmemory import choose_readers  # noqa: E402
 from vcloze_jax.storage import places  # noqa: E402
 from vcloze_jax.storage.models import checked_training_preset, load_for_training  # noqa: E402
@@ -50,7 +51,8 @@ def main():
     recipe = replace(MINI.recipe, data="graphemoji", micro_batch=MINI.recipe.group)
     preset = checked_training_preset(folder, recipe)
     tokenizers = Tokenizers(folder, preset.t5, preset.clip)
-    trainer = Trainer(load_for_training(preset, folder, mesh), preset, tokenizers, mesh)
+    parts, tx = load_for_training(preset, folder, mesh), make_optimizer(recipe.clip)
+    trainer = Trainer(parts, preset, tokenizers, mesh, tx)
     source = open_source(recipe)
     generators = (random_generator("example", 0, i) for i in range(recipe.batch))
     grids = [source.example(rng, SHAPE, [i]) for i, rng in enumerate(generators)]

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from vcloze_jax import painter, step
 from vcloze_jax.conditioning import Context
+from vcloze_jax.optimizers import make_optimizer
 from vcloze_jax.sharding import BATCH, batch_sharding, compute_dtype, shardings
 from vcloze_jax.storage.weights import MODULES, abstract
 
@@ -37,7 +38,7 @@ class Programs:
         frozen = {name: base for name, (_, _, base) in parts.items()}
         self.frozen = place(frozen, shardings(frozen, mesh), self.dtype)
         trainable = {"flux": parts["flux"][1]}
-        self.tx = step.make_optimizer(preset.recipe.clip)
+        self.tx = make_optimizer(preset.recipe.clip)
         state = jax.eval_shape(partial(step.init_state, tx=self.tx, ema=0.0), trainable)
         self.layout = shardings(state, mesh)
         self.state = place(state, self.layout)

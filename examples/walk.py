@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from vcloze_jax import Pipeline, conditioning, flow, step
+from vcloze_jax import Pipeline, conditioning, flow, optimizers, step
 from vcloze_jax.grid import Grid
 from vcloze_jax.inputs.sheet import compose
 from vcloze_jax.inputs.specfiles import read_specs
@@ -217,7 +217,7 @@ noisy = step.NoisyBatch(x_t, velocity, share, t, context)
 how = dict(region=recipe.loss_region, graphdefs=graphdefs, dtype=painter.dtype)
 loss_of = jax.jit(jax.value_and_grad(partial(step.loss_fn, **how), has_aux=True))
 (before, _), gradient = loss_of(adapter, frozen, noisy)
-optimizer = step.make_optimizer(recipe.clip)
+optimizer = optimizers.make_optimizer(recipe.clip)
 updates, _ = optimizer.update(gradient, optimizer.init(adapter), adapter)
 adapter = jax.tree.map(lambda w, u: w - recipe.lr * u, adapter, updates)
 (after, _), _ = loss_of(adapter, frozen, noisy)

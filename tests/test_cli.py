@@ -193,6 +193,8 @@ def test_help(call, main):
         ("--preset maxi", "argument --preset: invalid choice: 'maxi'"),
         ("--preset flux-fill", "--preset flux-fill: its weights are yours; add --weights DIR"),
         ("--from-scratch --rank 4", "--from-scratch trains every weight"),
+        ("--optimizer muon", "--optimizer muon is for --rank 0 or --from-scratch; an adapter"),
+        ("--optimizer sgd", "argument --optimizer: invalid choice: 'sgd'"),
         ("--from-scratch --offload", "--from-scratch trains the text encoders, too"),
         ("--data nowhere.jsonl", "--data nowhere.jsonl: no such data"),
         ("--data nowhere", "--data nowhere: no such data"),

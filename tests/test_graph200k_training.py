@@ -14,6 +14,7 @@ from vcloze_jax.data.graph200k_tasks import GROUP_OF, Selection
 from vcloze_jax.data.sources import draw_groups, open_source
 from vcloze_jax.devices import make_mesh
 from vcloze_jax.inputs.metrics import summarise_step
+from vcloze_jax.optimizers import make_optimizer
 from vcloze_jax.step import KIND, encode_batch, loss_fn, make_batch, purpose_key, spread_rows
 from vcloze_jax.storage import places, weights
 from vcloze_jax.storage.models import load_for_training
@@ -115,7 +116,8 @@ def test_all_lists_train_in_one_run(source, tmp_path):
     of tasks are told, and the adapter has moved."""
     folder = tiny.weights_folder(tmp_path / "weights")
     parts = load_for_training(PRESET, folder, MESH)
-    trainer = Trainer(parts, PRESET, Tokenizers(folder, PRESET.t5, PRESET.clip), MESH)
+    tokenizers, tx = Tokenizers(folder, PRESET.t5, PRESET.clip), make_optimizer(PRESET.recipe.clip)
+    trainer = Trainer(parts, PRESET, tokenizers, MESH, tx)
     lists = [*GROUP_OF, next(iter(GROUP_OF))]  # a step has two groups
     groups = (draw(source, task, number) for number, task in enumerate(lists))
     before, kinds = jax.tree.map(np.asarray, trainer.state.trainable), set()

@@ -2,6 +2,7 @@
 
 the story   train.py, sample.py and the files of STORY: what must be read
 kernels     compute what model/ops has as a formula, and know nothing else
+optimizers  make an update of a gradient, and know paths and shapes alone
 model/      knows no file and no flag           inputs/     knows no JAX
 data/       knows no model                      storage/    alone knows ports and orbax
 ports/      knows neither JAX nor us       study/      nobody knows it
@@ -101,6 +102,12 @@ def test_models_know_no_file_and_no_flag():
 def test_kernels_know_the_formula_alone():
     """A kernel for an accelerator stands for ops.attention: it needs no room beside it."""
     assert ours("vcloze_jax.kernels") <= {"vcloze_jax.model.ops", "vcloze_jax.sharding"}
+
+
+def test_optimizers_know_paths_alone():
+    """Whose a weight is its path says: they need no room beside them, and the story is handed one
+    of them."""
+    assert not ours("vcloze_jax.optimizers")
 
 
 def test_data_knows_no_model():

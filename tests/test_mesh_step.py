@@ -20,8 +20,9 @@ from vcloze_jax.config import MINI, CLIPConfig, FluxConfig, T5Config, VAEConfig
 from vcloze_jax.devices import make_mesh, parse_mesh, put
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.ops import rope_table
+from vcloze_jax.optimizers import make_optimizer
 from vcloze_jax.sharding import batch_sharding, count_shards, shardings, spec_of
-from vcloze_jax.step import Batch, encode_batch, init_state, loss_fn, make_optimizer, make_step
+from vcloze_jax.step import Batch, encode_batch, init_state, loss_fn, make_step
 from vcloze_jax.storage import weights
 
 # Every kind of layer, at widths that divide over 8 devices.

@@ -14,6 +14,7 @@ from test_rowmemory import micro_batch
 import train
 from vcloze_jax.config import MINI
 from vcloze_jax.devices import HOST, make_mesh, parse_mesh, waits
+from vcloze_jax.optimizers import make_optimizer
 from vcloze_jax.sharding import batch_sharding, shardings
 from vcloze_jax.step import purpose_key
 from vcloze_jax.storage import weights
@@ -36,7 +37,8 @@ def test_blocks_come_to_be_used(home):
     for offload in (False, True):
         preset = replace(tiny.TINY, recipe=replace(recipe, offload=offload))
         tokenizers = Tokenizers(folder, preset.t5, preset.clip)
-        trainer = Trainer(load_for_training(preset, folder, mesh), preset, tokenizers, mesh)
+        parts, tx = load_for_training(preset, folder, mesh), make_optimizer(recipe.clip)
+        trainer = Trainer(parts, preset, tokenizers, mesh, tx)
         examples = [micro_batch(0)[1]._replace(prompt=f"number {i}") for i in range(8)]
         noisy.append(trainer.encode(examples, range(8), purpose_key(0, "draws")))
         places.append(jax.tree.map(lambda x: x.sharding, trainer.frozen))

@@ -22,8 +22,9 @@ from vcloze_jax.conditioning import Context, Models, position_table
 from vcloze_jax.devices import make_mesh, put
 from vcloze_jax.grid import PATCH, Grid, Row
 from vcloze_jax.model.mmdit import Flux
+from vcloze_jax.optimizers import make_optimizer
 from vcloze_jax.sharding import shardings
-from vcloze_jax.step import NoisyBatch, init_state, loss_fn, make_optimizer, make_step
+from vcloze_jax.step import NoisyBatch, init_state, loss_fn, make_step
 from vcloze_jax.storage import weights
 
 # Region of the loss, whether blocks are recomputed, grids of a micro-batch.

@@ -15,8 +15,8 @@ from vcloze_jax import sharding
 from vcloze_jax.config import FLUX_FILL, MINI, UserError
 from vcloze_jax.devices import make_mesh, parse_mesh
 from vcloze_jax.model.layers import Dense
+from vcloze_jax.optimizers import make_optimizer
 from vcloze_jax.sharding import BATCH, BOTH, batch_sharding, shardings, spec_of
-from vcloze_jax.step import make_optimizer
 from vcloze_jax.storage import weights
 
 MESHES = ("8", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2")

@@ -12,7 +12,8 @@ import pytest
 import tiny
 
 from vcloze_jax.config import PRESETS
-from vcloze_jax.step import init_state, learning_rate, make_optimizer, make_step, merge_models
+from vcloze_jax.optimizers import make_optimizer
+from vcloze_jax.step import init_state, learning_rate, make_step, merge_models
 from vcloze_jax.storage import weights
 
 

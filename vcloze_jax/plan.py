@@ -22,6 +22,7 @@ from vcloze_jax.inputs.cli import fetch_weights
 from vcloze_jax.inputs.terminal import si
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.vae import VAE
+from vcloze_jax.optimizers import make_optimizer
 from vcloze_jax.painter import BATCH_TOKENS
 from vcloze_jax.pipeline import Pipeline
 from vcloze_jax.placement import TARGET
@@ -131,8 +132,7 @@ def passes(preset, specs):
 def training(preset, data, mesh, device=None):
     """What an optimizer step on the largest grid of the data costs, as text; see `sampling`."""
     dtype, compiled, share = precision(mesh, device)
-    shards = count_shards(mesh)
-    preset, settings = preset.learning, preset.recipe
+    preset, settings, shards = preset.learning, preset.recipe, count_shards(mesh)
     shape = max(data.shapes(), key=lambda shape: shape.tokens)
     rows, tokens = shape.sizes, shape.tokens
     grids = micro_size(settings, mesh) // shards
@@ -145,23 +145,23 @@ def training(preset, data, mesh, device=None):
 
     trained = ("flux", "t5", "clip") if settings.from_scratch else ("flux",)
     frozen = ("flux",) * (settings.rank > 0) + ("vae",) + ("t5", "clip") * (texts_read == 1)
-    exact = sum(weights_on_device(preset, trained, mesh, "float32").values())
-    if settings.rank:
-        exact = on_device(abstract(Flux, preset.flux)[1], mesh, "flux", "float32")
+    trees = {name: abstract(MODULES[name], getattr(preset, name))[1:] for name in trained}
+    trees = {name: adapter or base for name, (adapter, base) in trees.items()}
+    exact = sum(on_device(tree, mesh, name, "float32") for name, tree in trees.items())
+    init = make_optimizer(settings.clip, name=settings.optimizer).init
+    moments = on_device(jax.eval_shape(init, trees), mesh, "moments", "float32")
     # Rows of one size are encoded at once, for all grids.
     vae = {row: temporaries(lower_vae(preset, VAE.moments, row, compiled)) for row in encoded}
-    activations = max(
-        [flux_temporaries(preset, grids * shards, tokens, mesh, compiled, learning=True)]
-        + [grids * n * vae[row] for row, n in encoded.items()]
-    )
+    activations = [grids * n * vae[row] for row, n in encoded.items()]
+    activations += [flux_temporaries(preset, grids * shards, tokens, mesh, compiled, learning=True)]
     stage = weights_on_device(preset, frozen, mesh, dtype)
     read = ("t5", "clip") if texts_read == 1 else ()
     offloaded = {name: offloaded_on_device(name, preset, mesh, dtype) for name in read}
     spared = sum(stage[name] - offloaded[name] for name in read)
     if settings.offload:
         stage, spared = stage | offloaded, 0
-    stage |= {"learnt": exact, "its gradients": 2 * exact, "its moments": 2 * exact}
-    stage |= {"activations": activations // share}
+    stage |= {"learnt": exact, "its gradients": 2 * exact, "its moments": moments}
+    stage |= {"activations": max(activations) // share}
     sides = ", ".join(f"{width}x{height}" for height, width in rows)
     size = f"{tokens} image + {preset.t5.max_length} text tokens"
     lines = [

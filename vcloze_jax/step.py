@@ -164,12 +164,6 @@ def learning_rate(recipe, n):
     return recipe.lr * risen * (0.505 + 0.495 * np.cos(falls if recipe.decay_steps else 0))
 
 
-def make_optimizer(clip, weight_decay=0.0):
-    """AdamW behind a clip of the norm; `update` knows the rate (lzyhha/VisualCloze:train.py)."""
-    adam, decay = optax.scale_by_adam(b1=0.9, b2=0.999), optax.add_decayed_weights(weight_decay)
-    return optax.chain(optax.clip_by_global_norm(clip), adam, decay)
-
-
 def init_state(trainable, tx, ema):
     """The State of a run that begins."""
     average = jax.tree.map(jnp.copy, trainable) if ema else {}
@@ -178,7 +172,7 @@ def init_state(trainable, tx, ema):
 
 def make_step(tx, loss, layout, ema=0.0, skip=0):
     """`accumulate`, which adds a micro-batch's gradient to a sum, and `update`, which applies its
-    mean, both jitted: norms to tell, clip, Adam, decay, w - rate * u, average. `losses`, float32
+    mean, both jitted: norms to tell, `tx` (optimizers.py), w - rate * u, average. `losses`, float32
     [B] of each micro-batch, say how many there were, and whether all are finite.
 
     The frozen weights are an argument, never state. `layout` is the State of shardings: all stays

@@ -30,10 +30,10 @@ class Trainer:
 
     `parts` is (graphdefs, trainable, frozen) by model, the trees pure dicts. With a rank only flux
     is trainable, its lora_a, lora_b and lora_bias; the base, flux too, is frozen, and has no other
-    adapter in it. `step` counts the steps sent.
+    adapter in it. `tx` is the optimizer (optimizers.py); `step` counts the steps sent.
     """
 
-    def __init__(self, parts, preset, tokenizers, mesh, masks_every_row=False):
+    def __init__(self, parts, preset, tokenizers, mesh, tx, masks_every_row=False):
         self.graphdefs, trainable, self.frozen = parts
         self.preset, self.mesh, self.dtype = preset, mesh, compute_dtype(mesh)
         # rowmemory.choose_readers may put others in place of both readers; on one CPU, of rows.
@@ -43,7 +43,6 @@ class Trainer:
         self.recipe = recipe = preset.recipe
         statics = dict(graphdefs=self.graphdefs, dtype=self.dtype)
         loss = partial(step.loss_fn, region=recipe.loss_region, **statics)
-        tx = step.make_optimizer(recipe.clip, recipe.weight_decay)
         init = partial(step.init_state, tx=tx, ema=recipe.ema)
         layout = shardings(jax.eval_shape(init, trainable), mesh)
         accumulate, update = step.make_step(tx, loss, layout, recipe.ema, recipe.skip_nonfinite)
