@@ -78,14 +78,14 @@ def ours(folder, case, repeats):
     import jax
     import jax.numpy as jnp
 
-    from vcloze_jax.devices import ready_xla
+    from vcloze_jax.devices import make_mesh, ready_xla
     from vcloze_jax.model.ops import rope_table
     from vcloze_jax.step import merge_model
     from vcloze_jax.storage import weights
 
     ready_xla(1)
     config, module = case.preset("none").flux, weights.MODULES["flux"]
-    tree = weights.by_layer(weights.read_tree(module, config, folder), config)
+    tree = weights.by_layer(weights.read_tree(module, config, folder), config, make_mesh())
     model = weights.build(module, config, tree)
     img, txt, pooled, ids = case.inputs()
     ids = np.concatenate([np.zeros((case.text, 3), np.float32), ids])

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from vcloze_jax import kernels
 from vcloze_jax.devices import make_mesh, parse_mesh
-from vcloze_jax.model.ops import attention, choose_kernel
+from vcloze_jax.model.ops import attention, choose_kernel, keep_products
 from vcloze_jax.sharding import BATCH
 
 
@@ -43,6 +43,18 @@ def test_attention_is_softmax_over_the_real_tokens():
     past = np.arange(7)[None, :, None, None] >= lengths[:, None, None, None]
     other = attention(q, np.where(past, 1e3, k), np.where(past, 1e3, v), lengths)
     np.testing.assert_array_equal(other, out)
+
+
+def test_only_scores_are_multiplied_again():
+    """Of the formula's products, remat light computes that of the scores again, and no other."""
+    q = jnp.zeros((1, 64, 2, 8))
+
+    def count_products(attention):
+        gradient = jax.grad(lambda q, k, v: attention(q, k, v).sum(), (0, 1, 2))
+        return jax.jit(gradient).lower(q, q, q).compile().as_text().count(" dot(")
+
+    light = jax.checkpoint(attention, policy=keep_products)
+    assert count_products(light) == count_products(attention) + 1
 
 
 def test_padding_gets_no_gradient():

@@ -69,10 +69,14 @@ def test_folded_layer_equals_its_branch(monkeypatch):
     np.testing.assert_allclose(x @ sums["kernel"] + sums["bias"], with_branch, atol=1e-6)
 
 
-@pytest.mark.parametrize(("into", "out"), [((24,), (40,)), ((3, 8), (40,)), ((24,), (2, 20))])
-def test_derivative_of_a_product_is_that_of_autodiff(into, out):
-    """The hand-written derivative by x, W and bias, over any number of axes, is autodiff's."""
-    shapes = (5, 7, *into), (*into, *out), out
+@pytest.mark.parametrize("tokens", [(5, 7), (5,)], ids=["tokens", "vectors"])
+@pytest.mark.parametrize(
+    ("into", "out"), [((24,), (40,)), ((40,), (24,)), ((3, 8), (40,)), ((24,), (2, 20))]
+)
+def test_derivative_of_a_product_is_that_of_autodiff(into, out, tokens):
+    """The hand-written derivative by x, W and bias, over any number of axes, is autodiff's, whether
+    W has more rows than columns or fewer, of tokens and of vectors."""
+    shapes = (*tokens, *into), (*into, *out), out
     args = [filled(jnp.zeros(shape), i) for i, shape in enumerate(shapes)]
     n, axes = len(into), (None,) * len(into + out)
     ours = lambda x, w, bias: contract(x, w, bias, n, axes)  # noqa: E731

@@ -50,9 +50,7 @@ def plain(flux, img, txt, pooled, t, guidance, pe, lengths):
     """FLUX without placements, as it was written before there were any."""
     vec = flux.time_in(timestep_embedding(t)) + flux.vector_in(pooled.astype(jnp.float32))
     vec = jax.nn.silu(vec + flux.guidance_in(timestep_embedding(guidance))).astype(pooled.dtype)
-    said = lambda vec, layer: (vec, layer(vec))  # noqa: E731
-    each = lambda layers: jax.lax.scan(said, vec, layers, unroll=True)[1]  # noqa: E731
-    double = flux.double
+    each, double = jax.vmap(lambda layer: layer(vec)), flux.double
     mods = each(double.img.mod), each(double.txt.mod), each(flux.single.mod)
     mod = Modulation(*mods, flux.final.mod(vec))
     img, txt = flux.img_in(img), flux.txt_in(txt)

@@ -17,7 +17,8 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class FluxConfig:
-    """The MMDiT. `remat`: what is computed again, nothing, all but matrix products, or all."""
+    """The MMDiT. `remat` is what a backward pass computes again: nothing, all but matrix products
+    and attention, or each block."""
 
     in_channels: int = 384  # 64 noisy latent | 64 condition latent | 256 mask
     out_channels: int = 64

@@ -16,7 +16,7 @@ def shift_time(t, tokens, c):
     without a clamp; 1 stays; c is a FlowConfig
     (black-forest-labs/flux:src/flux/sampling.py, time_shift).
 
-    In sampling always; in training the paper says so ("dynamic time shifting"), not the authors.
+    In sampling always; in training by the paper ("dynamic time shifting"), not by its code.
     """
     slope = (c.max_shift - c.base_shift) / (c.max_tokens - c.base_tokens)
     shift = math.exp(c.base_shift + slope * (tokens - c.base_tokens))

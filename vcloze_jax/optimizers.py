@@ -31,7 +31,7 @@ RMS = 0.2
 
 
 def make_optimizer(clip, weight_decay=0.0, name="adam"):
-    """AdamW behind a clip of the norm; `update` knows the rate (lzyhha/VisualCloze:train.py). By
+    """AdamW behind a clip of the norm; who updates knows the rate (lzyhha/VisualCloze:train.py). By
     the name "muon" Adam leaves the matrices to it."""
     scale = adam = optax.scale_by_adam(b1=0.9, b2=0.999)
     if name == "muon":

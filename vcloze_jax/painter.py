@@ -3,8 +3,8 @@
 All grids go through one stage before the next begins: texts, condition latents, Euler steps,
 pictures; then through all but the first again where a second pass is asked for, which paints each
 target once more, enlarged, from a start that is noise in part. For the steps, grids are grouped by
-token bucket and number of steps, padded on the right, and painted as batches, of which none moves
-another's result. Of several hosts each encodes what its devices will hold.
+token bucket and number of steps, padded on the right, and painted as batches; the result of one
+does not depend on the others. Of several hosts each encodes what its devices will hold.
 
 All S tokens of a grid begin as noise, those of the examples too: what is given is read from the
 condition beside them. In the end the last row is decoded; only its masked pixels are kept.

@@ -3,7 +3,7 @@
 No model is described here a second time. FLOPs are XLA's count of the lowered programs, activations
 the temporaries of the compiled ones on the devices of the mesh; weights and optimizer state are
 counted to the byte, from shapes and the sharding table. Left out are the activations of the text
-encoders, which are small: those of a prompt, not of a grid.
+encoders, those of a prompt, and what Muon needs while it updates; lists (by_layer) take less.
 """
 
 import math

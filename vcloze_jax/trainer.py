@@ -28,9 +28,9 @@ class Sent(NamedTuple):
 class Trainer:
     """What is learnt: its State on the mesh, and the programs that change it.
 
-    `parts` is (graphdefs, trainable, frozen) by model, the trees pure dicts. With a rank only flux
-    is trainable, its lora_a, lora_b and lora_bias; the base, flux too, is frozen, and has no other
-    adapter in it. `tx` is the optimizer (optimizers.py); `step` counts the steps sent.
+    `parts` is (graphdefs, trainable, frozen) by model, the trees dicts (weights.by_layer). With a
+    rank only flux is trainable, its lora_a, lora_b and lora_bias; the base, flux too, is frozen,
+    with no other adapter in it. `tx` is of optimizers.py; `step` counts the steps sent.
     """
 
     def __init__(self, parts, preset, tokenizers, mesh, tx, masks_every_row=False):

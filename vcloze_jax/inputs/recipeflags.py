@@ -132,11 +132,11 @@ def check_recipe(recipe):
     if not recipe.rank and "cond_mod" in placement.branch:
         reason = "its conditions' modulations are of an adapter, and --rank 0 has none"
         raise UserError(f"--placement {recipe.placement}: {reason}")
-    if recipe.optimizer == "muon" and recipe.rank:
-        reason = "an adapter learns by adam: leave it away"
-        raise UserError(f"--optimizer muon is for --rank 0 or --from-scratch; {reason}")
     if recipe.from_scratch and (recipe.rank or recipe.lora):
         raise UserError("--from-scratch trains every weight: leave --rank and --lora away")
+    if recipe.optimizer == "muon" and recipe.rank:
+        reason = "an adapter learns by adam: leave --optimizer away"
+        raise UserError(f"--optimizer muon is for --rank 0 or --from-scratch; {reason}")
     if recipe.from_scratch and recipe.offload:
         raise UserError("--from-scratch trains the text encoders, too: leave --offload away")
     if recipe.cache:

@@ -79,8 +79,8 @@ def contract(x, w, bias, n, axes):
     [..., *out], in the dtype of x; w then lies over those `axes` of the mesh.
 
     Gradients of w and bias are sums in float32, over tokens and devices; autodiff would round them.
-    All are products, as XLA's CPU backend is fast at them: sums are slow; so are more rows than
-    columns, the less the more of them (an adapter's a fifth); times what lies transposed, half.
+    All are products, of which none makes more rows than columns: on a CPU sums are slow, a tall
+    result comes at down to a fifth of the speed, and times what lies transposed at half of it.
     """
     return contract_forward(x, w, bias, n, axes)[0]
 
@@ -91,16 +91,19 @@ def contract_forward(x, w, bias, n, axes):
 
 
 def contract_backward(n, axes, saved, dy):
-    (x, w, bias), barrier = saved, jax.lax.optimization_barrier
+    x, w, bias = saved
+    on_cpu = x.dtype == jnp.float32  # there copies pay, which a barrier keeps from being undone
+    copied = jax.lax.optimization_barrier if on_cpu else lambda x: x
     at_work, out = placed(w.astype(x.dtype), *axes), tuple(range(n - w.ndim, 0))
-    if x.dtype == jnp.float32 and x.ndim > 2:  # of tokens: a vector is not worth a copy
-        dx = jnp.tensordot(dy, barrier(jnp.moveaxis(at_work, out, range(len(out)))), len(out))
+    if on_cpu and x.ndim > 2:  # but for one vector
+        dx = jnp.tensordot(dy, copied(jnp.moveaxis(at_work, out, range(len(out)))), len(out))
     else:
         dx = jnp.tensordot(dy, at_work, (out, tuple(range(n, w.ndim))))
     x, dy = x.reshape(-1, *w.shape[:n]), dy.reshape(-1, *w.shape[n:])
     by_tokens = partial(jnp.tensordot, axes=(0, 0), preferred_element_type=jnp.float32)
-    few_rows = n == 1 and w.shape[0] <= math.prod(w.shape[1:])  # or else it has one axis of `out`
-    dw = by_tokens(x, dy) if few_rows else jnp.moveaxis(barrier(by_tokens(dy, x)), 0, -1)
+    few_rows = n == 1 and w.shape[0] <= math.prod(w.shape[1:])
+    assert few_rows or w.ndim == n + 1
+    dw = by_tokens(x, dy) if few_rows else jnp.moveaxis(copied(by_tokens(dy, x)), 0, -1)
     db = None if bias is None else by_tokens(jnp.ones(len(dy), dy.dtype), dy).astype(bias.dtype)
     return dx, placed(dw, *axes).astype(w.dtype), db
 

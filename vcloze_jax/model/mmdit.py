@@ -2,7 +2,7 @@
 
 FLUX has 19 double and 38 single blocks, 24 heads, D = 3072; mini 2 and 4, 4 heads, D = 128.
 Source: black-forest-labs/flux:src/flux/model.py. Blocks of a kind are one module whose weights
-carry a leading layer axis: where it is large, depth costs no compile time.
+carry a leading layer axis, or are lists: where it is large, depth costs no compile time.
 """
 
 from typing import NamedTuple
@@ -70,7 +70,7 @@ class Flux(nnx.Module):
         vec_at = {time: vector(at[time]) for time in dict.fromkeys(placement.time)}
         one = lambda layer, vec: by_batch(gathered(fetched(layer)(vec)))  # noqa: E731
         each = jax.vmap(one, (0, None))
-        if self.config.remat == "none":
+        if isinstance(self.double.txt.mod.kernel.get_value(), list):  # `scan`
             told = lambda vec, layer: (vec, one(layer, vec))  # noqa: E731
             each = lambda layers, vec: self.scan(told, vec, layers)[1]  # noqa: E731
         return Modulation(
@@ -133,7 +133,7 @@ class Flux(nnx.Module):
     def scan(self, block, x, layers):
         """A loop over layers. It stacks what the backward pass needs, a third of mini's step on a
         CPU, so where all is kept it is unrolled: what is so small compiles soon. XLA then copies
-        every slice of stacked weights, but not of lists, which are stacked here (`by_layer`)."""
+        every slice of stacked weights, but none of lists of layers (weights.py, `by_layer`)."""
         listed, unroll = lambda x: isinstance(x, list), self.config.remat == "none"
         layers = jax.tree.map(lambda x: jnp.stack(x) if listed(x) else x, layers, is_leaf=listed)
         return jax.lax.scan(block, x, layers, unroll=unroll)

@@ -82,12 +82,12 @@ def attention(q, k, v, lengths=None, sees=None, kinds=None):
     if sees is not None:
         pairs = sees if kinds is None else jnp.take_along_axis(sees, kinds[..., None], 1)
         scores = jnp.where(pairs[:, None], scores, -jnp.inf)
-    largest = scores.reshape(*scores.shape[:3], -1, np.gcd(L, 32)).max(3)
-    largest = jax.lax.stop_gradient(jax.lax.optimization_barrier(largest)).max(3, keepdims=True)
-    weights = jnp.exp(K**-0.5 * (scores - largest))  # B H L L, of a sum to divide by
+    parts = jax.lax.stop_gradient(scores).reshape(*scores.shape[:3], -1, np.gcd(L, 32))
+    largest = jax.lax.optimization_barrier(parts.max(3)).max(3, keepdims=True)
+    weights = jnp.exp(K**-0.5 * (scores - largest))  # B H Q L, Q queries; their sum is to divide by
     out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    out = out / jnp.matmul(weights, jnp.ones((L, 1)))  # B H L K
-    return checkpoint_name(out.swapaxes(1, 2).astype(v.dtype), KEPT)
+    out, total = checkpoint_name((out, jnp.matmul(weights, jnp.ones((L, 1)))), KEPT)  # B H Q K or 1
+    return (out / total).swapaxes(1, 2).astype(v.dtype)
 
 
 def choose_kernel(platform, dtype, head_dim):

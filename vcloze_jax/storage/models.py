@@ -62,8 +62,8 @@ class LazyModels:
             fold(tree, put(adapters.load(file, self.preset.flux), mesh, "flux/"), scale)
         if self.offload:
             tree = move_offloaded(tree, self.mesh)
-        elif mesh.size == 1:
-            tree = weights.by_layer(tree, self.preset.flux)
+        else:
+            tree = weights.by_layer(tree, self.preset.flux, mesh)
         return weights.build(weights.Flux, self.preset.flux, tree)
 
     @cached_property
@@ -182,7 +182,7 @@ def describe_origins(folder, preset, data, mesh):
 
 
 def load_for_training(preset, folder, mesh):
-    """All models on the mesh, by name: graphdefs, trainable and frozen trees (pure dicts).
+    """All models on the mesh, by name: graphdefs, trainable and frozen trees (dicts; by_layer).
 
     Trainable, in float32: the adapter; with rank 0 the MMDiT; from scratch the text encoders too.
     The rest is frozen, in the compute dtype, and comes from the weights folder; with a cache the
@@ -205,8 +205,8 @@ def load_for_training(preset, folder, mesh):
         if recipe.offload and name in ENCODERS:
             move = lambda path, x: copy_to_hosts(x) if waits(path, x) else x  # noqa: E731
             tree = jax.tree_util.tree_map_with_path(move, tree)
-        if name == "flux" and name not in learnt and mesh.size == 1:
-            tree = weights.by_layer(tree, preset.learning.flux)
+        if name == "flux" and name not in learnt:
+            tree = weights.by_layer(tree, preset.learning.flux, mesh)
         (trainable if name in learnt else frozen)[name] = tree
     if adapter:
         trainable["flux"] = put(adapter, mesh, "flux/")

@@ -112,9 +112,11 @@ def build(module, config, tree):
     return merge_model(graphdef, tree)
 
 
-def by_layer(flux, config):
-    """The MMDiT's tree for one device: where its blocks are no loop, an array a layer, in lists."""
-    if config.remat != "none":
+def by_layer(flux, config, mesh):
+    """The MMDiT's tree for one CPU: where its blocks are no loop, a list of layers for each weight
+    of them, as programs like it (Flux.scan). Only they: `shardings` and files know stacked ones.
+    For a moment there are both."""
+    if config.remat != "none" or mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
         return flux
 
     cut = jax.jit(lambda blocks: jax.tree.map(list, blocks))
