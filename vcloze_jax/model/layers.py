@@ -101,9 +101,9 @@ def contract_backward(n, axes, saved, dy):
         dx = jnp.tensordot(dy, at_work, (out, tuple(range(n, w.ndim))))
     x, dy = x.reshape(-1, *w.shape[:n]), dy.reshape(-1, *w.shape[n:])
     by_tokens = partial(jnp.tensordot, axes=(0, 0), preferred_element_type=jnp.float32)
-    few_rows = n == 1 and w.shape[0] <= math.prod(w.shape[1:])
-    assert few_rows or w.ndim == n + 1
-    dw = by_tokens(x, dy) if few_rows else jnp.moveaxis(copied(by_tokens(dy, x)), 0, -1)
+    tall = n > 1 or (on_cpu and w.shape[0] > math.prod(w.shape[1:]))
+    assert w.ndim == n + 1 or not tall
+    dw = jnp.moveaxis(copied(by_tokens(dy, x)), 0, -1) if tall else by_tokens(x, dy)
     db = None if bias is None else by_tokens(jnp.ones(len(dy), dy.dtype), dy).astype(bias.dtype)
     return dx, placed(dw, *axes).astype(w.dtype), db
 
