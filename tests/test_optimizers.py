@@ -135,6 +135,7 @@ def stepped(text):
     return weights.flat(go_on(go_on(state))), weights.flat(places)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_no_update():
     """Weights and moments on 8 devices, of which some split a matrix's inputs, some its outputs,
     are those on one, to rounding; Muon's moments lie where their weights do, and stay there."""

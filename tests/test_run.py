@@ -136,7 +136,8 @@ def test_speed(unbroken):
     assert needed == done > 2 * plan.flux_flops(preset, 16)
     for line in metrics(unbroken):
         speed = 8 * done / line["seconds"] / 1e12
-        assert line["tflops"] == pytest.approx(speed, rel=0.01) and "mfu" not in line
+        rounded = 5e-5 / line["seconds"]  # of seconds, told to a tenth of a millisecond
+        assert line["tflops"] == pytest.approx(speed, rel=0.01 + rounded) and "mfu" not in line
 
 
 def test_adapter(unbroken, home, tmp_path):
