@@ -92,17 +92,17 @@ def contract_forward(x, w, bias, n, axes):
 
 def contract_backward(n, axes, saved, dy):
     x, w, bias = saved
-    on_cpu = x.dtype == jnp.float32  # there copies pay, which a barrier keeps from being undone
+    # Tokens in float32 are a CPU's: there copies pay, which a barrier keeps from being undone.
+    on_cpu = x.dtype == jnp.float32 and x.ndim > 2
     copied = jax.lax.optimization_barrier if on_cpu else lambda x: x
     at_work, out = placed(w.astype(x.dtype), *axes), tuple(range(n - w.ndim, 0))
-    if on_cpu and x.ndim > 2:  # but for one vector
+    if on_cpu:
         dx = jnp.tensordot(dy, copied(jnp.moveaxis(at_work, out, range(len(out)))), len(out))
     else:
         dx = jnp.tensordot(dy, at_work, (out, tuple(range(n, w.ndim))))
     x, dy = x.reshape(-1, *w.shape[:n]), dy.reshape(-1, *w.shape[n:])
     by_tokens = partial(jnp.tensordot, axes=(0, 0), preferred_element_type=jnp.float32)
-    tall = n > 1 or (on_cpu and w.shape[0] > math.prod(w.shape[1:]))
-    assert w.ndim == n + 1 or not tall
+    tall = n > 1 or (on_cpu and w.ndim == 2 and w.shape[0] > w.shape[1])
     dw = jnp.moveaxis(copied(by_tokens(dy, x)), 0, -1) if tall else by_tokens(x, dy)
     db = None if bias is None else by_tokens(jnp.ones(len(dy), dy.dtype), dy).astype(bias.dtype)
     return dx, placed(dw, *axes).astype(w.dtype), db

@@ -112,15 +112,16 @@ def build(module, config, tree):
     return merge_model(graphdef, tree)
 
 
+cut_layers = jax.jit(partial(jax.tree.map, list))
+
+
 def by_layer(flux, config, mesh):
     """The MMDiT's tree for one CPU: where its blocks are no loop, a list of layers for each weight
     of them, as programs like it (Flux.scan). Only they: `shardings` and files know stacked ones.
     For a moment there are both."""
     if config.remat != "none" or mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
         return flux
-
-    cut = jax.jit(lambda blocks: jax.tree.map(list, blocks))
-    return flux | cut({name: flux[name] for name in ("double", "single")})
+    return flux | cut_layers({name: flux[name] for name in ("double", "single")})
 
 
 def read_tree(module, config, folder, dtype="float32", sharding=None):
