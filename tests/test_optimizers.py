@@ -165,7 +165,7 @@ def test_planned_moments():
     assert matrices == 19 * 2 * 12 * 3072**2 + 38 * 12 * 3072**2
     count = sum(x.size for x in jax.tree.leaves(shapes))
     assert held["adam"] == 4 * (2 * count + 1)  # its steps are counted, too
-    assert held["muon"] == 4 * (2 * count - matrices + 2 + 3)  # both's, and coefficients
+    assert held["muon"] == 4 * (2 * count - matrices + 3 + 3)  # counters of three, coefficients
 
 
 def test_muon_goes_on_to_the_bit(tmp_path):

@@ -8,17 +8,16 @@ and norms, is Adam's. Law: it knows paths and shapes of a trainable tree, and no
 Source: KellerJordan/Muon:muon.py, by optax; the scale is arXiv 2502.16982's, section 2.2.
 """
 
-import math
 import re
 
 import jax
 import optax
-from optax.contrib import MuonDimensionNumbers, scale_by_muon
+from optax import contrib
 
 # Path of a matrix of all layers -> the axes that it reads and that it makes. What is neither is of
 # matrices apart: layers, and q, k, v or the parts of an MLP beside them, of [D, D] each.
 MATRICES = tuple(
-    (re.compile(rf"(^|/)(double|single)/(.+/)?{name}/kernel$"), MuonDimensionNumbers(*axes))
+    (re.compile(rf"(^|/)(double|single)/(.+/)?{name}/kernel$"), contrib.MuonDimensionNumbers(*axes))
     for name, *axes in (
         ("(qkv|linear1)", (1,), (3, 4)),  # [layers, D, 3 or 7, H, K]
         ("proj", (1, 2), (3,)),  # [layers, H, K, D]
@@ -35,8 +34,8 @@ def make_optimizer(clip, weight_decay=0.0, name="adam"):
     the name "muon" Adam leaves the matrices to it."""
     scale = adam = optax.scale_by_adam(b1=0.9, b2=0.999)
     if name == "muon":
-        # optax.contrib.muon would make a Nesterov's Adam of ours.
-        muon = optax.chain(scale_by_muon(weight_dimension_numbers=matrix_axes), scale_by_size())
+        # At a rate of -1 its update is u. It has matrices alone: its own Adam is Nesterov's.
+        muon = contrib.muon(-1.0, consistent_rms=RMS, muon_weight_dimension_numbers=matrix_axes)
         scale = optax.partition({"muon": muon, "adam": adam}, choose_labels)
     decay = optax.add_decayed_weights(weight_decay)
     return optax.chain(optax.clip_by_global_norm(clip), scale, decay)
@@ -56,16 +55,5 @@ def matrix_axes(tree):
 def choose_labels(tree):
     """Whose every leaf is."""
     name = lambda axes: "adam" if axes is None else "muon"  # noqa: E731
-    is_leaf = lambda x: x is None or isinstance(x, MuonDimensionNumbers)  # noqa: E731
+    is_leaf = lambda x: x is None or isinstance(x, contrib.MuonDimensionNumbers)  # noqa: E731
     return jax.tree.map(name, matrix_axes(tree), is_leaf=is_leaf)
-
-
-def scale_by_size():
-    """RMS times the root of a matrix's longer side: singular values of 1, of which it has as many
-    as the shorter side is long, make a root mean square of that."""
-
-    def scale(x, axes):
-        sides = (math.prod(x.shape[i] for i in side) for side in axes)
-        return RMS * math.sqrt(max(sides)) * x
-
-    return optax.stateless(lambda updates, _: jax.tree.map(scale, updates, matrix_axes(updates)))
