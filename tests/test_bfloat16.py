@@ -1,11 +1,11 @@
-"""Products in bfloat16 (scripts/train_bfloat16.py)."""
+"""Products in bfloat16 (scripts/bfloat16_products.py)."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scripts.train_bfloat16 import contract
+from scripts.bfloat16_products import contract
 from vcloze_jax.model import layers
 
 
