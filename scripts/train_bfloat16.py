@@ -1,6 +1,8 @@
-"""train.py with its products in bfloat16, for a CPU that multiplies these fast; its flags, too.
+"""train.py with its products in bfloat16, for a CPU that multiplies these fast.
 
-python scripts/train_bfloat16.py --data graphemoji --from-scratch ...
+    python scripts/train_bfloat16.py --data graphemoji --from-scratch ...
+
+All flags are train.py's.
 """
 
 import sys

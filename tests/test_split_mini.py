@@ -26,9 +26,7 @@ def test_base_and_adapter_together_are_what_was_split(tmp_path):
     learnt, infilling, base = read(cloze), read(cloze), read(out)
     folding.fold(infilling, adapter)
     for ours, theirs in zip(*map(jax.tree.leaves, (base, infilling)), strict=True):
-        np.testing.assert_allclose(
-            ours, theirs, atol=0.01, rtol=2**-8
-        )  # and the adapter's rounding
+        np.testing.assert_allclose(ours, theirs, atol=2**-9, rtol=2**-8)  # A and B are rounded
     largest = jax.tree.map(lambda x: abs(x).max(), base)
     folding.fold(base, adapters.load(out / places.MINI_LORA.name, folders.FLUX))
     for ours, theirs, size in zip(*map(jax.tree.leaves, (base, learnt, largest)), strict=True):
