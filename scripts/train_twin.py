@@ -1,0 +1,192 @@
+"""train.py on the cores of one CPU, whose gradients PyTorch's compiler makes (twin.py).
+
+    pip install torch==2.13.0
+    python scripts/train_twin.py --data graphemoji --weights DIR --rank 0 ...
+
+All flags are train.py's, and all but the gradient is its own: draws, latents, optimizer, average,
+checkpoints. Processes share the micro-batches of a step, each on one core.
+"""
+
+import math
+import os
+import signal
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.multiprocessing
+
+from vcloze_jax.config import UserError
+from vcloze_jax.inputs import cli
+from vcloze_jax.train import main as train
+
+CORES = len(os.sched_getaffinity(0))
+
+
+def main(argv):
+    import vcloze_jax.trainer  # JAX from here on, once cli.run has told it its cache
+
+    sys.argv[0] = str(Path(__file__).parents[1] / "train.py")  # other commands lie beside that
+    with ExitStack() as ending:
+        vcloze_jax.trainer.Trainer = make_trainer(vcloze_jax.trainer.Trainer, ending)
+        return train(argv)
+
+
+def make_trainer(base, ending):
+    """Trainer, but for the gradient; `ending` ends the processes."""
+
+    class TwinTrainer(base):
+        def __init__(self, parts, preset, *args, **options):
+            super().__init__(parts, preset, *args, **options)
+            recipe = preset.recipe
+            if recipe.rank or recipe.from_scratch or recipe.placement != "fill" or recipe.mesh:
+                raise UserError("train_twin.py: --rank 0; no --from-scratch, --placement or --mesh")
+            self.twin = Twin(self.state.trainable["flux"], preset.flux.heads, ending)
+
+        def program(self, name, shape, *args):
+            if name == "accumulate":
+                if shape not in self.programs:
+                    self.programs[shape] = self.twin
+                    self.twin.compile(*args)
+                return self.twin
+            program = super().program(name, shape, *args)
+            return self.twin.gathers(program) if name == "update" else program
+
+    return TwinTrainer
+
+
+class Twin:
+    """In place of a Trainer's `accumulate`: micro-batches go to processes, each of which adds their
+    gradients up; `gathers` has its sum handed to the update."""
+
+    def __init__(self, flux, heads, ending):
+        import jax
+        from twin import rearrange
+
+        leaves, treedef = jax.tree.flatten(jax.eval_shape(rearrange, flux))
+        shapes, tree = [x.shape for x in leaves], jax.tree.unflatten(treedef, range(len(leaves)))
+        self.rearrange = jax.jit(lambda flux: jax.tree.leaves(rearrange(flux)))
+        self.restore = jax.jit(jax.linear_transpose(self.rearrange, flux))
+        size = sum(map(math.prod, shapes))
+        self.weights, *self.sums = (torch.zeros(size).share_memory_() for _ in range(1 + CORES))
+        self.shapes, self.seen, self.version, self.sent = shapes, None, 0, []
+        spawn = torch.multiprocessing.get_context("spawn")
+        self.pools = []  # of one process each: which has which micro-batch is the same every time
+        for own in self.sums:
+            args = self.weights, own, shapes, tree, heads
+            self.pools.append(ending.enter_context(ProcessPoolExecutor(1, spawn, begin, args)))
+
+    def __call__(self, trainable, frozen, grads, noisy):
+        if trainable is not self.seen:  # an update was made, and nobody is at work
+            self.seen, self.version = trainable, self.version + 1
+            parts = map(np.ravel, self.rearrange(trainable["flux"]))
+            np.concatenate(list(parts), out=self.weights.numpy())
+        told = {"time": noisy.t, "kind": noisy.kinds}
+        pool = self.pools[len(self.sent) % CORES]
+        self.sent.append(pool.submit(work, self.version, as_arrays(noisy)))
+        return Told(told, self.sent[-1]), grads
+
+    def compile(self, *args):
+        """By one process after the other, which finds what the first has made."""
+        for _ in range(CORES):
+            self(*args)[0]["target"]
+        self.gather()
+
+    def gather(self):
+        """The gradient of all that was sent since the last time: {"flux": tree}."""
+        for future in self.sent:
+            future.result()
+        total = [x.numpy() for x in views(sum(self.sums), self.shapes)]
+        for x in self.sums:
+            x.zero_()
+        self.sent = []
+        return {"flux": self.restore(total)[0]}
+
+    def gathers(self, update):
+        return lambda state, grads, *told: update(state, self.gather(), *told)
+
+    def memory_analysis(self):
+        """What compiled programs have: here all that the processes have taken."""
+        taken = sum(pool.submit(peak_memory).result() for pool in self.pools)
+        return type("Memory", (), {"temp_size_in_bytes": taken})
+
+
+class Told(dict):
+    """What a micro-batch tells: its losses once they are there."""
+
+    def __init__(self, told, losses):
+        super().__init__(target=None, grid=None, **told)
+        self.losses = losses
+
+    def __getitem__(self, name):
+        return super().__getitem__(name) if name in ("time", "kind") else self.losses.result()[name]
+
+
+def as_arrays(noisy):
+    """A NoisyBatch as twin.losses takes it, in NumPy."""
+    from vcloze_jax.model.ops import timestep_embedding
+
+    c = noisy.context
+    own = dict(x_t=noisy.x_t, velocity=noisy.velocity, share=noisy.share)
+    own |= dict(condition=c.condition, txt=c.txt, pooled=c.pooled)
+    own |= dict(t=timestep_embedding(noisy.t), guidance=timestep_embedding(c.guidance))
+    pe = [np.repeat(np.asarray(x), 2, -1) for x in c.pe]
+    return {name: np.asarray(x) for name, x in own.items()} | {"pe": pe}
+
+
+HELD = {}  # by a process, from one micro-batch to the next
+
+
+def begin(weights, sums, shapes, tree, heads):
+    """What a process does first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for train.py, which ends them
+    torch.set_num_threads(1)
+    torch._dynamo.config.recompile_limit = 64  # programs of a function, one a shape
+    # As one loop over all that is joined its parts would be masked, element by element.
+    torch._inductor.config.max_complex_pointwise_cat_inputs = 0
+    torch._inductor.config.max_pointwise_cat_inputs = 0
+    weights, sums = (views(flat, shapes) for flat in (weights, sums))
+    HELD.update(weights=weights, sums=sums, tree=tree, heads=heads)
+
+
+def work(version, noisy):
+    """Losses of a micro-batch, {name: [B]}; the gradient of their mean goes to the sums."""
+    from twin import LOW, is_product, losses
+
+    if HELD.get("version") != version:
+        made = [x.to(LOW) if is_product(x.shape) else x.clone() for x in HELD["weights"]]
+        HELD.update(version=version, leaves=[x.requires_grad_() for x in made])
+    noisy = {
+        name: [*map(torch.from_numpy, x)] if name == "pe" else torch.from_numpy(x)
+        for name, x in noisy.items()
+    }
+    target, grid = losses(filled(HELD["tree"], HELD["leaves"]), noisy, HELD["heads"])
+    grads = torch.autograd.grad(target.mean(), HELD["leaves"])
+    torch._foreach_add_(HELD["sums"], [g.float() for g in grads])
+    return {"target": target.detach().numpy(), "grid": grid.detach().numpy()}
+
+
+def views(flat, shapes):
+    """Arrays of these shapes in one that is flat."""
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    return [x.view(shape) for x, shape in zip(parts, shapes, strict=True)]
+
+
+def filled(tree, leaves):
+    """A tree of numbers -> of the leaves that have these."""
+    if isinstance(tree, dict):
+        return {name: filled(part, leaves) for name, part in tree.items()}
+    return [filled(part, leaves) for part in tree] if isinstance(tree, list) else leaves[tree]
+
+
+def peak_memory():
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    cli.run(main, huge_pages=True)

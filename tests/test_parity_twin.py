@@ -1,0 +1,92 @@
+"""The training step's MMDiT in PyTorch (scripts/twin.py)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vcloze_jax import conditioning, step
+from vcloze_jax.config import FluxConfig
+from vcloze_jax.model.mmdit import Flux
+from vcloze_jax.model.ops import rope_table
+
+pytestmark = pytest.mark.parity
+SIZES = FluxConfig(
+    width=32, heads=2, double_blocks=2, single_blocks=3, text_width=12, vec_width=8,
+    axes_dim=(4, 6, 6), remat="none",
+)  # fmt: skip
+B, T, S = 3, 5, 8
+
+
+@pytest.fixture
+def noisy():
+    """A micro-batch, of which a part of the tokens counts."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    pe = rope_table(rng.integers(0, 9, (1, T + S, 3)), SIZES.axes_dim, SIZES.theta)
+    guidance = jnp.asarray(rng.uniform(1, 50, B), jnp.float32)
+    context = conditioning.Context(
+        draw(B, S, 320), draw(B, T, 12), draw(B, 8), guidance, pe, segments=None
+    )
+    share, t = (jnp.asarray(rng.random(shape), jnp.float32) for shape in ((B, S), B))
+    return step.NoisyBatch(draw(B, S, 64), draw(B, S, 64), share, t, context)
+
+
+@pytest.fixture
+def flux():
+    """(graphdef, its tree): all weights are drawn, of which many begin as zeros or ones."""
+    graphdef, state = nnx.split(Flux(SIZES, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(1)
+    draw = lambda x: x + jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32)  # noqa: E731
+    return graphdef, jax.tree.map(draw, nnx.to_pure_dict(state))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # PyTorch's, of its own
+@pytest.mark.parametrize(
+    "low, least, most",
+    [
+        ("float32", 0, 1e-5),  # sums in another order
+        ("bfloat16", 1e-3, 3e-2),  # 2 ** -9 a rounding, of some fifty in a row
+    ],
+)
+def test_twin_has_the_loss_and_the_gradient_of_the_step(flux, noisy, low, least, most, monkeypatch):
+    """Every loss, and the gradient of every array, is that of step.losses_by_region."""
+    torch = pytest.importorskip("torch")
+    from scripts import twin
+    from scripts.train_twin import as_arrays, filled
+
+    monkeypatch.setattr(twin, "LOW", getattr(torch, low))
+    graphdef, tree = flux
+
+    graphdefs = dict.fromkeys(conditioning.Models._fields) | {"flux": graphdef}
+
+    def ours(tree):
+        trees = {"flux": tree}, {}
+        out = step.predict_velocity(*trees, noisy, graphdefs=graphdefs, dtype=jnp.float32)
+        losses = step.losses_by_region(out, noisy)
+        return losses["target"].mean(), losses
+
+    (_, losses), grads = jax.value_and_grad(ours, has_aux=True)(tree)
+
+    leaves, treedef = jax.tree.flatten(twin.rearrange(tree))
+    kinds = [twin.LOW if twin.is_product(x.shape) else torch.float32 for x in leaves]
+    leaves = [
+        torch.from_numpy(np.array(x)).to(kind).requires_grad_()
+        for x, kind in zip(leaves, kinds, strict=True)
+    ]
+    weights = filled(jax.tree.unflatten(treedef, range(len(leaves))), leaves)
+    to_torch = lambda x: torch.from_numpy(np.array(x))  # noqa: E731
+    inputs = jax.tree.map(to_torch, as_arrays(noisy))
+    with torch.compiler.set_stance("force_eager"):
+        target, grid = twin.losses(weights, inputs, SIZES.heads)
+    found = torch.autograd.grad(target.mean(), leaves)
+    restore = jax.linear_transpose(lambda tree: jax.tree.leaves(twin.rearrange(tree)), tree)
+    (back,) = restore([jnp.asarray(g.float().numpy()) for g in found])
+
+    error = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))  # noqa: E731
+    assert error(target.detach().numpy(), losses["target"]) < most
+    assert error(grid.detach().numpy(), losses["grid"]) < most
+    of_arrays = jax.tree.map(error, back, grads)
+    assert max(jax.tree.leaves(of_arrays)) < most, of_arrays
+    assert least <= np.mean(jax.tree.leaves(of_arrays))
