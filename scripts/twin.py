@@ -174,7 +174,7 @@ def losses(p, noisy, heads):
     """step.losses_by_region of a NoisyBatch, "target" and "grid": its arrays by name, but for t and
     guidance their sinusoids [B, 256], and pe of every channel, not of pairs.
 
-    Compiled block by block: PyTorch compiles a whole step seven times as long.
+    Compiled block by block: for a whole step PyTorch needs two or three times as long.
     """
     img = torch.cat([noisy["x_t"], noisy["condition"]], -1)
     told = (noisy[name] for name in ("t", "guidance", "pooled"))
