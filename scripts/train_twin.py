@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.multiprocessing
 
-from vcloze_jax.config import UserError
+from vcloze_jax.config import Recipe, UserError
 from vcloze_jax.inputs import cli
 from vcloze_jax.train import main as train
 
@@ -42,14 +42,16 @@ def make_trainer(base, ending):
         def __init__(self, parts, preset, *args, **options):
             super().__init__(parts, preset, *args, **options)
             recipe = preset.recipe
-            if recipe.rank or recipe.from_scratch or recipe.placement != "fill" or recipe.mesh:
-                raise UserError("train_twin.py: --rank 0; no --from-scratch, --placement or --mesh")
+            others = "from_scratch", "placement", "loss_region", "mesh"
+            if recipe.rank or any(getattr(recipe, x) != getattr(Recipe, x) for x in others):
+                flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+                raise UserError(f"train_twin.py: give --rank 0, and none of {flags}")
             self.twin = Twin(self.state.trainable["flux"], preset.flux.heads, ending)
 
         def program(self, name, shape, *args):
             if name == "accumulate":
-                if shape not in self.programs:
-                    self.programs[shape] = self.twin
+                if (name, shape) not in self.programs:
+                    self.programs[name, shape] = self.twin
                     self.twin.compile(*args)
                 return self.twin
             program = super().program(name, shape, *args)

@@ -153,9 +153,10 @@ def single(p, x, vec, pe, heads):
 @compiled
 def enter(p, img, txt, t, guidance, pooled):
     """Of img, txt and three vectors what blocks take: img [B, S, D], txt [B, T, D], vec [B, D]."""
-    vec = embed(p["time_in"], t) + embed(p["guidance_in"], guidance)
-    vec = F.silu(vec + embed(p["vector_in"], pooled))
-    return dense(img, p["img_in"]), dense(txt, p["txt_in"]), vec
+    vec = embed(p["time_in"], t) + embed(p["vector_in"], pooled)
+    if "guidance_in" in p:
+        vec = vec + embed(p["guidance_in"], guidance)
+    return dense(img, p["img_in"]), dense(txt, p["txt_in"]), F.silu(vec)
 
 
 def embed(p, x):

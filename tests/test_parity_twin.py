@@ -1,5 +1,7 @@
 """The training step's MMDiT in PyTorch (scripts/twin.py)."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,10 +35,11 @@ def noisy():
     return step.NoisyBatch(draw(B, S, 64), draw(B, S, 64), share, t, context)
 
 
-@pytest.fixture
-def flux():
+@pytest.fixture(params=[True, False], ids=["guidance", "none"])
+def flux(request):
     """(graphdef, its tree): all weights are drawn, of which many begin as zeros or ones."""
-    graphdef, state = nnx.split(Flux(SIZES, rngs=nnx.Rngs(0)))
+    sizes = replace(SIZES, guidance_embed=request.param)
+    graphdef, state = nnx.split(Flux(sizes, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(1)
     draw = lambda x: x + jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32)  # noqa: E731
     return graphdef, jax.tree.map(draw, nnx.to_pure_dict(state))
