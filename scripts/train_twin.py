@@ -3,16 +3,22 @@
     pip install torch==2.13.0
     python scripts/train_twin.py --data graphemoji --weights DIR --rank 0 ...
 
-All flags are train.py's, and all but the gradient is its own: draws, latents, optimizer, average,
-checkpoints. Processes share the micro-batches of a step, each on one core.
+All flags are train.py's but --guide, and all but the gradient is its own: draws, latents,
+optimizer, average, checkpoints. Processes share the micro-batches of a step, each on one core.
+
+--guide W teaches guidance by examples: at --guidance-scale 30 what is painted is led W times as far
+from what the start weights paint without examples as they are with them, at 1 not at all. A run
+does not remember it: who goes on says it again.
 """
 
+import argparse
 import math
 import os
 import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +35,16 @@ CORES = len(os.sched_getaffinity(0))
 def main(argv):
     import vcloze_jax.trainer  # JAX from here on, once cli.run has told it its cache
 
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--guide", type=float, default=1.0)
+    own, argv = parser.parse_known_args(argv)
     sys.argv[0] = str(Path(__file__).parents[1] / "train.py")  # other commands lie beside that
     with ExitStack() as ending:
-        vcloze_jax.trainer.Trainer = make_trainer(vcloze_jax.trainer.Trainer, ending)
+        vcloze_jax.trainer.Trainer = make_trainer(vcloze_jax.trainer.Trainer, ending, own.guide)
         return train(argv)
 
 
-def make_trainer(base, ending):
+def make_trainer(base, ending, guide=1.0):
     """Trainer, but for the gradient; `ending` ends the processes."""
 
     class TwinTrainer(base):
@@ -46,7 +55,9 @@ def make_trainer(base, ending):
             if recipe.rank or any(getattr(recipe, x) != getattr(Recipe, x) for x in others):
                 flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
                 raise UserError(f"train_twin.py: give --rank 0, and none of {flags}")
-            self.twin = Twin(self.state.trainable["flux"], preset.flux.heads, ending)
+            if guide != 1 and not preset.flux.guidance_embed:
+                raise UserError("--guide: a model without guidance has nothing to tell it by")
+            self.twin = Twin(self.state.trainable["flux"], preset.flux, ending, guide)
 
         def program(self, name, shape, *args):
             if name == "accumulate":
@@ -62,9 +73,10 @@ def make_trainer(base, ending):
 
 class Twin:
     """In place of a Trainer's `accumulate`: micro-batches go to processes, each of which adds their
-    gradients up; `gathers` has its sum handed to the update."""
+    gradients up; `gathers` has its sum handed to the update. Where it guides, it does so by the
+    weights that it begins with, which are a run's first also where the run goes on."""
 
-    def __init__(self, flux, heads, ending):
+    def __init__(self, flux, config, ending, guide):
         import jax
         from twin import rearrange
 
@@ -73,23 +85,28 @@ class Twin:
         self.rearrange = jax.jit(lambda flux: jax.tree.leaves(rearrange(flux)))
         self.restore = jax.jit(jax.linear_transpose(self.rearrange, flux))
         size = sum(map(math.prod, shapes))
-        self.weights, *self.sums = (torch.zeros(size).share_memory_() for _ in range(1 + CORES))
+        made = (torch.zeros(size).share_memory_() for _ in range(2 + CORES))
+        self.weights, teacher, *self.sums = made
+        self.as_arrays = partial(as_arrays, rows=config.axes_dim[0], guide=guide)
+        self.write(flux, teacher)
         self.shapes, self.seen, self.version, self.sent = shapes, None, 0, []
         spawn = torch.multiprocessing.get_context("spawn")
         self.pools = []  # of one process each: which has which micro-batch is the same every time
         for own in self.sums:
-            args = self.weights, own, shapes, tree, heads
+            args = self.weights, own, guide != 1 and teacher, shapes, tree, config.heads
             self.pools.append(ending.enter_context(ProcessPoolExecutor(1, spawn, begin, args)))
 
     def __call__(self, trainable, frozen, grads, noisy):
         if trainable is not self.seen:  # an update was made, and nobody is at work
             self.seen, self.version = trainable, self.version + 1
-            parts = map(np.ravel, self.rearrange(trainable["flux"]))
-            np.concatenate(list(parts), out=self.weights.numpy())
+            self.write(trainable["flux"], self.weights)
         told = {"time": noisy.t, "kind": noisy.kinds}
         pool = self.pools[len(self.sent) % CORES]
-        self.sent.append(pool.submit(work, self.version, as_arrays(noisy)))
+        self.sent.append(pool.submit(work, self.version, self.as_arrays(noisy)))
         return Told(told, self.sent[-1]), grads
+
+    def write(self, flux, flat):
+        np.concatenate([np.ravel(x) for x in self.rearrange(flux)], out=flat.numpy())
 
     def compile(self, *args):
         """By one process after the other, which finds what the first has made."""
@@ -127,8 +144,9 @@ class Told(dict):
         return super().__getitem__(name) if name in ("time", "kind") else self.losses.result()[name]
 
 
-def as_arrays(noisy):
-    """A NoisyBatch as twin.losses takes it, in NumPy."""
+def as_arrays(noisy, rows=0, guide=1.0):
+    """A NoisyBatch as twin.losses takes it, in NumPy; what guides is told by how many channels of a
+    head's turn with the row's number."""
     from vcloze_jax.model.ops import timestep_embedding
 
     c = noisy.context
@@ -136,13 +154,17 @@ def as_arrays(noisy):
     own |= dict(condition=c.condition, txt=c.txt, pooled=c.pooled)
     own |= dict(t=timestep_embedding(noisy.t), guidance=timestep_embedding(c.guidance))
     pe = [np.repeat(np.asarray(x), 2, -1) for x in c.pe]
+    if guide != 1:
+        own["strength"] = np.float32((guide - 1) * np.log(c.guidance) / math.log(30))
+        of_row = pe[0][0, c.txt.shape[1] :, 0, :rows]
+        own["query"] = np.array((of_row == of_row[-1]).all(-1).sum())
     return {name: np.asarray(x) for name, x in own.items()} | {"pe": pe}
 
 
 HELD = {}  # by a process, from one micro-batch to the next
 
 
-def begin(weights, sums, shapes, tree, heads):
+def begin(weights, sums, teacher, shapes, tree, heads):
     """What a process does first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for train.py, which ends them
     torch.set_num_threads(1)
@@ -151,24 +173,33 @@ def begin(weights, sums, shapes, tree, heads):
     torch._inductor.config.max_complex_pointwise_cat_inputs = 0
     torch._inductor.config.max_pointwise_cat_inputs = 0
     weights, sums = (views(flat, shapes) for flat in (weights, sums))
-    HELD.update(weights=weights, sums=sums, tree=tree, heads=heads)
+    teacher = teacher is not False and filled(tree, lowered(views(teacher, shapes)))
+    HELD.update(weights=weights, sums=sums, teacher=teacher, tree=tree, heads=heads)
 
 
 def work(version, noisy):
     """Losses of a micro-batch, {name: [B]}; the gradient of their mean goes to the sums."""
-    from twin import LOW, is_product, losses
+    from twin import losses
 
     if HELD.get("version") != version:
-        made = [x.to(LOW) if is_product(x.shape) else x.clone() for x in HELD["weights"]]
-        HELD.update(version=version, leaves=[x.requires_grad_() for x in made])
+        leaves = [x.requires_grad_() for x in lowered(HELD["weights"])]
+        HELD.update(version=version, leaves=leaves)
     noisy = {
         name: [*map(torch.from_numpy, x)] if name == "pe" else torch.from_numpy(x)
         for name, x in noisy.items()
     }
-    target, grid = losses(filled(HELD["tree"], HELD["leaves"]), noisy, HELD["heads"])
+    p = filled(HELD["tree"], HELD["leaves"])
+    target, grid = losses(p, noisy, HELD["heads"], HELD["teacher"])
     grads = torch.autograd.grad(target.mean(), HELD["leaves"])
     torch._foreach_add_(HELD["sums"], [g.float() for g in grads])
     return {"target": target.detach().numpy(), "grid": grid.detach().numpy()}
+
+
+def lowered(leaves):
+    """Copies, of what is multiplied in bfloat16."""
+    from twin import LOW, is_product
+
+    return [x.to(LOW) if is_product(x.shape) else x.clone() for x in leaves]
 
 
 def views(flat, shapes):

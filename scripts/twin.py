@@ -164,25 +164,54 @@ def embed(p, x):
 
 
 @compiled
-def leave(p, img, vec, velocity, share):
-    """Masked loss of the velocity, of what is masked and of all rows, [B] each."""
-    out = dense(modulate(img, *chunks(p, vec, 2)), p["linear"])
+def leave(p, img, vec):
+    return dense(modulate(img, *chunks(p, vec, 2)), p["linear"])
+
+
+@compiled
+def masked_losses(out, velocity, share):
+    """Of what is masked and of all rows, [B] each."""
     error = (out - velocity).square().mean(-1)
     return (error * share).sum(1) / share.sum(1), error.mean(1)
 
 
-def losses(p, noisy, heads):
-    """step.losses_by_region of a NoisyBatch, "target" and "grid": its arrays by name, but for t and
-    guidance their sinusoids [B, 256], and pe of every channel, not of pairs.
+def predict(p, noisy, heads, first=0):
+    """The velocity [B, S, 64] of a noisy batch's tokens from the `first` on, which then stand where
+    a grid begins. Arrays are a NoisyBatch's by name, but for t and guidance their sinusoids
+    [B, 256], and pe of every channel, not of pairs.
 
     Compiled block by block: for a whole step PyTorch needs two or three times as long.
     """
-    img = torch.cat([noisy["x_t"], noisy["condition"]], -1)
+    img = torch.cat([noisy["x_t"], noisy["condition"]], -1)[:, first:].contiguous()
+    T = noisy["txt"].shape[1]
+    pe = [x[:, : T + img.shape[1]].contiguous() for x in noisy["pe"]]
     told = (noisy[name] for name in ("t", "guidance", "pooled"))
     img, txt, vec = enter(p, img, noisy["txt"], *told)
     for block in p["double"]:
-        img, txt = double(block, img, txt, vec, noisy["pe"], heads)
+        img, txt = double(block, img, txt, vec, pe, heads)
     x = torch.cat([txt, img], 1)
     for block in p["single"]:
-        x = single(block, x, vec, noisy["pe"], heads)
-    return leave(p["final"], x[:, txt.shape[1] :], vec, noisy["velocity"], noisy["share"])
+        x = single(block, x, vec, pe, heads)
+    return leave(p["final"], x[:, T:], vec)
+
+
+@torch.no_grad()
+def guided(teacher, noisy, heads):
+    """The true velocity, of the last row led away from what the teacher says who sees no example,
+    towards what it says who sees them all: velocity + strength [B] * (v - u).
+
+    It is classifier-free guidance with examples in place of the text; learnt, it takes one pass.
+    """
+    first = noisy["x_t"].shape[1] - int(noisy["query"])
+    if not first:
+        return noisy["velocity"]
+    v, u = predict(teacher, noisy, heads)[:, first:], predict(teacher, noisy, heads, first)
+    asked = noisy["velocity"].clone()
+    asked[:, first:] += noisy["strength"][:, None, None] * (v - u)
+    return asked
+
+
+def losses(p, noisy, heads, teacher=None):
+    """step.losses_by_region of a noisy batch (see `predict`), "target" and "grid", [B] each."""
+    velocity = guided(teacher, noisy, heads) if teacher else noisy["velocity"]
+    return masked_losses(predict(p, noisy, heads), velocity, noisy["share"])

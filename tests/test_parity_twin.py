@@ -93,3 +93,56 @@ def test_twin_has_the_loss_and_the_gradient_of_the_step(flux, noisy, low, least,
     of_arrays = jax.tree.map(error, back, grads)
     assert max(jax.tree.leaves(of_arrays)) < most, of_arrays
     assert least <= np.mean(jax.tree.leaves(of_arrays))
+
+
+def test_guidance_by_examples(noisy, monkeypatch):
+    """With --guide 3, at guidance 1 the true velocity is asked for, at 30 one that is led twice the
+    way from what the last row alone is told to what it is told among all; other rows' is as it
+    was, and so is all of a grid of one row."""
+    torch = pytest.importorskip("torch")
+    from scripts import twin
+    from scripts.train_twin import as_arrays, filled
+
+    monkeypatch.setattr(twin, "LOW", torch.float32)
+    flux = Flux(SIZES, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(1)
+    state = jax.tree.map(
+        lambda x: x + jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32), nnx.state(flux)
+    )
+    nnx.update(flux, state)
+    ids = np.zeros((1, T + S, 3), np.float32)
+    ids[0, T:] = [(row, y, x) for row in (1, 2) for y in (0, 1) for x in (0, 1)]
+    pe = rope_table(ids, SIZES.axes_dim, SIZES.theta)
+    guidance = jnp.asarray([1.0, 30.0, 30.0])
+    noisy = noisy._replace(context=noisy.context._replace(pe=pe, guidance=guidance))
+    alone = lambda x: x[:, S // 2 :]  # noqa: E731
+    c, half = noisy.context, tuple(x[:, : T + S // 2] for x in pe)
+    mod = flux.modulation(noisy.t, guidance, c.pooled)
+    v = alone(conditioning.velocity(flux, noisy.x_t, mod, c))
+    query = c._replace(condition=alone(c.condition), pe=half)
+    u = conditioning.velocity(flux, alone(noisy.x_t), mod, query)
+
+    leaves, treedef = jax.tree.flatten(twin.rearrange(nnx.to_pure_dict(nnx.state(flux))))
+    teacher = filled(
+        jax.tree.unflatten(treedef, range(len(leaves))),
+        [torch.from_numpy(np.array(x)) for x in leaves],
+    )
+
+    def ask(noisy):
+        arrays = as_arrays(noisy, rows=SIZES.axes_dim[0], guide=3.0)
+        inputs = jax.tree.map(lambda x: torch.from_numpy(np.array(x)), arrays)
+        with torch.compiler.set_stance("force_eager"):
+            return twin.guided(teacher, inputs, SIZES.heads).numpy()
+
+    asked, true = ask(noisy), np.asarray(noisy.velocity)
+    np.testing.assert_array_equal(asked[:, : S // 2], true[:, : S // 2])
+    np.testing.assert_array_equal(asked[0], true[0])
+    led = asked[1:, S // 2 :] - true[1:, S // 2 :]
+    np.testing.assert_allclose(led, 2 * np.asarray(v - u)[1:], atol=1e-4)  # sums in another order
+    assert np.abs(led).mean() > 0.01
+
+    one_row = noisy._replace(
+        x_t=alone(noisy.x_t), velocity=alone(noisy.velocity), share=alone(noisy.share)
+    )
+    one_row = one_row._replace(context=query)
+    np.testing.assert_array_equal(ask(one_row), alone(true))
