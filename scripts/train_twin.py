@@ -6,9 +6,9 @@
 All flags are train.py's but --guide, and all but the gradient is its own: draws, latents,
 optimizer, average, checkpoints. Processes share the micro-batches of a step, each on one core.
 
---guide W teaches guidance by examples: at --guidance-scale 30 what is painted is led W times as far
-from what the start weights paint without examples as they are with them, at 1 not at all. A run
-does not remember it: who goes on says it again.
+--guide W teaches guidance by examples, in grids whose rows are of one size: at a guidance of 30
+velocities are asked for that are W times as far from those of the start weights without examples as
+theirs are with them, at 1 those of the data. A run does not remember it: who goes on says it again.
 """
 
 import argparse
@@ -85,15 +85,16 @@ class Twin:
         self.rearrange = jax.jit(lambda flux: jax.tree.leaves(rearrange(flux)))
         self.restore = jax.jit(jax.linear_transpose(self.rearrange, flux))
         size = sum(map(math.prod, shapes))
-        made = (torch.zeros(size).share_memory_() for _ in range(2 + CORES))
-        self.weights, teacher, *self.sums = made
+        self.weights, *self.sums = (torch.zeros(size).share_memory_() for _ in range(1 + CORES))
+        teacher = torch.zeros(size).share_memory_() if guide != 1 else None
+        if teacher is not None:
+            self.write(flux, teacher)
         self.as_arrays = partial(as_arrays, rows=config.axes_dim[0], guide=guide)
-        self.write(flux, teacher)
         self.shapes, self.seen, self.version, self.sent = shapes, None, 0, []
         spawn = torch.multiprocessing.get_context("spawn")
         self.pools = []  # of one process each: which has which micro-batch is the same every time
         for own in self.sums:
-            args = self.weights, own, guide != 1 and teacher, shapes, tree, config.heads
+            args = self.weights, own, teacher, shapes, tree, config.heads
             self.pools.append(ending.enter_context(ProcessPoolExecutor(1, spawn, begin, args)))
 
     def __call__(self, trainable, frozen, grads, noisy):
@@ -173,7 +174,7 @@ def begin(weights, sums, teacher, shapes, tree, heads):
     torch._inductor.config.max_complex_pointwise_cat_inputs = 0
     torch._inductor.config.max_pointwise_cat_inputs = 0
     weights, sums = (views(flat, shapes) for flat in (weights, sums))
-    teacher = teacher is not False and filled(tree, lowered(views(teacher, shapes)))
+    teacher = None if teacher is None else filled(tree, lowered(views(teacher, shapes)))
     HELD.update(weights=weights, sums=sums, teacher=teacher, tree=tree, heads=heads)
 
 

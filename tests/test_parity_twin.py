@@ -37,8 +37,11 @@ def noisy():
 
 @pytest.fixture(params=[True, False], ids=["guidance", "none"])
 def flux(request):
+    return draw_flux(replace(SIZES, guidance_embed=request.param))
+
+
+def draw_flux(sizes):
     """(graphdef, its tree): all weights are drawn, of which many begin as zeros or ones."""
-    sizes = replace(SIZES, guidance_embed=request.param)
     graphdef, state = nnx.split(Flux(sizes, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(1)
     draw = lambda x: x + jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32)  # noqa: E731
@@ -104,12 +107,8 @@ def test_guidance_by_examples(noisy, monkeypatch):
     from scripts.train_twin import as_arrays, filled
 
     monkeypatch.setattr(twin, "LOW", torch.float32)
-    flux = Flux(SIZES, rngs=nnx.Rngs(0))
-    rng = np.random.default_rng(1)
-    state = jax.tree.map(
-        lambda x: x + jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32), nnx.state(flux)
-    )
-    nnx.update(flux, state)
+    graphdef, tree = draw_flux(SIZES)
+    flux = nnx.merge(graphdef, tree)
     ids = np.zeros((1, T + S, 3), np.float32)
     ids[0, T:] = [(row, y, x) for row in (1, 2) for y in (0, 1) for x in (0, 1)]
     pe = rope_table(ids, SIZES.axes_dim, SIZES.theta)
@@ -122,7 +121,7 @@ def test_guidance_by_examples(noisy, monkeypatch):
     query = c._replace(condition=alone(c.condition), pe=half)
     u = conditioning.velocity(flux, alone(noisy.x_t), mod, query)
 
-    leaves, treedef = jax.tree.flatten(twin.rearrange(nnx.to_pure_dict(nnx.state(flux))))
+    leaves, treedef = jax.tree.flatten(twin.rearrange(tree))
     teacher = filled(
         jax.tree.unflatten(treedef, range(len(leaves))),
         [torch.from_numpy(np.array(x)) for x in leaves],
