@@ -5,6 +5,7 @@ swaps the sides of several targets, and knows no partial mask), the prompt is jo
 layout as a tuple), the noise is injected, and its draw from the posterior is the posterior's mean.
 """
 
+import json
 import shutil
 import zlib
 from contextlib import ExitStack
@@ -83,6 +84,9 @@ def weights_folder(folder):
         save_file({key: draw(key, x.shape) for key, x in load_file(file).items()}, file)
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(places.MINI_FOLDER / name, folder / name)
+    file, length = folder / "tokenizer_2/tokenizer_config.json", PRESET.t5.max_length
+    config = json.loads(file.read_text()) | {"model_max_length": length}  # mini's own is shorter
+    file.write_text(json.dumps(config))
     return folder
 
 

@@ -106,14 +106,14 @@ def test_folding_before_the_product_changes_nothing(into, out, monkeypatch):
 
 
 def test_where_an_adapter_is_folded_before_the_product():
-    """Where it saves time and rounds nothing: in float32, at a rank high for the width, as mini's;
-    never in bfloat16, nor at FLUX's width."""
-    mini, flux = (
-        nnx.eval_shape(lambda c=c: Dense(c.width, c.width, rank=c.rank, rngs=nnx.Rngs(0)))
-        for c in (replace(MINI.flux, rank=32), replace(FLUX_FILL.flux, rank=256))
+    """Where it saves time and rounds nothing: in float32, at a rank that is high for the width;
+    never in bfloat16, nor at FLUX's width and rank."""
+    small, flux = (
+        nnx.eval_shape(lambda w=w, r=r: Dense(w, w, rank=r, rngs=nnx.Rngs(0)))
+        for w, r in ((128, 32), (FLUX_FILL.flux.width, FLUX_FILL.recipe.rank))
     )
-    assert mini.folding_is_cheaper(jnp.float32) and not flux.folding_is_cheaper(jnp.float32)
-    assert not mini.folding_is_cheaper(jnp.bfloat16)
+    assert small.folding_is_cheaper(jnp.float32) and not flux.folding_is_cheaper(jnp.float32)
+    assert not small.folding_is_cheaper(jnp.bfloat16)
 
 
 def test_folded_model_equals_its_branches(model, monkeypatch):

@@ -24,7 +24,7 @@ from vcloze_jax.storage.preset import axes, load_preset
         dict(guidance_embed=False, in_channels=64),
         dict(width=64, heads=4, axes_dim=(4, 6, 6)),
         dict(width=40, heads=5, axes_dim=(4, 2, 2), double_blocks=1, single_blocks=1),
-        dict(width=32, heads=1, axes_dim=(8, 12, 12), text_width=6, vec_width=4),
+        dict(width=48, heads=1, axes_dim=(8, 20, 20), text_width=6, vec_width=4),
     ],
 )
 def test_sizes_of_the_transformer_from_shapes(changes):

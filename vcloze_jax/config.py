@@ -188,8 +188,8 @@ FLUX_FILL = Preset("flux-fill")
 MINI = Preset(
     "mini",
     flux=FluxConfig(
-        width=128, heads=4, double_blocks=2, single_blocks=4, text_width=128, vec_width=64,
-        axes_dim=(8, 12, 12), remat="none",
+        width=192, heads=4, double_blocks=2, single_blocks=4, text_width=128, vec_width=64,
+        axes_dim=(8, 20, 20), remat="none",
     ),
     # Scale and shift are measured when the autoencoder is trained, and said by mini/vae.
     vae=VAEConfig(channels=(8, 16, 32, 64), layers=1, groups=1, scale=1.0, shift=0.0),

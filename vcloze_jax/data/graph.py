@@ -103,13 +103,13 @@ HELD_OUT_COMPOSITIONS = _tasks(
 # Groups with their share of the draws, held-out tasks counted; in one every task is as likely.
 # Pixel-aligned nodes come first and most: they are what a small model learns to follow.
 GROUPS = (
-    (0.35, _pairs(NEAR, NEAR)),
-    (0.4, tuple(task for task in _pairs(ALIGNED, ALIGNED) if task not in _pairs(NEAR, NEAR))),
+    (0.33, _pairs(NEAR, NEAR)),
+    (0.37, tuple(task for task in _pairs(ALIGNED, ALIGNED) if task not in _pairs(NEAR, NEAR))),
     (0.03, _pairs(("fluent_3d",), ("distance", "palette", "low_resolution"))),
     (0.05, _pairs(("low_resolution", "noise", "hole", "palette", "distance"), ("fluent_3d",))),
     (0.02, _pairs(("fluent_3d", "fluent_flat"), ("fluent_color", "fluent_high_contrast"))),
     (0.02, _pairs(("fluent_color", "fluent_high_contrast"), ("fluent_3d", "fluent_flat"))),
-    (0.03, _pairs(("fluent_3d", *REDRAWN), ("fluent_3d", *REDRAWN))),
+    (0.08, _pairs(("fluent_3d", *REDRAWN), ("fluent_3d", *REDRAWN))),
     (
         0.1,
         _tasks(

@@ -1,6 +1,6 @@
 """The FLUX transformer on one screen: embed, scan the double blocks, scan the single, project.
 
-FLUX has 19 double and 38 single blocks, 24 heads, D = 3072; mini 2 and 4, 4 heads, D = 128.
+FLUX has 19 double and 38 single blocks, 24 heads, D = 3072; mini 2 and 4, 4 heads, D = 192.
 Source: black-forest-labs/flux:src/flux/model.py. Blocks of a kind are one module whose weights
 carry a leading layer axis, or are lists: where it is large, depth costs no compile time.
 """

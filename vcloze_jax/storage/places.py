@@ -17,7 +17,7 @@ from vcloze_jax.ports.tables import mmdit
 
 MINI_FOLDER = Path(__file__).parents[1] / "mini"  # shipped: the base, and its adapter beside it
 MINI_LORA = MINI_FOLDER / "lora.safetensors"
-MINI_CLEAN = MINI_FOLDER.with_name("mini_clean")  # an MMDiT of 64 channels; the rest is mini's
+MINI_CLEAN = MINI_FOLDER.with_name("mini_clean")  # an MMDiT of 64 channels, and smaller
 MINIS = MINI_FOLDER, MINI_CLEAN
 DIGESTED = ".safetensors", ".sft", ".bin", ".json", ".model"
 LARGE, HEADER, BLOCK = 2**26, 2**20, 2**16  # bytes
