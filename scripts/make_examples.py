@@ -49,7 +49,7 @@ def main():
     spec("5_two_conditions", [row("skier", *task), row("t-shirt", *task), query], task)
 
     # The paper's reverse generation: the picture is given, and what leads to it is asked for. Of
-    # the seeds 0 to 5 the second gives mini's clearest blur.
+    # the seeds 0 to 5 the second gave the clearest blur of mini's first edition.
     task = ("edges", "blur", "mask", "fluent_3d")
     query = [cell("top hat", "edges"), None, None, cell("top hat", "fluent_3d")]
     spec("6_reverse_two_targets", [row("crab", *task), row("magnet", *task), query], task, seed=2)

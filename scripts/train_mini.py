@@ -6,7 +6,8 @@
 Processes draw grids as numbers, which picture stands where and what is blank, and the device looks
 the rest up. All flags are train.py's but --varied N: besides as it is every subject is there N
 times more, moved and tinted (variations.py), and half of the grids of tasks show these. All but
-that is train.py's own: draws, loss, optimizer, average, checkpoints, previews.
+that is train.py's own: draws, loss, optimizer, average, checkpoints, previews. A run does not
+remember N: who goes on says it again.
 """
 
 import argparse
@@ -31,10 +32,12 @@ from vcloze_jax.data.graph import NODES, SIZE
 from vcloze_jax.data.sources import deal, open_source, random_generator
 from vcloze_jax.grid import Grid
 from vcloze_jax.inputs import cli
+from vcloze_jax.inputs.signals import SIGNALS
 
 AHEAD = 256  # groups that are drawn before they are wanted
 PARTS = 8  # in which subjects are shared out
-WORDS = SIZE * SIZE * 3 // 4  # of a picture, four bytes in each: JAX counts elements in int32
+WORDS = SIZE * SIZE * 3 // 4  # of a picture, four bytes in each
+MOST = 27  # variations: with more a table had 2^31 words, beyond JAX's int32 indices
 
 
 class Drawn(NamedTuple):
@@ -54,7 +57,7 @@ HELD = {}  # by each
 
 def begin(recipe, tokenizers, varied):
     """What a process does first. Signals are for train.py; it ends when that does, in any way."""
-    for number in signal.SIGINT, signal.SIGTERM:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if parent := parent_process():
         end = lambda: (parent.join(), os._exit(0))  # noqa: E731
@@ -81,8 +84,7 @@ def draw_group(number):
     for place, queries in enumerate(deal(rng, len(names), recipe.group)):
         rng = random_generator("example", recipe.seed, number * recipe.group + place)
         samples.append(source.choose_sample(rng, shape, names, int(queries[0])))
-        count = 0 if source.masks_every_row else HELD["varied"]
-        varied.append(draw_numbers(rng, shape.rows, count)[:, None])
+        varied.append(draw_numbers(rng, shape.rows, HELD["varied"])[:, None])
     return draw_of(samples, np.array(varied), source.masks_every_row)
 
 
@@ -133,19 +135,22 @@ def make_trainer(base, ending, varied):
             lambda self, reader: self.__dict__.setdefault("reader", reader),
         )
 
-        def __init__(self, parts, preset, tokenizers, mesh, *args):
-            super().__init__(parts, preset, tokenizers, mesh, *args)
+        def __init__(self, parts, preset, tokenizers, mesh, tx, masks_every_row):
+            super().__init__(parts, preset, tokenizers, mesh, tx, masks_every_row)
             recipe, cores = preset.recipe, len(os.sched_getaffinity(0))
-            if mesh.size > 1 or not recipe.data.startswith("graphemoji"):
-                raise UserError("train_mini.py: for one device, and --data graphemoji…")
+            if mesh.size > 1 or recipe.placement != "fill" or recipe.data[:10] != "graphemoji":
+                what = "one device, --data graphemoji… and --placement fill"
+                raise UserError(f"train_mini.py: it is for {what}; leave out what is else")
             if self.micro != recipe.group:
                 raise UserError(
                     f"train_mini.py: a group goes at once; add --micro-batch {recipe.group}"
                 )
             spawn = dict(mp_context=get_context("spawn"), initializer=begin)
-            spawn["initargs"] = recipe, tokenizers, varied
+            self.varied = 0 if masks_every_row else varied  # those of tasks alone
+            spawn["initargs"] = recipe, tokenizers, self.varied
             self.pool = ending.enter_context(ProcessPoolExecutor(cores, **spawn))
-            tasks = product(range(1 + varied), range(PARTS))
+            ending.callback(self.pool.shutdown, cancel_futures=True)
+            tasks = product(range(1 + self.varied), range(PARTS))
             self.pictures = [self.pool.submit(make_pictures, *task) for task in tasks]
             self.table, self.look_up, self.turns = None, jax.jit(look_up), {}
 
@@ -154,7 +159,7 @@ def make_trainer(base, ending, varied):
             before the first is wanted, so that programs are compiled while pictures are made."""
             parts = [future.result() for future in self.pictures]
             count = sum(map(len, parts[:PARTS]))
-            table = np.empty((1 + varied, count, *parts[0].shape[1:]), np.uint32)
+            table = np.empty((1 + self.varied, count, *parts[0].shape[1:]), np.uint32)
             for i, part in enumerate(parts):
                 table[i // PARTS, i % PARTS :: PARTS] = part
             self.table, self.pictures = jax.device_put(table), None
@@ -194,8 +199,8 @@ def main(argv):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--varied", type=int, default=24)
     own, argv = parser.parse_known_args(argv)
-    if not 0 <= own.varied <= 60:
-        raise UserError(f"--varied {own.varied}: 0 to 60, of 0.3 GB each")
+    if not 0 <= own.varied <= MOST:
+        raise UserError(f"--varied {own.varied}: 0 to {MOST}, of 0.3 GB each")
     sys.argv[0] = str(Path(__file__).parents[1] / "train.py")  # other commands lie beside that
     made = []
     with ExitStack() as ending:

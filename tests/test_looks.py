@@ -88,7 +88,7 @@ def test_looking_changes_nothing(painter, specs, looked):
     plain = painter(specs)
     for one, other in zip(plain, looked[0], strict=True):
         assert np.array_equal(one.pixels, other.pixels)
-    names, segments = attention.segment_tokens(specs[0].grid, MINI.t5.max_length)
+    names, segments = attention.segment_tokens(specs[0].grid, painter.preset.t5.max_length)
     flux = painter.preset.flux
     heat = looked[1]
     assert heat.shape == (2, flux.double_blocks + flux.single_blocks, 2, len(segments))
@@ -112,7 +112,7 @@ def test_it_is_the_attention_of_mini(painter, specs, looked):
     args = flux, img, context.txt, mod, context.pe, context.lengths
     velocity, given = attention.hear_blocks(*args, hear=lambda q, k, lengths: jnp.stack([q, k]))
     np.testing.assert_allclose(velocity, flux(*args[1:]), atol=1e-5)
-    names, segments = attention.segment_tokens(specs[0].grid, MINI.t5.max_length)
+    names, segments = attention.segment_tokens(specs[0].grid, painter.preset.t5.max_length)
     queries = np.flatnonzero(segments == names.index(attention.TARGET))
     for block, (q, k) in enumerate(given):
         dense = dense_heat(q, k, queries, context.lengths)[:, : len(segments)]

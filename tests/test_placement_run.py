@@ -142,7 +142,7 @@ def test_each_has_a_base_that_is_shipped(tmp_path, monkeypatch, capsys, placemen
         assert load_painter(None, [lora], None).models.folder == base
 
 
-def test_shipped_bases_share_all_but_the_mmdit():
+def test_shipped_bases_share_the_autoencoder():
     """mini_clean has mini's files but card and adapter, its autoencoder too; MMDiT, tokenizers and
     text encoders are its own, and it says the placement that it was trained in."""
     mini, clean = (

@@ -63,7 +63,7 @@ def test_record(run):
     assert record["spec"]["guidance_scale"] == 30 and record["spec"]["seed"] == 7
     assert record["prompt"].endswith(" Draw.")
     assert record["sizes"] == [[32, 32], [32, 32]]
-    assert record["tokens"] == {"image": TOKENS, "text": 96, "bucket": 2 * TOKENS}
+    assert record["tokens"] == {"image": TOKENS, "text": 32, "bucket": 2 * TOKENS}
     assert record["dropped_tokens"] == {"t5": 0, "clip": 0}
     assert set(record["seconds"]) == {"load", "text", "vae", "compile", "paint", "decode"}
     assert min(record["seconds"].values()) >= 0 < record["seconds"]["compile"]

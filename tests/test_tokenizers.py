@@ -1,4 +1,4 @@
-"""Laws of scripts/train_tokenizers.py: the vocabulary of T5 that mini's next weights read."""
+"""Laws of scripts/train_tokenizers.py: the vocabulary of T5 that mini reads."""
 
 import sys
 from pathlib import Path

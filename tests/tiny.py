@@ -130,7 +130,7 @@ TINY = replace(
         remat="none",
     ),
     vae=replace(MINI.vae, channels=(8, 8, 8, 8)),
-    t5=replace(MINI.t5, width=16, head_dim=8, heads=2, mlp=32, layers=1),
+    t5=replace(MINI.t5, width=16, head_dim=8, heads=2, mlp=32, layers=1, max_length=32),
     clip=replace(MINI.clip, width=16, heads=2, mlp=32, layers=1),
 )
 
