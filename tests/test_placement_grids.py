@@ -165,7 +165,8 @@ def test_a_step_is_traced(placement):
     other cells blank are one batch."""
     flux = replace(tiny.TINY.flux, placement=placement, in_channels=placement.channels)
     preset = replace(tiny.TINY, flux=flux, recipe=replace(tiny.TINY.recipe, rank=2))
-    tokenizers = lambda texts: (*(np.zeros((len(texts), n), np.int32) for n in (96, 77)), None)  # noqa: E731
+    lengths = preset.t5.max_length, preset.clip.max_length
+    tokenizers = lambda texts: (*(np.zeros((len(texts), n), np.int32) for n in lengths), None)  # noqa: E731
     examples = [Example(grid(blank), "a fox", "kind") for blank in (0, 1)]
     read_rows = partial(spread_rows, mesh=MESH, placement=placement)
     batch = make_batch(examples, range(2), read_rows, tokenizers, preset, MESH)
