@@ -133,7 +133,7 @@ def test_it_is_planned(monkeypatch):
     first, *rest = plan.sampling(small, SPECS[:1], MESH).splitlines()
     once, step = references.parts_flops(small, 32, (16, 16))
     told = f"{plan.si(once, 'FLOP')} once, 3 steps of {plan.si(step, 'FLOP')}"
-    assert first.endswith(f"8 image + 96 text tokens, bucket 32, {told}")
+    assert first.endswith(f"8 image + 32 text tokens, bucket 32, {told}")
     layers = small.flux.double_blocks + small.flux.single_blocks
     kept = plan.si(2 * 16 * layers * small.flux.width * 4, "B")
     assert any(f"activations {kept}" in line for line in rest)
