@@ -11,7 +11,7 @@ from folders import FLUX as PLAIN
 from jax.extend.core import jaxprs_in_params
 from lorafiles import folded, velocity
 
-from vcloze_jax.config import FLUX_FILL, MINI
+from vcloze_jax.config import FLUX_FILL
 from vcloze_jax.model.layers import Dense, contract
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.ports.tables import lay_out, mmdit

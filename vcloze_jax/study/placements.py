@@ -22,9 +22,9 @@ UNSEEN = graph.parse_task("fluent_high_contrast->fluent_3d")
 SAYS = (
     "Each learns `{task}` in {steps} steps of `python train.py --placement NAME`, with the same "
     "data, seed and rank. `fill` and `anyrefill` begin with mini's base, which infills with "
-    "the masked rows beside the noise; the others with mini_clean, which learnt infilling where all "
-    "that is given is clean, as `dev` places it, and is smaller, mini's first edition: so the two "
-    "are not to be compared with the others. RMSE on held-out subjects with no sentence; "
+    "the masked rows beside the noise; the others with mini_clean, which learnt infilling where "
+    "all that is given is clean, as `dev` places it, and is smaller, mini's first edition: so the "
+    "two are not to be compared with the others. RMSE on held-out subjects with no sentence; "
     "`backwards` asks for the condition of the target, `unseen` for `{unseen}`, with {dialled} "
     "examples. Noisy tokens are those of a grid with as many examples. On CPUs a step has one "
     "thread, beside another training where there is a core for it."
