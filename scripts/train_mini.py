@@ -21,15 +21,15 @@ from contextlib import ExitStack
 from itertools import product
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 from variations import draw_numbers, vary_nodes
 
 from vcloze_jax.config import UserError
-from vcloze_jax.data import graphemoji
+from vcloze_jax.data import graphemoji, sources
 from vcloze_jax.data.graph import NODES, SIZE
-from vcloze_jax.data.sources import deal, open_source, random_generator
 from vcloze_jax.grid import Grid
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.signals import SIGNALS
@@ -62,10 +62,8 @@ def begin(recipe, tokenizers, varied):
     if parent := parent_process():
         end = lambda: (parent.join(), os._exit(0))  # noqa: E731
         threading.Thread(target=end, daemon=True).start()
-    subjects = graphemoji.read_subjects("train")
-    source = open_source(recipe)
     HELD.update(recipe=recipe, tokenizers=tokenizers, varied=varied)
-    HELD.update(subjects=subjects, source=source)
+    HELD.update(subjects=graphemoji.read_subjects("train"), source=sources.open_source(recipe))
 
 
 def make_pictures(number, part):
@@ -77,15 +75,17 @@ def make_pictures(number, part):
 
 
 def draw_group(number):
-    """data.sources.draw_group, as Drawn."""
+    """data.sources.draw_group, of samples in place of examples, as Drawn."""
     source, recipe, names = HELD["source"], HELD["recipe"], HELD["subjects"].names
-    rng = random_generator("shape", recipe.seed, number)
-    shape, samples, varied = source.shape(rng), [], []
-    for place, queries in enumerate(deal(rng, len(names), recipe.group)):
-        rng = random_generator("example", recipe.seed, number * recipe.group + place)
-        samples.append(source.choose_sample(rng, shape, names, int(queries[0])))
-        varied.append(draw_numbers(rng, shape.rows, HELD["varied"])[:, None])
-    return draw_of(samples, np.array(varied), source.masks_every_row)
+
+    def sample(rng, shape, queries):
+        drawn = source.choose_sample(rng, shape, names, int(queries[0]))
+        return drawn, draw_numbers(rng, shape.rows, HELD["varied"])[:, None]
+
+    samples = SimpleNamespace(shape=source.shape, count=lambda _: len(names), example=sample)
+    group = sources.draw_group(samples, recipe.seed, number, recipe.group)
+    drawn, varied = zip(*group, strict=True)
+    return draw_of(drawn, np.array(varied), source.masks_every_row)
 
 
 def draw_of(samples, varied, masks_every_row):
