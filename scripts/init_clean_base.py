@@ -19,7 +19,8 @@ from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.storage import places, weights
 
 if __name__ == "__main__":
-    out, own = Path(sys.argv[1]), ("README.md", places.MINI_LORA.name, "transformer")
+    out = Path(sys.argv[1])
+    own = "README.md", "evaluation.png", places.MINI_LORA.name, "transformer"
     shutil.copytree(places.MINI_FOLDER, out, ignore=shutil.ignore_patterns(*own))
     config = replace(MINI.flux, in_channels=DEV.channels)
     flux = Flux(config, rngs=nnx.Rngs(params=0))

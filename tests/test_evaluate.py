@@ -1,13 +1,17 @@
-"""Laws of a model card: its table is that of the last evaluation, all else of it a hand's."""
+"""Laws of a model card: its table and sheet are those of the last evaluation, all else a hand's."""
 
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from vcloze_jax import evaluate
 from vcloze_jax.config import UserError
+from vcloze_jax.data import graph
 from vcloze_jax.inputs import card as card_tables
+from vcloze_jax.inputs.sheet import LABEL
 from vcloze_jax.storage import places
 
 START, END = card_tables.MARKERS
@@ -50,7 +54,30 @@ def test_card_is_written(card, unpainted, capsys):
     assert "| mask->edges | 0.250 | 0.50 | 0.12 | 0.75 | – |" in table
     assert "| trained | chance | – | – | 0.01 | – | – |" in table
     assert "- wrong demonstration followed, alike: 100%" in table
-    assert sorted(file.name for file in card.parent.iterdir()) == ["README.md", "out"]
+    names = sorted(file.name for file in card.parent.iterdir())
+    assert names == ["README.md", "evaluation.png", "out"]
+
+
+def test_sheet_is_of_all_tasks(card, unpainted):
+    """The sheet in --out and the one beside the card, which shows it, are one picture: a strip of
+    every task, in which each query stands before what is painted and before the truth."""
+    evaluate.main(["--card", f"{card}", "--out", f"{card.parent}/out", "--subjects", "1"])
+    beside, own = card.parent / evaluate.SHEET, card.parent / "out" / evaluate.SHEET
+    assert f"]({evaluate.SHEET})\n" in card.read_text("utf-8")
+    assert beside.read_bytes() == own.read_bytes()
+    sheet = np.asarray(Image.open(beside))
+    tasks = [graph.parse_task(name) for names in evaluate.TASKS.values() for name in names]
+    source = evaluate.open_tasks("", evaluate.MINI.recipe).held_out()
+    for strip, task in zip(np.split(sheet, len(tasks)), tasks, strict=True):
+        x = 0
+        for node in (*task.conditions, task.target, task.target):  # `unpainted` paints the truth
+            cell = np.rint(evaluate.truth(source, node, [0])[0] * 255)
+            x = next(x for x in range(x, sheet.shape[1] - 63) if (cut(strip, x) == cell).all())
+            x += 64
+
+
+def cut(strip, x):
+    return strip[LABEL : LABEL + 64, x : x + 64]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +111,7 @@ def test_numbers_are_refused_before_anything_is_loaded(flag, tmp_path, monkeypat
 
 def test_shipped_card():
     """The card of mini can be written anew, and shows each task in each setting; what the README
-    says of them is in it."""
+    says of them is in it; the pictures that it shows are there."""
     card, readme = places.MINI_FOLDER / "README.md", Path(__file__).parents[1] / "README.md"
     before, after = card_tables.split_card(card)
     table = card.read_text("utf-8")[len(before) : -len(after)]
@@ -96,3 +123,5 @@ def test_shipped_card():
     assert [row.split(" | ")[0] for row in rows] == [f"| {task}" for task in tasks]
     percent = set(re.findall(r"\d+%", readme.read_text("utf-8")))
     assert percent and percent <= set(re.findall(r"\d+%", table))
+    pictures = re.findall(r"!\[[^]]+\]\((.+)\)", card.read_text("utf-8"))
+    assert pictures and all((card.parent / name).is_file() for name in pictures)

@@ -143,13 +143,14 @@ def test_each_has_a_base_that_is_shipped(tmp_path, monkeypatch, capsys, placemen
 
 
 def test_shipped_bases_share_the_autoencoder():
-    """mini_clean has mini's files but card and adapter, its autoencoder too; MMDiT, tokenizers and
-    text encoders are its own, and it says the placement that it was trained in."""
+    """mini_clean has mini's files but card, its sheet and adapter, its autoencoder too; MMDiT,
+    tokenizers and text encoders are its own, and it says the placement that it was trained in."""
     mini, clean = (
         {file.relative_to(folder): file for file in folder.rglob("*") if file.is_file()}
         for folder in places.MINIS
     )
-    assert {f"{name}" for name in mini.keys() - clean.keys()} == {"README.md", "lora.safetensors"}
+    mini_alone = {"README.md", "evaluation.png", "lora.safetensors"}
+    assert {f"{name}" for name in mini.keys() - clean.keys()} == mini_alone
     unlike = {name for name, file in clean.items() if file.read_bytes() != mini[name].read_bytes()}
     own = {"transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"}
     assert {name.parts[0] for name in unlike} == own | {"vcloze.json"}

@@ -12,8 +12,8 @@ mean picture of the trained subjects, the best condition, the truth through the 
 
 --data PAIRS asks what is held out of data of your own, and draws a sheet (evaluate_own.py).
 
---card README.md writes table and summary between the markers of a model card, too: no figure in it
-is typed by hand.
+--card README.md writes table and summary between the markers of a model card, too, and a sheet of
+all tasks beside it: no figure in it is typed by hand, and no picture chosen.
 """
 
 import json
@@ -32,6 +32,7 @@ from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.card import format_table, split_card, write_card
 from vcloze_jax.inputs.measures import edge_f1, hits, rmse, ssim
 from vcloze_jax.inputs.pictures import check_writable, save_png, save_text
+from vcloze_jax.inputs.sheet import label_cells, stack_sheets
 from vcloze_jax.pipeline import load_painter, steps_bar
 from vcloze_jax.questions import choose_examples, paint_cells, pose_question, truth
 
@@ -52,7 +53,9 @@ TASKS = {
     "composition": tuple(task.name for task in graph.HELD_OUT_COMPOSITIONS),
 }
 COPYING_IS_BAD = TASKS["trained"][:5]
-SHOWN = 6  # subjects on a contact sheet
+SHOWN = 6  # subjects on a task's contact sheet
+BESIDE = 3  # at most, spread evenly, on the sheet of all tasks
+SHEET = "evaluation.png"  # of all tasks, beside the card, too
 WRONG = ("unlike", "alike")
 # Nodes that show the subject as it is drawn in 3D, more or less well, count as one.
 ONE_KIND = "fluent_3d", "fluent_color", "blur", "low_resolution", "noise", "hole", "palette"
@@ -231,7 +234,8 @@ def markdown(table, summary):
             each = [row[painter] for row in found]
             means.append([group, LABELS.get(painter, painter), *show_scores(average(each))])
     tables = "\n\n".join(map(format_table, (rows, by_task, means)))
-    return tables + "\n\n" + "".join(f"- {key}: {value:.0%}\n" for key, value in summary.items())
+    shares = "".join(f"- {key}: {value:.0%}\n" for key, value in summary.items())
+    return f"{tables}\n\n{shares}\n![Queries, what is painted of them, and the truth]({SHEET})\n"
 
 
 def average(each):
@@ -255,6 +259,16 @@ def contact_sheet(source, task, cells, subjects):
     return np.rint(np.concatenate(rows) * 255).astype(np.uint8)
 
 
+def draw_strip(source, task, painted, subjects):
+    """Of a few subjects the query, what was painted of it, and the truth, side by side."""
+    strip, step = [], -(-len(subjects) // BESIDE)
+    for subject, cell in zip(subjects[::step], painted[::step], strict=True):
+        true = {node: truth(source, node, [subject])[0] for node in (*task.conditions, task.target)}
+        strip += [(node, true[node]) for node in task.conditions]
+        strip += [("painted", cell), (task.target, true[task.target])]
+    return label_cells([(label, np.rint(cell * 255).astype(np.uint8)) for label, cell in strip])
+
+
 def main(argv):
     parser = cli.Parser(__doc__)
     cli.add_model_flags(parser)
@@ -271,7 +285,8 @@ def main(argv):
         return evaluate_own(args)
     if args.card:
         split_card(args.card)  # now, not after the painting
-        check_writable(args.card.parent, args.card.name, "--card")
+        for name in (args.card.name, SHEET):
+            check_writable(args.card.parent, name, "--card")
 
     source = open_tasks("", MINI.recipe).held_out()
     if not 1 <= args.subjects <= len(source.names):
@@ -279,7 +294,7 @@ def main(argv):
     painter = load_painter(cli.fetch_weights(args), args.lora, args.mesh)
     subjects = np.linspace(0, len(source.names) - 1, args.subjects).astype(int)
     args.out.mkdir(parents=True, exist_ok=True)
-    table = {}
+    table, strips = {}, []
     for group, names in TASKS.items():
         for name in names:
             task = graph.parse_task(name)
@@ -288,10 +303,13 @@ def main(argv):
             table[name] = {"group": group} | row
             sheet = contact_sheet(source, task, cells, subjects)
             save_png(args.out / f"{name.replace('->', '_to_')}.png", sheet)
+            strips.append(draw_strip(source, task, cells["2"], subjects))
     summary = summarise_table(table)
     text = markdown(table, summary)
     save_text(args.out / "table.md", text)
     save_text(args.out / "table.json", json.dumps({"summary": summary, "tasks": table}, indent=1))
+    for folder in [args.out] + [args.card.parent] * bool(args.card):
+        save_png(folder / SHEET, stack_sheets(strips))
     if args.card:
         write_card(args.card, text)
     print(text)
