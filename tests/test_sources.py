@@ -21,6 +21,7 @@ from vcloze_jax.data.sources import (
     draw_group,
     draw_groups,
     draw_of_shape,
+    draw_validation,
     open_source,
 )
 from vcloze_jax.inputs.prompts import CONTENT_PREFIXES
@@ -240,6 +241,19 @@ def test_hosts_draw_their_part(source):
     part = draw_group(source, 1, 3, 4, drawn=[1, 2])
     assert part[0] is part[3] is None
     same(part[1:3], whole[1:3])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_validation_has_examples(sources, name):
+    """What a run's held-out loss is of has grids with as many examples as the source has, and with
+    fewer, also where it has several widths; its first group is of the first shape."""
+    source = sources[name]
+    shapes = source.shapes()
+    groups = draw_validation(source, 1, 3)
+    found = [len(group[0].grid.rows) for group in groups]
+    alike = [shape.rows for shape in shapes if shape[1:] == shapes[0][1:]]
+    assert found[: len(alike)] == alike[:3] and len(found) == min(3, len(shapes))
+    assert groups[0][0].grid.tokens == shapes[0].tokens
 
 
 def test_streams_need_not_be_read_to_the_end(source):

@@ -183,8 +183,11 @@ def draw_of_shape(source: Source, shape: Shape) -> Example:
 
 
 def draw_validation(source: Source, size: int, count: int) -> list[list[Example]]:
-    """Groups that are always the same, of the first shapes of a source."""
-    shapes = enumerate(source.shapes()[:count])
+    """Groups that are always the same, of a source's first shape, with more rows than that where
+    it has such: with examples, that is."""
+    first, *others = source.shapes()
+    alike = sorted(others, key=lambda shape: shape[1:] != first[1:])  # but for the rows
+    shapes = enumerate([first, *alike][:count])
     return [draw_fixed(source, shape, "validation", i, size) for i, shape in shapes]
 
 
