@@ -4,22 +4,20 @@
         --warmup 200 --batch 1024 --group 256 --micro-batch 256 --steps 20000 --decay-steps 20000
 
 Processes draw grids as numbers, which picture stands where and what is blank, and the device looks
-the rest up. All flags are train.py's but --varied N: besides as it is every subject is there N
-times more, moved and tinted (variations.py), and half of the grids of tasks show these. All but
-that is train.py's own: draws, loss, optimizer, average, checkpoints, previews. A run does not
-remember N: who goes on says it again.
+the rest up. All flags are train.py's but --varied N, 24 where it is left out: beside as it is every
+subject is there N times more, moved and tinted (variations.py), and half of the grids of tasks show
+these. All but that is train.py's own: draws, loss, optimizer, average, checkpoints, previews. A run
+does not remember N: who goes on says it again.
 """
 
 import argparse
 import os
-import signal
 import sys
-import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from itertools import product
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -32,7 +30,7 @@ from vcloze_jax.data import graphemoji, sources
 from vcloze_jax.data.graph import NODES, SIZE
 from vcloze_jax.grid import Grid
 from vcloze_jax.inputs import cli
-from vcloze_jax.inputs.signals import SIGNALS
+from vcloze_jax.inputs.signals import follow_parent
 
 AHEAD = 256  # groups that are drawn before they are wanted
 PARTS = 8  # in which subjects are shared out
@@ -56,12 +54,8 @@ HELD = {}  # by each
 
 
 def begin(recipe, tokenizers, varied):
-    """What a process does first. Signals are for train.py; it ends when that does, in any way."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    if parent := parent_process():
-        end = lambda: (parent.join(), os._exit(0))  # noqa: E731
-        threading.Thread(target=end, daemon=True).start()
+    """What a process does first."""
+    follow_parent()
     HELD.update(recipe=recipe, tokenizers=tokenizers, varied=varied)
     HELD.update(subjects=graphemoji.read_subjects("train"), source=sources.open_source(recipe))
 
@@ -138,7 +132,8 @@ def make_trainer(base, ending, varied):
         def __init__(self, parts, preset, tokenizers, mesh, tx, masks_every_row):
             super().__init__(parts, preset, tokenizers, mesh, tx, masks_every_row)
             recipe, cores = preset.recipe, len(os.sched_getaffinity(0))
-            if mesh.size > 1 or recipe.placement != "fill" or recipe.data[:10] != "graphemoji":
+            emoji = recipe.data.partition(":")[0] in ("graphemoji", "graphemoji-fill")
+            if mesh.size > 1 or recipe.placement != "fill" or not emoji:
                 what = "one device, --data graphemoji… and --placement fill"
                 raise UserError(f"train_mini.py: it is for {what}; leave out what is else")
             if self.micro != recipe.group:
@@ -199,6 +194,8 @@ def main(argv):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--varied", type=int, default=24)
     own, argv = parser.parse_known_args(argv)
+    if {"-h", "--help"} & {*argv}:
+        print(__doc__)  # train.py then tells its own
     if not 0 <= own.varied <= MOST:
         raise UserError(f"--varied {own.varied}: 0 to {MOST}, of 0.3 GB each")
     sys.argv[0] = str(Path(__file__).parents[1] / "train.py")  # other commands lie beside that

@@ -6,15 +6,15 @@
 All flags are train.py's but --guide, and all but the gradient is its own: draws, latents,
 optimizer, average, checkpoints. Processes share the micro-batches of a step, each on one core.
 
---guide W teaches guidance by examples, in grids whose rows are of one size: at a guidance of 30
-velocities are asked for that are W times as far from those of the start weights without examples as
-theirs are with them, at 1 those of the data. A run does not remember it: who goes on says it again.
+--guide W (1 where it is left out: not at all) teaches guidance by examples, in grids whose rows are
+of one size. With u what the start weights say of the last row without examples, and v with them,
+the target there is velocity + (W - 1) log(guidance) / log(30) (v - u): at a guidance of 1 the
+data's. A run does not remember W: who goes on says it again.
 """
 
 import argparse
 import math
 import os
-import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -27,6 +27,7 @@ import torch.multiprocessing
 
 from vcloze_jax.config import Recipe, UserError
 from vcloze_jax.inputs import cli
+from vcloze_jax.inputs.signals import follow_parent
 from vcloze_jax.train import main as train
 
 CORES = len(os.sched_getaffinity(0))
@@ -38,6 +39,8 @@ def main(argv):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--guide", type=float, default=1.0)
     own, argv = parser.parse_known_args(argv)
+    if {"-h", "--help"} & {*argv}:
+        print(__doc__)  # train.py then tells its own
     sys.argv[0] = str(Path(__file__).parents[1] / "train.py")  # other commands lie beside that
     with ExitStack() as ending:
         vcloze_jax.trainer.Trainer = make_trainer(vcloze_jax.trainer.Trainer, ending, own.guide)
@@ -167,7 +170,7 @@ HELD = {}  # by a process, from one micro-batch to the next
 
 def begin(weights, sums, teacher, shapes, tree, heads):
     """What a process does first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for train.py, which ends them
+    follow_parent()
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64  # programs of a function, one a shape
     # As one loop over all that is joined its parts would be masked, element by element.

@@ -229,3 +229,31 @@ def test_a_save_that_fails_ends_the_run(home, tmp_path, monkeypatch):
         train.main(flags(home, out, steps=60))
     assert os.listdir(out / "checkpoints") == ["2"] and len(metrics(out)) < 8
     assert safe_open(out / "lora.safetensors", "numpy").metadata()["step"] == "2"
+
+
+PARENT = """
+import multiprocessing, signal, time
+from vcloze_jax.inputs.signals import SIGNALS, follow_parent
+
+def serve():
+    follow_parent()
+    for number in SIGNALS:
+        signal.raise_signal(number)
+    print("serves", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=serve).start()
+    time.sleep(600)
+"""
+
+
+def test_who_serves_ends_with_the_served(tmp_path):
+    """A process that works for another is moved by no signal, and ends when that is killed."""
+    (tmp_path / "parent.py").write_text(PARENT)
+    command = [sys.executable, tmp_path / "parent.py"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout.readline() == "serves\n"
+        parent.kill()
+        parent.communicate(timeout=30)  # ends once nobody holds the pipe's other end

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 from contextlib import suppress
+from multiprocessing import parent_process
 
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
@@ -40,6 +41,16 @@ class Stop:
         self.code = 128 + number
         print("\nstopping: the running micro-batch is the last; saving", file=sys.stderr)
         return True
+
+
+def follow_parent():
+    """What a process does first that works for another: signals are for that one alone, and when
+    that ends, in any way, this does."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if parent := parent_process():
+        end = lambda: (parent.join(), os._exit(0))  # noqa: E731
+        threading.Thread(target=end, daemon=True).start()
 
 
 def watch_signals():
