@@ -12,7 +12,7 @@ from test_pipeline import GRID, SMALL
 
 import sample
 from vcloze_jax import Pipeline
-from vcloze_jax.film import tell_steps
+from vcloze_jax.film import Film, tell_steps
 from vcloze_jax.inputs.spec import KEYS
 from vcloze_jax.programs import tally
 
@@ -43,6 +43,17 @@ def test_looking_on_changes_nothing(pipeline):
     assert preview.tobytes() == seen.grid.tobytes()
     assert [step.index for step, _ in steps[3:]] == [0, 1]  # of 3, int(3 - 3 * 0.5) are left out
     assert all(preview.size == (48 + 16, 48 + 16) for _, preview in steps[3:])
+
+
+def test_a_film_of_each(pipeline, tmp_path):
+    """Specs that no file holds have a film each, with all of its frames."""
+    specs = [{"image": GRID, "seed": seed, **SMALL} for seed in (1, 2)]
+    pipeline.paint(specs, on_step=Film(tmp_path))
+    films = sorted(tmp_path.iterdir())
+    assert [film.name for film in films] == ["grid-0_film.webp", "grid-1_film.webp"]
+    for file in films:
+        with Image.open(file) as film:
+            assert film.n_frames == SMALL["num_inference_steps"]
 
 
 def test_what_is_expected(pipeline):

@@ -82,8 +82,14 @@ def test_arguments(pipeline):
     ]:
         with pytest.raises(UserError, match=message):
             pipeline(GRID, **SMALL, **arguments)
-    with pytest.raises(UserError, match=r"image\[0\]\[1\]: a cell is a path, null or"):
-        pipeline([[POODLE[0], 3]])
+    for image, message in [
+        ([[POODLE[0], 3]], r"image\[0\]\[1\]: a cell is a path, null or"),
+        (["fox.png", None], r"image\[0\]: must be a list, a row of cells .* not a string"),
+        ([[POODLE[0], None], None], r"image\[1\]: must be a list, a row of cells"),
+        (Image.new("RGB", (8, 8)), "image: rows of cells are wanted"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            pipeline(image)
 
 
 def test_arrays(pipeline):

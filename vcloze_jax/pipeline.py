@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from os import PathLike
 from pathlib import Path
 from typing import Never
 
@@ -170,10 +169,10 @@ class Pipeline:
             upsampling=upsampling,
             adapter=adapter,
         )
-        if isinstance(image, str | PathLike | dict):
+        if not isinstance(image, list | tuple):
             raise UserError("image: rows of cells are wanted; paint([…]) takes specs and files")
         table = {key: value for key, value in given.items() if value is not None} | unknown
-        table["image"] = [list(row) for row in image]
+        table["image"] = [list(row) if isinstance(row, tuple) else row for row in image]
         specs = [read_spec(table, self.painter.preset)]
         return self.paint(specs, progress=progress, on_step=on_step)[0]
 
@@ -191,9 +190,9 @@ class Pipeline:
         in another order, one left out or all, and from other noises: how far it moves is in its
         record. Raises as a call does."""
         found = []
-        for spec in specs:
+        for i, spec in enumerate(specs):
             read = isinstance(spec, Spec)
-            found += [spec] if read else read_specs([spec], self.painter.preset)
+            found += [spec] if read else read_specs([spec], self.painter.preset, first=i)
         hooks = (steps_bar,) if progress else ()
         watch = tell_steps(on_step, self.painter) if on_step else None
         paint = partial(paint_by_adapter, self.painter)

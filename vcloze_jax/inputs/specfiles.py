@@ -22,7 +22,7 @@ from vcloze_jax.inputs.checks import (
     parse_json,
     read_key,
 )
-from vcloze_jax.inputs.cli import Parser, add_model_flags, add_plan_flags
+from vcloze_jax.inputs.cli import Parser, add_model_flags, add_plan_flags, check_plan_flags
 from vcloze_jax.inputs.cli import path as expanded
 from vcloze_jax.inputs.cluster import count_processes
 from vcloze_jax.inputs.pictures import URL, check_file, check_writable, save_png, save_text
@@ -57,6 +57,7 @@ def parse_sampling(argv, description=""):
     add("--offload", action="store_true", help="slower; FLUX paints on 24 GB")
     add_plan_flags(parser, PRESETS)
     args = parser.parse_args(argv)
+    check_plan_flags(args)
     if not args.grid and not args.list_tasks:
         parser.error("--grid SPEC.json is needed")
     return args
@@ -81,14 +82,14 @@ def read_changes(args) -> dict:
     return changes
 
 
-def read_specs(sources: list, preset: Preset, changes: dict | None = None) -> list[Spec]:
-    """Read every spec of every source: a path, or what a file would hold; `changes` are the values
-    of keys that hold for all of them.
+def read_specs(sources: list, preset: Preset, changes=None, first=0) -> list[Spec]:
+    """Read every spec of every source: a path, or what a file would hold; `changes` {key: value}
+    holds for all of them. What no file holds is called by its number, from `first` on.
 
     Raises UserError naming the file and the key, also when two specs would write the same file.
     """
     specs = []
-    for number, source in enumerate(sources):
+    for number, source in enumerate(sources, first):
         if isinstance(source, dict):
             specs += read_pictures(source, preset, f"grid-{number}", Path(), changes)
             continue
