@@ -117,6 +117,8 @@ def test_a_cell_that_is_asked_in_part(pairs, tmp_path, echo):
         ("--data {} --held-out 1.5", "^--held-out 1.5: must be from 0 to 1"),
         ("--data {}/in", "no pair in it"),
         ("--data {} --resolution 0", "--resolution"),
+        ("--held-out 0.5", "^--held-out: is of --data; add that"),
+        ("--resolution 64", "^--resolution: is of --data; add that"),
     ],
 )
 def test_refused_before_anything_is_loaded(pairs, tmp_path, monkeypatch, flags, message):

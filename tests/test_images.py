@@ -1,4 +1,4 @@
-"""Laws of images.py: every readable picture comes out right, every other one as one UserError."""
+"""Laws of pictures.py: every readable picture comes out right, every other one as one UserError."""
 
 import io
 import os

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from vcloze_jax.config import Recipe
+
 ROOT = Path(__file__).parents[1]
 ENTRIES = ("train", "sample")
 STORY = tuple(
@@ -144,6 +146,27 @@ def test_what_is_installed_has_our_name():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert {name.partition(".")[0] for name in settings["packages"]} == {"vcloze_jax"}
     assert not importers("ports")
+
+
+def test_docs_say_what_can_be_done():
+    """Every extra that a text has installed is there, and every mesh of the README's trainings
+    divides its groups, which have a grid at least for each device."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("*/*.py"), ROOT / ".ci/run"]
+    texts = [*dict.fromkeys([*texts, *modules().values()])]
+    named = [re.findall(r"(?:\.|vcloze-jax)\[([\w,-]+)\]['\"]", x.read_text()) for x in texts]
+    named = {extra for found in named for some in found for extra in some.split(",")}
+    assert {"test", "tpu-aot"} <= named <= extras.keys()
+    lines = [ROOT / "README.md", ROOT / "vcloze_jax/hosts.py"]
+    lines = "\n".join(file.read_text() for file in lines).splitlines()
+    meshes = 0
+    for line in lines:
+        if mesh := re.search(r"train\.py .*--mesh (\d+)", line):
+            group = re.search(r"--group (\d+)", line)
+            assert (int(group[1]) if group else Recipe.group) % int(mesh[1]) == 0, line
+            meshes += 1
+    assert meshes >= 4
 
 
 def test_inputs_need_no_jax(tmp_path):

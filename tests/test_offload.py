@@ -18,7 +18,7 @@ from vcloze_jax.optimizers import make_optimizer
 from vcloze_jax.sharding import batch_sharding, shardings
 from vcloze_jax.step import purpose_key
 from vcloze_jax.storage import weights
-from vcloze_jax.storage.models import ENCODERS, load_for_training
+from vcloze_jax.storage.models import TEXT_ENCODERS, load_for_training
 from vcloze_jax.storage.textreader import Tokenizers
 from vcloze_jax.trainer import Trainer
 
@@ -45,7 +45,7 @@ def test_blocks_come_to_be_used(home):
 
     def move(path, x, place):
         encoder, part, *_ = (entry.key for entry in path[:2])
-        moves = encoder in ENCODERS and part == "blocks" and x.ndim > 2
+        moves = encoder in TEXT_ENCODERS and part == "blocks" and x.ndim > 2
         return place.with_memory_kind("pinned_host") if moves else place
 
     assert jax.tree_util.tree_map_with_path(move, trainer.frozen, places[0]) == places[1]
@@ -65,7 +65,7 @@ def test_a_run_may_offload_for_a_while(home, tmp_path, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", TEXT_ENCODERS)
 def test_tpus_gather_what_has_come(monkeypatch, name):
     """Encoders that wait compile for TPUs, and a layer is gathered on the chips to which its parts
     have come: left alone, XLA gathers it from host to host, over the network."""

@@ -13,13 +13,14 @@ from PIL import Image
 import sample
 import train
 from vcloze_jax import plan
-from vcloze_jax.config import FLUX_FILL, MINI
+from vcloze_jax.config import FLUX_FILL, MINI, UserError
 from vcloze_jax.data.sources import Shape
 from vcloze_jax.devices import make_mesh, parse_mesh
 from vcloze_jax.grid import Grid
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.vae import VAE
 from vcloze_jax.storage import weights
+from vcloze_jax.storage.places import MINI_FOLDER
 
 TERA = 1e12
 
@@ -49,6 +50,23 @@ def test_flops_of_gradients():
     forward = plan.flux_flops(preset, 1152)
     assert plan.flux_flops(preset, 1152, learning=True) == pytest.approx(3 * forward, rel=0.01)
     assert 2 * forward < plan.flux_flops(ranked(preset, 256), 1152, learning=True) < 3 * forward
+
+
+def test_a_preset_that_is_here(capsys):
+    """--preset mini is the model that ships: its folder says how much text it reads."""
+    grid = ["--grid", "examples/1_no_example.json", "--plan"]
+    sample.main(grid)
+    of_folder = capsys.readouterr().out
+    sample.main([*grid, "--preset", "mini"])
+    assert capsys.readouterr().out == of_folder
+    assert f"+ {weights.load_preset(MINI_FOLDER).t5.max_length} text tokens" in of_folder
+
+
+@pytest.mark.parametrize("main, flags", [(sample.main, "--grid fox.json"), (train.main, "")])
+def test_a_device_is_planned_for(main, flags):
+    """--device where nothing is planned is the user's mistake."""
+    with pytest.raises(UserError, match="--device: is of --plan; add that"):
+        main([*flags.split(), "--device", "24GiB"])
 
 
 def ranked(preset, rank):

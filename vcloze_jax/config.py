@@ -114,7 +114,7 @@ class Recipe:
     lora: str | None = setting(None, "an adapter to go on from", START)
     from_scratch: bool = setting(False, "random MMDiT and text encoders, all trained", START)
     placement: str = setting("fill", "of cells in the sequence", START)
-    data: str = setting("graph200k", "graphemoji[:TASK], graph200k, a file or a folder", DATA)
+    data: str = setting("graph200k", "graphemoji[:TASK] or -fill, graph200k[:TASKS], a path", DATA)
     data_dir: str = setting("", "where graph200k lies, or has moved to", DATA, free=True)
     resolution: int = setting(384, "a cell's area is its square", DATA, least=16)
     held_out: float = setting(0.1, "share of the user's own data that only previews show", DATA)

@@ -216,7 +216,7 @@ def main(argv):
     cli.add_model_flags(parser)
     add = parser.add_argument
     add("--offload", action="store_true", help="slower; FLUX paints on 24 GB")
-    add("--out", type=Path, default=Path("outputs"), metavar="DIR")
+    add("--out", type=cli.path, default=Path("outputs"), metavar="DIR")
     add("--port", type=cli.positive_int, default=7860, help="on this machine alone")
     args = parser.parse_args(argv)
     check_writable(args.out, "page0_seed0_target0.png")

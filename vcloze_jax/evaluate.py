@@ -26,7 +26,7 @@ from vcloze_jax import conditioning
 from vcloze_jax.config import MINI, UserError
 from vcloze_jax.data import graph
 from vcloze_jax.data.graphemoji import open_tasks
-from vcloze_jax.evaluate_own import add_own_flags, evaluate_own
+from vcloze_jax.evaluate_own import add_own_flags, check_flags, evaluate_own
 from vcloze_jax.grid import Spec
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.card import format_table, split_card, write_card
@@ -281,6 +281,7 @@ def main(argv):
     add_own_flags(parser)
     args = parser.parse_args(argv)
     check_writable(args.out, "table.json")
+    check_flags(args)
     if args.data is not None:
         return evaluate_own(args)
     if args.card:

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from vcloze_jax.config import UserError
+from vcloze_jax.config import Recipe, UserError
 from vcloze_jax.data.owndata import open_own
 from vcloze_jax.grid import Spec
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.card import format_table
+from vcloze_jax.inputs.checks import flag
 from vcloze_jax.inputs.measures import rmse, ssim
 from vcloze_jax.inputs.pictures import save_png, save_text
 from vcloze_jax.inputs.sheet import label_cells, stack_sheets
@@ -34,21 +35,31 @@ def add_own_flags(parser):
     own = "a file or a folder of your own, as train.py --data has it"
     parser.add_argument("--data", type=cli.expand, metavar="PAIRS", help=own)
     share = "of --data, as train.py has it; 0 asks all of it (default: 0.1)"
-    parser.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help=share)
+    parser.add_argument("--held-out", type=float, metavar="SHARE", help=share)
     cells = "of the cells of --data (default: that of the preset)"
     parser.add_argument("--resolution", type=cli.positive_int, help=cells)
 
 
 def check_flags(args):
     """Raise UserError for flags of evaluate that cannot be, or not together."""
+    if args.data is None:
+        for name in ("held_out", "resolution"):
+            if getattr(args, name) is not None:
+                raise UserError(f"{flag(name)}: is of --data; add that, or leave it away")
+        return
     if args.card:
         raise UserError("--card: holds mini's own table; leave it or --data away")
     if args.subjects < 1:
         raise UserError(f"--subjects {args.subjects}: must be at least 1")
-    if not 0 <= args.held_out <= 1:
+    if not 0 <= share_held_out(args) <= 1:
         raise UserError(f"--held-out {args.held_out}: must be from 0 to 1")
     if not Path(args.data).exists():
         raise UserError(f"--data {args.data}: there is no such file or folder")
+
+
+def share_held_out(args):
+    """--held-out, or what train.py has where it is left out."""
+    return Recipe.held_out if args.held_out is None else args.held_out
 
 
 def evaluate_own(args):
@@ -56,10 +67,9 @@ def evaluate_own(args):
 
     `args` are evaluate's flags. Raises UserError for data that cannot be read, before any model is.
     """
-    check_flags(args)
     preset = places.named_preset(args.weights or places.MINI_FOLDER)
     resolution = args.resolution or preset.resolution
-    recipe = dict(data=args.data, held_out=args.held_out, resolution=resolution)
+    recipe = dict(data=args.data, held_out=share_held_out(args), resolution=resolution)
     source = open_own(args.data, replace(preset.recipe, **recipe))
     asked = ask_all(source.held_out(), args.subjects)
     painter = load_painter(cli.fetch_weights(args), args.lora, args.mesh)

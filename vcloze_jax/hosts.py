@@ -1,14 +1,15 @@
 """Several processes, on one machine or many, as one run: how they find each other and agree.
 
-    srun -N 2 --ntasks-per-node 8 --gpus-per-node 8 python train.py … --mesh 16 --out /nfs/run
-    gcloud compute tpus tpu-vm ssh POD --worker all --command "cd vcloze-jax; python train.py …"
+    srun -N 2 --ntasks-per-node 8 --gpus-per-node 8 python train.py … --mesh 16 --group 16 --out …
+    gcloud compute tpus tpu-vm ssh POD --worker all \\
+        --command "cd vcloze-jax; python train.py … --group 32"
     xpk workload create --cluster C --workload W --tpu-type v5p-64 --docker-image IMAGE \\
-        --command "python train.py …"
+        --command "python train.py … --group 32"
 
 start one on Slurm, on a TPU pod slice, on GKE, where IMAGE has this repository and what
-`pip install '.[tpu]'` brings. --out is one folder that all of them see: a local
-disk, NFS, Lustre, Filestore, no bucket. If one is lost, the others end within a minute; the same
-command goes on, on as many as there are.
+`pip install '.[tpu]'` brings. A group of grids needs one for each device. --out is one folder that
+all of them see: a local disk, NFS, Lustre, Filestore, no bucket. If one is lost, the others end
+within a minute; the same command goes on, on as many as there are.
 
 Each runs the same program, on its own devices of one mesh, and draws the grids that these hold; all
 compute previews, host 0 writes the run, and speaks for all. Of grids that are painted each encodes

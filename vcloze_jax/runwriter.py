@@ -22,6 +22,7 @@ from vcloze_jax.inputs.runfolder import Log
 from vcloze_jax.inputs.sheet import compose_columns, stack_sheets
 from vcloze_jax.inputs.signals import Stop
 from vcloze_jax.inputs.specfiles import write_spec
+from vcloze_jax.inputs.terminal import si
 from vcloze_jax.inputs.world import describe_unlike_mini
 from vcloze_jax.programs import tally
 from vcloze_jax.references import choose_painter
@@ -104,7 +105,7 @@ class RunWriter:
                 print(f"warning: {sentence}")
         print(
             f"{tally['programs']} programs in {tally['seconds']:.0f} s; a micro-batch takes "
-            f"{plan.si(largest, 'B')} beside weights and state"
+            f"{si(largest, 'B')} beside weights and state"
         )
         self.ending.enter_context(self.stop)
 
@@ -201,7 +202,8 @@ class RunWriter:
             count = tally["programs"] - self.programs
             print(f"programs compiled after step {self.first}: {count or 'none'}")
         if step < recipe.steps:
-            print(f"{self.run.path}: stopped at step {step}, saved; the same command resumes")
+            saved = ", saved" if step else ""
+            print(f"{self.run.path}: stopped at step {step}{saved}; the same command resumes")
             return self.code
         written = "lora.safetensors" if recipe.rank else "weights"
         print(f"{self.run.path}: finished, {written} written")

@@ -105,10 +105,10 @@ class Trainer:
         if sent.failed:  # to read it is to wait
             loss = np.mean([np.asarray(each[self.recipe.loss_region]) for each in sent.told])
             self.step, self.state = sent.step - 1, self.state._replace(failed=np.bool_(False))
+            remedy = "the state before it is saved: go on" if self.step else "begin again"
             raise FloatingPointError(
-                f"step {sent.step}: loss {loss}, gradient norm {sent.norms['all']}; the state "
-                "before it is saved: go on with a lower --lr or with --skip-nonfinite 1, or look "
-                "at the data of that step"
+                f"step {sent.step}: loss {loss}, gradient norm {sent.norms['all']}; {remedy} with "
+                "a lower --lr or with --skip-nonfinite 1, or look at the data of that step"
             )
         # It was sent while the step before it ran: its own time begins where that ended.
         start, self.ended = max(sent.start, self.ended), time.perf_counter()

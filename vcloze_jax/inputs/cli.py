@@ -125,6 +125,12 @@ def add_plan_flags(parser, presets=()):
         add("--preset", choices=presets, help="--plan or --list-tasks for it, without weights")
 
 
+def check_plan_flags(args):
+    """Raise UserError for a --device where nothing is planned."""
+    if args.device and not args.plan:
+        raise UserError("--device: is of --plan; add that, or leave it away")
+
+
 def read_preset(args):
     """The preset of --weights, or that of --preset. Raises UserError where both are given, or a
     preset is to do more than to plan or to list its tasks."""

@@ -12,6 +12,7 @@ from vcloze_jax.inputs.cli import (
     PackageFlag,
     Parser,
     add_plan_flags,
+    check_plan_flags,
     expand,
     path,
     positive_int,
@@ -23,7 +24,7 @@ from vcloze_jax.inputs.runfolder import ORIGINS
 PATHS = "weights", "lora", "data", "cache"  # of the recipe
 TABLES = {"preset": PRESETS, "placement": PLACEMENTS}  # fields of it that name a row of one
 # What a preset's recipe has otherwise for the user's own data: of twenty pairs mini learns a simple
-# task in about three minutes. All of it is free to change, so that runs which began before go on.
+# task in about two minutes. All of it is free to change, so that runs which began before go on.
 OWN = {"mini": dict(lr=3e-3, steps=200, save_every=100, preview_every=100)}
 
 
@@ -40,7 +41,9 @@ def parse_training(argv, description=""):
     trace = "trace so many steps into RUN/profile"
     add("--profile", type=positive_int, default=0, metavar="STEPS", help=trace)
     add_recipe_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_plan_flags(args)
+    return args
 
 
 def add_recipe_flags(parser):

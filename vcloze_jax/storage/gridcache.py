@@ -26,11 +26,11 @@ from vcloze_jax.config import DATA, UserError
 from vcloze_jax.data.listing import count_rows, list_grids, list_members, list_prompts
 from vcloze_jax.hosts import agreed, is_first, pick_share
 from vcloze_jax.inputs.checks import describe_error
-from vcloze_jax.plan import si
+from vcloze_jax.inputs.terminal import si
 from vcloze_jax.rowmemory import RowMemory
 from vcloze_jax.sharding import compute_dtype
 from vcloze_jax.storage.arraystore import ArrayStore
-from vcloze_jax.storage.models import ENCODERS, LazyModels
+from vcloze_jax.storage.models import TEXT_ENCODERS, LazyModels
 from vcloze_jax.storage.textreader import TextStore
 
 MOST = 10**6  # prompts, 4 TB of FLUX's
@@ -46,7 +46,7 @@ class GridCache:
         self.recipe, self.models, self.dtype = recipe, models, compute_dtype(models.mesh)
         of_rows = repr((models.identity("vae"), recipe.mask_fill))
         self.rows = self.open_store(ArrayStore, "rows", of_rows, ("moments",))
-        self.texts = self.open_store(TextStore, "texts", models.identity(*ENCODERS))
+        self.texts = self.open_store(TextStore, "texts", models.identity(*TEXT_ENCODERS))
 
     def open_store(self, store, kind, identity, *names):
         digest = sha256(identity.encode()).hexdigest()[:16]

@@ -24,7 +24,7 @@ from vcloze_jax.storage.folding import fold, split
 from vcloze_jax.storage.preset import read_config, read_text_length
 from vcloze_jax.storage.textreader import TextCache, TextReader, Tokenizers
 
-ENCODERS = "t5", "clip"
+TEXT_ENCODERS = "t5", "clip"
 
 
 class LazyModels:
@@ -72,7 +72,7 @@ class LazyModels:
 
     def load_encoders(self):
         """T5 and CLIP."""
-        return tuple(map(self.load, ENCODERS))
+        return tuple(map(self.load, TEXT_ENCODERS))
 
     def load(self, name):
         """One model, named by its field of the preset."""
@@ -89,7 +89,7 @@ class LazyModels:
     def text_identity(self):
         """All that an embedding depends on, to its last bit, beside its ids."""
         mesh = dict(self.mesh.shape), self.mesh.devices.flat[0].device_kind
-        return repr((self.identity(*ENCODERS), mesh, jax.__version__))
+        return repr((self.identity(*TEXT_ENCODERS), mesh, jax.__version__))
 
     def identity(self, *names):
         """What makes some models say what they say, wherever they run. Files are known by their
@@ -191,18 +191,18 @@ def load_for_training(preset, folder, mesh):
     """
     recipe = preset.recipe
     adapter = recipe.lora and load_start(preset)  # first, since it may be refused
-    learnt = ("flux", *ENCODERS) if recipe.from_scratch else () if recipe.rank else ("flux",)
+    learnt = ("flux", *TEXT_ENCODERS) if recipe.from_scratch else () if recipe.rank else ("flux",)
     graphdefs, trainable, frozen = {}, {}, {}
     for name, module in weights.MODULES.items():
         graphdefs[name], _, _ = weights.abstract(module, getattr(preset.learning, name))
-        if recipe.cache and name in ENCODERS:
+        if recipe.cache and name in TEXT_ENCODERS:
             continue
         if recipe.from_scratch and name in learnt:
             trainable[name] = draw_weights(name, preset.learning, mesh)
             continue
         dtype = "float32" if name in learnt else compute_dtype(mesh)
         tree = load_tree(name, preset, folder, dtype, mesh)
-        if recipe.offload and name in ENCODERS:
+        if recipe.offload and name in TEXT_ENCODERS:
             move = lambda path, x: copy_to_hosts(x) if waits(path, x) else x  # noqa: E731
             tree = jax.tree_util.tree_map_with_path(move, tree)
         if name == "flux" and name not in learnt:
