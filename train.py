@@ -30,7 +30,7 @@ def main(argv):
 
     from vcloze_jax import hosts, plan  # JAX from here on
     from vcloze_jax.devices import make_mesh, micro_size, parse_mesh
-    from vcloze_jax.storage import checkpoint, models
+    from vcloze_jax.storage import models
 
     mesh = make_mesh(parse_mesh(recipe.mesh) if recipe.mesh else None)
     run.writes = hosts.is_first()
@@ -44,8 +44,8 @@ def main(argv):
     if args.plan:
         print(plan.training(preset, source, mesh, args.device))
     if args.check and run.writes:
-        checkpoint.check_newest(run.checkpoints)
-        print(show_source(source, recipe, run.path.with_name(f"{run.path.name}-check.png")))
+        models.check_loading(preset, folder, run.checkpoints)
+        print(show_source(source, recipe, run.sheet))
     if args.plan or args.check:
         return 0
     with hosts.agreed():

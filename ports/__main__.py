@@ -12,8 +12,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
 from vcloze_jax.inputs.cli import Parser, path
@@ -64,9 +62,8 @@ def run_lora(argv) -> str:
     except PortError as error:
         raise UserError(f"{args.file}: {error}") from error
     except OSError as error:
-        raise UserError(describe_with_file(error, args.file)) from error
-    except SafetensorError as error:  # of writing: a file that is read is checked before
-        raise UserError(f"{args.out}: cannot be written ({describe_error(error)})") from error
+        # Of reading they name the file, of writing, as where the disk is full, none.
+        raise UserError(describe_with_file(error, args.out)) from error
     return f"{args.out}: {count} linear layers in {naming.title} naming"
 
 
@@ -137,7 +134,7 @@ def write_folder(source: Path, out: Path, dtype: str | None = None) -> tuple[int
         return rounded, scaled
     except PortError as error:
         raise UserError(f"{file.path}: {error}") from error
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"{out}: cannot be written ({describe_error(error)})") from error
     finally:
         shutil.rmtree(part_of, ignore_errors=True)

@@ -62,7 +62,7 @@ def write_adapter(
     a note, {name: text}.
 
     `read()` gives the adapters, kernel by kernel: once to know what will lie where, and once to
-    write it, so that no more than two kernels' are in memory.
+    write it, so that no more than two kernels' are in memory, but for a .pth.
     """
     if naming.ending == ".pth" and "placement" in (note or ()):
         reason = f"holds an adapter of placement {note['placement']}, which a .pth cannot say"

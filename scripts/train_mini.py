@@ -11,7 +11,6 @@ does not remember N: who goes on says it again.
 """
 
 import argparse
-import os
 import sys
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -31,6 +30,7 @@ from vcloze_jax.data.graph import NODES, SIZE
 from vcloze_jax.grid import Grid
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.signals import follow_parent
+from vcloze_jax.study.trainings import count_cores
 
 AHEAD = 256  # groups that are drawn before they are wanted
 PARTS = 8  # in which subjects are shared out
@@ -131,7 +131,7 @@ def make_trainer(base, ending, varied):
 
         def __init__(self, parts, preset, tokenizers, mesh, tx, masks_every_row):
             super().__init__(parts, preset, tokenizers, mesh, tx, masks_every_row)
-            recipe, cores = preset.recipe, len(os.sched_getaffinity(0))
+            recipe, cores = preset.recipe, count_cores()
             emoji = recipe.data.partition(":")[0] in ("graphemoji", "graphemoji-fill")
             if mesh.size > 1 or recipe.placement != "fill" or not emoji:
                 what = "one device, --data graphemoji… and --placement fill"

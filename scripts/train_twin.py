@@ -14,7 +14,6 @@ data's. A run does not remember W: who goes on says it again.
 
 import argparse
 import math
-import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -28,9 +27,10 @@ import torch.multiprocessing
 from vcloze_jax.config import Recipe, UserError
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.signals import follow_parent
+from vcloze_jax.study.trainings import count_cores
 from vcloze_jax.train import main as train
 
-CORES = len(os.sched_getaffinity(0))
+CORES = count_cores()
 
 
 def main(argv):

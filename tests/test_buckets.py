@@ -53,10 +53,13 @@ def test_small_buckets_join_their_neighbour():
 def test_held_out_shapes_are_those_of_training():
     """What is held out is cut as training's pictures are, so that it needs no program more, unless
     its number of rows and columns is learnt nowhere."""
-    rng = np.random.default_rng(3)
-    sizes = np.exp(rng.uniform(np.log(100), np.log(4000), (40, 2))).astype(int)
+    rng = np.random.default_rng(5)
+    sizes = np.exp(rng.uniform(np.log(100), np.log(4000), (80, 2))).astype(int)
     buckets = fill_buckets(make_table(sizes), 384)
-    rest, reserve = split_buckets(buckets, np.arange(8), 8)
+    rest, reserve = split_buckets(buckets, np.arange(40), 8)
     assert reserve.keys() <= rest.keys()
+    for part in (rest, reserve):
+        counts = [len(members) for members in part.values()]
+        assert counts == sorted(counts, reverse=True)  # previews are of the fullest
     both = [*rest.values(), *reserve.values()]
-    assert sorted(np.concatenate(both)) == list(range(40))
+    assert sorted(np.concatenate(both)) == list(range(80))

@@ -227,12 +227,16 @@ def test_noise_of_the_last_row_is_kept():
 
 
 def test_seen_and_unseen():
-    """What is called unseen is never drawn in training; of the square's two kinds of tasks one was
-    trained, the other was not, and their targets are the same."""
+    """What is called unseen is never drawn in training, also not by blanking other cells of a task,
+    from which draws keep those of its own list; of the square's two kinds of tasks one was trained,
+    the other was not, and their targets are the same."""
     kinds = {kind: {*map(graph.parse_task, names)} for kind, names in unseen.KINDS.items()}
     seen, not_seen = ([*map(graph.parse_task, names)] for names in (unseen.SEEN, unseen.UNSEEN))
     assert {*seen, *kinds.pop("trained")} <= {*graph.TRAIN}
     assert graph.TRAIN.keys().isdisjoint({*not_seen}.union(*kinds.values()))
+    for task in {*not_seen} - {*graph.HELD_OUT_TASKS, *graph.HELD_OUT_COMPOSITIONS}:
+        asked = {*task.conditions, task.target}
+        assert not any(asked <= {*other.conditions, other.target} for other in graph.TRAIN), task
     assert [t.target for t in seen] == [t.target for t in not_seen]
     nodes = {node for task in (*seen, *not_seen) for node in (*task.conditions, task.target)}
     assert nodes <= {photographs.VIEW, *photographs.DERIVED}

@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import threading
 import zlib
 
 import numpy as np
@@ -307,3 +308,21 @@ def test_proof_of_writing_leaves_nothing(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             images.check_writable(tmp_path / folder, name)
     assert [p.name for p in tmp_path.rglob("*")] == ["there", "a.png"]
+
+
+def test_threads_take_turns_to_be_quiet():
+    """Where two threads open pictures, the process's stderr is afterwards what it was."""
+    before, inside, left = os.fstat(2).st_ino, threading.Event(), threading.Event()
+
+    def second():
+        with quiet_decoders():
+            inside.set()
+            left.wait(5)
+
+    with quiet_decoders():
+        thread = threading.Thread(target=second)
+        thread.start()
+        inside.wait(0.3)  # it may not come in before this one has left
+    left.set()
+    thread.join()
+    assert os.fstat(2).st_ino == before

@@ -168,6 +168,29 @@ def test_broken_samples_are_skipped(worn, capfd):
         assert len({numbers(e)[-1] for e in group}) == 8
 
 
+def test_what_breaks_behind_its_header_is_named_at_the_start(tmp_path, capfd, monkeypatch):
+    """A picture whose size can be told and whose pixels cannot, among those that are looked at:
+    stderr is, as a command's, the very descriptor that decoders are kept from."""
+    monkeypatch.setattr(sys, "stderr", open(2, "w", buffering=1, closefd=False))
+    file = write_pairs(tmp_path / "cut", 120) / "in/000.png"
+    file.write_bytes(file.read_bytes()[:60])
+    open_own(f"{tmp_path}/cut", RECIPE)
+    assert "cut: 000: image[0][0]: " in capfd.readouterr().err
+
+
+def test_a_mask_may_be_null(pairs):
+    """As for sample.py: there is none, also in the last row, whose last cell is then asked."""
+    file = pairs.parent / "null.jsonl"
+    cells = [[f"pairs/{side}/{i:03}.png" for side in ("in", "out")] for i in range(2)]
+    cells[1][0] = {"image": cells[1][0], "mask": None}
+    lines = [{"image": rows} for rows in (cells, cells[::-1])]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    source = open_own(str(file), replace(RECIPE, held_out=0.0))
+    assert not source.broken.reasons and sum(map(len, source.buckets.values())) == 2
+    (example,) = draw_group(source, 0, 0, 1)
+    assert example.grid.targets == (1,) or example.grid.query.mask.any()
+
+
 def test_too_many_broken_samples_stop_the_run(worn):
     """More than one in a hundred ends it, and the line says which: also where a thread finds the
     last one."""

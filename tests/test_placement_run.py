@@ -1,5 +1,6 @@
 """Placements by the commands: train.py trains in one, and sample.py is told it by the adapter."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -44,6 +45,11 @@ def test_an_adapter_says_its_placement(tmp_path, placement):
     config = replace(CLEAN.flux, in_channels=placement.channels, placement=placement)
     file = adapter(tmp_path, placement, config)
     assert adapters.told_placement(file) == placement
+    (tmp_path / "folder").mkdir()
+    for name in ("pytorch_lora_weights.safetensors", "adapter.sft"):
+        shutil.copy(file, tmp_path / "folder" / name)
+    for named in ("folder", "folder/adapter.sft"):
+        assert adapters.told_placement(tmp_path / named) == placement
     adapters.check(file, config)
     tree = adapters.load(file, config)
     _, wanted, _ = weights.abstract(weights.Flux, replace(config, rank=2))

@@ -225,6 +225,7 @@ CONFIGS = {
     "groups": ("vae", {"norm_num_groups": 3}, "are not divisible by 3 groups"),
     "levels": ("vae", {"block_out_channels": [4, 8]}, "must be 4"),
     "quant": ("vae", {"use_quant_conv": True}, "use_quant_conv"),
+    "nothing": ("text_encoder", {"text_config": None}, "must be an object, not null"),
     "relu": ("text_encoder_2", {"feed_forward_proj": "relu"}, "gated-gelu"),
     "gelu": ("text_encoder", {"hidden_act": "gelu"}, "quick_gelu"),
     "ungated": ("text_encoder_2", {"is_gated_act": False}, "is_gated_act is False, only True"),

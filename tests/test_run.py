@@ -9,6 +9,7 @@ import shutil
 import signal
 from contextlib import redirect_stdout
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -264,6 +265,21 @@ def test_a_refused_run_is_as_it_was(unbroken, home, tmp_path):
         with pytest.raises(UserError, match="no intact checkpoint.*--lora .*run/lora.safetensors"):
             train.main(flags(home, out, steps=9, save_every=1) + more)
         assert read_files(tmp_path) == before
+
+
+def test_check_refuses_what_training_would(home, plain, tmp_path, monkeypatch):
+    """Tokenizers that are missing, and an adapter of another rank; where all is well, the folder
+    that one stands in is a run's as any other."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert train.main([*flags(home, "."), "--check"]) == 0
+    assert (tmp_path / "here-check.png").is_file() and not any(Path(".").iterdir())
+    with pytest.raises(UserError, match="its rank is 4, not 2; set --rank"):
+        train.main([*flags(home, "run", lora=plain / "lora.safetensors", rank=2), "--check"])
+    shutil.copytree(home / "weights", tmp_path / "weights")
+    shutil.rmtree(tmp_path / "weights/tokenizer_2")
+    with pytest.raises(UserError, match="tokenizer_2"):
+        train.main([*flags(home, "run", weights=tmp_path / "weights"), "--check"])
 
 
 def read_files(folder):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+from PIL import Image
 
 from vcloze_jax.config import MINI, UserError
 from vcloze_jax.inputs.papers import DEV
@@ -112,13 +113,20 @@ def test_text_is_text():
         ("--num-inference-steps 0", "--num-inference-steps"),
         ("--quickly", "--quickly"),
         ("unseen --photographs nowhere", "nowhere"),
+        ("unseen --photographs {}", "broken.png"),
+        ("dial --grid {}/fox.json", "fox: adapter: there is no 'maps'"),
     ],
 )
 def test_flags_are_refused(argv, message, tmp_path, monkeypatch):
     """One line, before a model is read, and nothing is written."""
     monkeypatch.setattr("vcloze_jax.pipeline.load_painter", None)
+    for name in "abc":
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_text("no picture")
+    spec = {"image": [["a.png", None]], "adapter": "maps"}
+    (tmp_path / "fox.json").write_text(json.dumps(spec))
     with pytest.raises(UserError, match=message) as refused:
-        study.main([*argv.split(), "--out", f"{tmp_path}/out"])
+        study.main([*argv.format(tmp_path).split(), "--out", f"{tmp_path}/out"])
     assert "\n" not in f"{refused.value}" and not (tmp_path / "out").exists()
 
 

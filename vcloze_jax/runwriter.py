@@ -208,7 +208,8 @@ class RunWriter:
         written = "lora.safetensors" if recipe.rank else "weights"
         print(f"{self.run.path}: finished, {written} written")
         sheet = self.run.previews / f"{step:06d}.png"
-        print(f"held-out grids, before and after: {sheet}; losses: {self.run.curves}")
+        if sheet.exists():  # no signal came before it was painted
+            print(f"held-out grids, before and after: {sheet}; losses: {self.run.curves}")
         print(f"paint one of them: {self.pose_question(self.run.path / written)}")
         return 0
 

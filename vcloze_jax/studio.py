@@ -67,7 +67,7 @@ class Studio:
     def run(self, rows, table, adapters, tell):
         """`paint`, in the thread that computes; `tell(name, sheet)` after each step."""
         self.load(adapters)
-        numbers = (n for n in range(10**6) if not (self.out / f"page{n}_inputs").exists())
+        numbers = (n for n in count() if not [*self.out.glob(f"page{n}[_.]*")])
         name = f"page{next(numbers)}"
         folder = self.out / f"{name}_inputs"
         folder.mkdir(parents=True)

@@ -104,14 +104,18 @@ class OwnGrids:
         buckets = *self.buckets.items(), *self.reserve.items()
         numbers = np.linspace(0, len(table) - 1, min(SPOT, len(table))).astype(int)
         places = [(i, shape) for i in numbers for shape, members in buckets if i in members]
-        with quiet_decoders():
-            for i, shape in places:
-                for found in self.try_to_read([i], shape):
-                    content.update(repr(found.sample).encode())
-                    cells = [cell for row in found.sample.rows for cell in row]
-                    files = [f for c in cells for f in (c.values() if isinstance(c, dict) else [c])]
-                    for file in files:
-                        content.update((self.samples.folder / file).read_bytes())
+        for i, shape in places:
+            try:
+                with quiet_decoders():
+                    found = self.read(int(i), shape)
+            except UserError as error:
+                self.broken.note(int(i), str(error))
+                continue
+            content.update(repr(found.sample).encode())
+            cells = [cell for row in found.sample.rows for cell in row]
+            files = [f for c in cells for f in (c.values() if isinstance(c, dict) else [c])]
+            for file in filter(None, files):  # a mask may be null
+                content.update((self.samples.folder / file).read_bytes())
         return content.hexdigest()[:16]
 
     def summary(self) -> str:
@@ -274,18 +278,18 @@ def choose_part(numbers: np.ndarray, share: float) -> np.ndarray:
 
 
 def split_buckets(buckets, reserved, least) -> tuple[dict, dict]:
-    """Buckets to learn from, of at least so many samples as far as can be, the fullest first, and
-    those of the samples that are `reserved`, in the same shapes."""
+    """Buckets to learn from, of at least so many samples as far as can be, and those of the samples
+    that are `reserved`, in the same shapes; of both the fullest come first."""
     rest, reserve = {}, {}
     for shape, members in buckets.items():
         if len(learnt := np.setdiff1d(members, reserved)):
             rest[shape] = learnt
     rest = merge_buckets(rest, least)
-    rest = {shape: rest[shape] for shape in sorted(rest, key=lambda s: -len(rest[s]))}
     for shape, members in buckets.items():
         near = [other for other in rest if other[:2] == shape[:2]]
         held = np.intersect1d(members, reserved)
         if len(held):
             home = nearest_shape(shape, near) if near else shape
             reserve[home] = np.append(reserve.get(home, held[:0]), held)
-    return rest, merge_buckets(reserve, 3)
+    parts = rest, merge_buckets(reserve, 3)
+    return tuple(dict(sorted(part.items(), key=lambda item: -len(item[1]))) for part in parts)

@@ -40,15 +40,15 @@ def measure_samples(samples: Sequence) -> tuple[np.ndarray, dict[int, str]]:
     if table is None:
         table = np.zeros((len(samples), len(FIELDS)), np.int32)
     missing = np.flatnonzero(table[:, -1] == 0)
-    with quiet_decoders():
-        for i in tqdm(missing, "reading sizes", unit="sample", leave=False, delay=2):
-            with error_context(samples.name(i)):
-                sample = samples[i]
-                try:
+    for i in tqdm(missing, "reading sizes", unit="sample", leave=False, delay=2):
+        with error_context(samples.name(i)):
+            sample = samples[i]
+            try:
+                with quiet_decoders():
                     table[i], much = measure_sample(sample, samples.folder)
-                    cut += [samples.name(i)] * much
-                except PictureError as error:
-                    broken[int(i)] = str(error)
+                cut += [samples.name(i)] * much
+            except PictureError as error:
+                broken[int(i)] = str(error)
     if cut:
         told = (
             f"{len(cut)} samples, as {cut[0]}, hold pictures of quite other shapes than their first"
@@ -91,7 +91,7 @@ def measure_sample(sample, folder: Path) -> tuple[tuple[int, ...], bool]:
 
 def has_masks(sample) -> bool:
     """Whether the sample says itself what is to be generated."""
-    return any(isinstance(cell, dict) for cell in sample.rows[-1])
+    return any(isinstance(cell, dict) and cell.get("mask") for cell in sample.rows[-1])
 
 
 def _read_table(file: Path, digest: str) -> np.ndarray | None:

@@ -9,6 +9,7 @@ import io
 import os
 import re
 import stat
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -161,13 +162,16 @@ def to_mask(picture: Image.Image) -> np.ndarray:
     return levels >= 128
 
 
+REDIRECTING = threading.RLock()
+
+
 @contextmanager
 def quiet_decoders() -> Iterator[None]:
     """Discard the remarks that Pillow warns and logs and that libtiff writes to stderr by itself.
 
-    What matters of them comes as UserError. Not for threads: it redirects the process's stderr.
+    What matters of them comes as UserError. It redirects the process's stderr: threads wait.
     """
-    with warnings.catch_warnings(), open(os.devnull, "w") as null:
+    with REDIRECTING, warnings.catch_warnings(), open(os.devnull, "w") as null:
         warnings.simplefilter("ignore")
         stderr = os.dup(2)
         os.dup2(null.fileno(), 2)

@@ -31,12 +31,13 @@ class RunFolder:
     """What a run writes, and where.
 
     `config` holds the recipe, and under "origins" digests of what it learns from, the compute dtype
-    and the versions that began it. Where several processes are one run, one of them `writes`; as
+    and the versions that ran it last. Where several processes are one run, one of them `writes`; as
     long as it is not known which one, none.
     """
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.path, absolute = Path(path), Path(path).absolute()  # "." has no name
+        self.sheet = absolute.with_name(f"{absolute.name}-check.png")  # of --check, beside it
         self.config, self.metrics = self.path / "config.json", self.path / "metrics.jsonl"
         self.validation, self.curves = self.path / "validation.jsonl", self.path / "losses.png"
         self.checkpoints, self.previews = self.path / "checkpoints", self.path / "previews"
@@ -56,10 +57,7 @@ class RunFolder:
             )
         begun = os.path.exists(self.config)
         if not begun and os.path.exists(self.path):
-            # What is hidden is of the system's, as macOS's .DS_Store; a run that was refused before
-            # it began leaves empty folders.
-            files = (file for file in self.path.rglob("[!.]*") if not file.is_dir())
-            if not self.path.is_dir() or any(files):
+            if not self.path.is_dir() or any(self.find_foreign(recipe.cache)):
                 raise UserError(
                     f"{self.path}: not a run of train.py, and not empty; choose another --out"
                 )
@@ -77,6 +75,15 @@ class RunFolder:
             raise UserError(
                 f"{self.config}: steps is {old['steps']}, and can only grow; raise --steps"
             )
+
+    def find_foreign(self, cache):
+        """Files that no run has put here. What is hidden is of the system's, as macOS's .DS_Store;
+        a run that was refused before it began leaves empty folders, and its `cache`."""
+        for file in self.path.rglob("*"):
+            hidden = any(part.startswith(".") for part in file.relative_to(self.path).parts)
+            cached = cache and file.resolve().is_relative_to(Path(cache).resolve())
+            if not (hidden or cached or file.is_dir()):
+                yield file
 
     def compare_origins(self, recipe, origins, accepted):
         """Raise UserError where the run was begun with something else than `origins`, {name: digest

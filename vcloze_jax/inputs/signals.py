@@ -20,7 +20,7 @@ def leave(code):
 
 class Stop:
     """While it is entered, a signal only asks for a halt: `code` is then the exit code. At any
-    other time, and the second time, it ends the process."""
+    other time it ends the process, and so does Ctrl-C after the first signal."""
 
     entered = None
 

@@ -178,7 +178,8 @@ def check_outputs(out: Path, specs: list[Spec], film: bool = False) -> None:
         cells = (cell for row in spec.resolved["image"] for cell in row if cell)
         inputs.add(spec.source.resolve())
         for cell in cells:
-            inputs.update(map(Path, cell.values() if isinstance(cell, dict) else [cell]))
+            paths = cell.values() if isinstance(cell, dict) else [cell]
+            inputs.update(Path(path).resolve() for path in paths)
     for name in names:
         if (out / name).resolve() in inputs and not _is_record(out / name):
             raise UserError(f"--out {out}: {name} is an input; choose another")

@@ -12,7 +12,6 @@ from uuid import uuid4
 
 import ml_dtypes  # noqa: F401 (NumPy learns bfloat16)
 import numpy as np
-from safetensors import SafetensorError
 
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.checks import describe_error
@@ -51,7 +50,7 @@ class ArrayStore:
             tensors = dict(zip(self.names, arrays, strict=True))
             engine.save_tensors(part, tensors, {"sha256": digest_all(arrays)})
             os.replace(part, file)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             with suppress(OSError):
                 part.unlink()
             raise UserError(f"{self.folder}: cannot be written: {describe_error(error)}") from None

@@ -19,7 +19,7 @@ from vcloze_jax.inputs.papers import PLACEMENTS
 from vcloze_jax.placement import FILL
 from vcloze_jax.sharding import compute_dtype, on_host, shardings
 from vcloze_jax.step import purpose_key
-from vcloze_jax.storage import adapters, places, weights
+from vcloze_jax.storage import adapters, checkpoint, places, weights
 from vcloze_jax.storage.folding import fold, split
 from vcloze_jax.storage.preset import read_config, read_text_length
 from vcloze_jax.storage.textreader import TextCache, TextReader, Tokenizers
@@ -237,6 +237,15 @@ def load_start(preset):
     if rank != recipe.rank:
         raise UserError(f"{file}: its rank is {rank}, not {recipe.rank}; set --rank")
     return adapter
+
+
+def check_loading(preset, folder, checkpoints):
+    """Raise UserError for what training would refuse when it loads: the newest of a run's
+    checkpoints, tokenizers, the adapter that it goes on from."""
+    checkpoint.check_newest(checkpoints)
+    Tokenizers(folder, preset.t5, preset.clip)
+    if preset.recipe.lora:
+        load_start(preset)
 
 
 def ready_export(run, trainer, state, folder):

@@ -87,7 +87,8 @@ def read_config(folder: Path, field: str, default):
     file = folder / part.folder / "config.json"
     if file.is_file():
         entries = read_json(file)
-        entries = check_type(entries.get(part.nested, entries), dict)
+        with error_context(file):
+            entries = check_type(entries.get(part.nested, entries), dict)
         with translate_errors(file):
             refuse_entries(entries, part.config, part.fixed, part.harmless)
         ours = read_fields(file, entries, part.config, default)

@@ -83,7 +83,7 @@ class TextStore(ArrayStore):
 
 
 class TextCache(TextStore):
-    """Those of the prompts that were painted last, as far as the disk allows."""
+    """Those of the prompts that were first painted last, as far as the disk allows."""
 
     def write(self, ids, embeddings):
         with suppress(OSError, UserError):  # no room, or not ours to write: it is a help, no more

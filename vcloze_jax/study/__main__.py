@@ -35,7 +35,7 @@ from vcloze_jax.data.graph200k import open_graph200k
 from vcloze_jax.data.graphemoji import open_tasks
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.pictures import check_writable, save_text
-from vcloze_jax.inputs.specfiles import read_specs
+from vcloze_jax.inputs.specfiles import check_picked, read_specs
 from vcloze_jax.storage import places
 from vcloze_jax.study.judges import FLAGS, check_judge
 from vcloze_jax.study.page import Chapter, TextTable, write_html, write_markdown
@@ -80,6 +80,8 @@ def main(argv):
     preset = places.named_preset(args.weights or places.MINI_FOLDER)
     items = open_test_items(args.data_dir, preset) if args.data_dir else None
     grids = read_specs(args.grid, preset)
+    for spec in grids:
+        check_picked(spec, ())  # of a bank, which is sample.py's
     judges = {name: check_judge(name, folder) for name in FLAGS if (folder := vars(args)[name])}
 
     from vcloze_jax.pipeline import load_painter  # JAX from here on
@@ -137,6 +139,7 @@ def describe_command(args, parts):
     """The command that makes this report, wherever it is written."""
     words = ["python", "-m", "vcloze_jax.study", "--num-inference-steps", args.num_inference_steps]
     words += ["--weights", args.asked] if args.weights else []
+    words += ["--mesh", args.mesh] if args.mesh else []
     for file, scale in args.lora or ():
         words += ["--lora", f"{file}:{scale:g}"]
     words += ["--photographs", args.photographs] if args.photographs else []

@@ -13,7 +13,7 @@ from PIL import Image
 from vcloze_jax.config import UserError
 from vcloze_jax.data.conditions import CONDITIONS, derive
 from vcloze_jax.data.graph import NODES, SIZE
-from vcloze_jax.inputs.pictures import open_picture
+from vcloze_jax.inputs.pictures import measure_picture, open_picture
 
 VIEW = "fluent_3d"  # whose place a photograph takes
 DERIVED = [name for name in CONDITIONS if name not in ("mask", "distance")]  # these need an outline
@@ -52,11 +52,14 @@ def read_photographs(folder=None):
 
 
 def photograph_files(folder):
-    """Pictures of a folder, in order."""
+    """Pictures of a folder, in order. Raises UserError, also for one that cannot be read."""
     kinds = Image.registered_extensions()
     if not Path(folder).is_dir():
         raise UserError(f"--photographs {folder}: there is no such folder")
-    files = [f for f in sorted(Path(folder).iterdir()) if f.suffix.lower() in kinds]
+    seen = (f for f in sorted(Path(folder).glob("[!.]*")) if f.is_file())
+    files = [f for f in seen if f.suffix.lower() in kinds]
+    for file in files:
+        measure_picture(file)
     if len(files) < LEAST:
         raise UserError(f"--photographs {folder}: holds {len(files)} pictures; {LEAST} are needed")
     return files

@@ -35,7 +35,7 @@ KINDS = {
 QUICK_TASKS = 1  # of each kind
 # Tasks that can be asked of a photograph; each unseen one has the target of the seen one beside it.
 SEEN = ("fluent_3d->gray", "fluent_3d->edges", "fluent_3d->blur", "blur->fluent_3d")
-UNSEEN = ("palette->gray", "palette->edges", "noise->blur", "edges+gray->fluent_3d")
+UNSEEN = ("palette->gray", "low_resolution->edges", "noise->blur", "edges+gray->fluent_3d")
 QUICK_SQUARE = 1  # of those
 SHOWN = 3  # subjects of a sheet
 SAYS = (
