@@ -79,11 +79,11 @@ class RunFolder:
     def find_foreign(self, cache):
         """Files that no run has put here. What is hidden is of the system's, as macOS's .DS_Store;
         a run that was refused before it began leaves empty folders, and its `cache`."""
-        for file in self.path.rglob("*"):
-            hidden = any(part.startswith(".") for part in file.relative_to(self.path).parts)
-            cached = cache and file.resolve().is_relative_to(Path(cache).resolve())
-            if not (hidden or cached or file.is_dir()):
-                yield file
+        cache = Path(cache).resolve() if cache else None
+        for folder, below, files in os.walk(self.path):
+            shown = (name for name in below if not name.startswith("."))
+            below[:] = (name for name in shown if Path(folder, name).resolve() != cache)
+            yield from (name for name in files if not name.startswith("."))
 
     def compare_origins(self, recipe, origins, accepted):
         """Raise UserError where the run was begun with something else than `origins`, {name: digest
