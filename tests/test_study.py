@@ -11,6 +11,7 @@ import pytest
 import tiny
 from PIL import Image
 
+from scripts.make_graph200k import write_dataset
 from vcloze_jax.config import MINI, UserError
 from vcloze_jax.inputs.papers import DEV
 from vcloze_jax.study import __main__ as study
@@ -128,6 +129,16 @@ def test_flags_are_refused(argv, message, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=message) as refused:
         study.main([*argv.format(tmp_path).split(), "--out", f"{tmp_path}/out"])
     assert "\n" not in f"{refused.value}" and not (tmp_path / "out").exists()
+
+
+def test_trained_items_are_no_test_items(tmp_path):
+    """Tables of the paper are asked of the test split, or not at all."""
+    write_dataset(tmp_path, as_json=True)
+    assert len(study.open_test_items(tmp_path, MINI).numbers) > 0
+    listed = tmp_path / "test/data.json"
+    listed.write_text(json.dumps(json.loads(listed.read_text())[:2]))
+    with pytest.raises(UserError, match="its test folder has too few items"):
+        study.open_test_items(tmp_path, MINI)
 
 
 def test_help_names_every_part(capsys):

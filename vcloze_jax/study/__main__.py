@@ -30,7 +30,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vcloze_jax.config import MINI
+from vcloze_jax.config import MINI, UserError
 from vcloze_jax.data.graph200k import open_graph200k
 from vcloze_jax.data.graphemoji import open_tasks
 from vcloze_jax.inputs import cli
@@ -126,8 +126,12 @@ def write_report(folder, lead, chapters, took):
 
 
 def open_test_items(folder, preset):
-    """The items of Graph200K that are held out, at the size of a preset's cells."""
-    return open_graph200k("", replace(preset.recipe, data_dir=str(folder))).held_out()
+    """The items of Graph200K that are held out, at the size of a preset's cells. Raises UserError,
+    also where too few are: trained ones are not asked in their place."""
+    source = open_graph200k("", replace(preset.recipe, data_dir=str(folder)))
+    if (held_out := source.held_out()) is source:
+        raise UserError(f"--data-dir {folder}: its test folder has too few items; fetch it again")
+    return held_out
 
 
 def bar_below(steps, label):
