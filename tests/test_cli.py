@@ -1,15 +1,12 @@
 """Laws of the commands: a mistake costs one line on stderr and exit code 2, and is found early."""
 
-import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from clifolder import assert_refused, make_folder
-from PIL import Image
 
 import sample
 import train
@@ -17,8 +14,6 @@ from vcloze_jax import evaluate
 from vcloze_jax.config import MINI, UserError
 from vcloze_jax.data import __main__ as data
 from vcloze_jax.inputs import cli
-from vcloze_jax.inputs.runfolder import RunFolder
-from vcloze_jax.inputs.specfiles import check_outputs, read_specs
 from vcloze_jax.inputs.tasks import find_task
 from vcloze_jax.ports import __main__ as ports
 from vcloze_jax.storage import places
@@ -97,38 +92,11 @@ def test_sample_refuses_weights_and_meshes(folder, call, monkeypatch, argv, mess
     assert not (folder / "outputs").exists()
 
 
-def test_what_a_system_leaves_in_a_folder(folder, call, monkeypatch):
-    """A run may begin where macOS has left a hidden file, and Windows' mark of UTF-8 begins a
-    preset."""
+def test_a_mark_of_windows(folder, call, monkeypatch):
+    """Windows' mark of UTF-8 begins a preset."""
     monkeypatch.chdir(folder)
-    (folder / "none/.DS_Store").write_bytes(b"Bud1")
-    (folder / "none/.snapshot").mkdir()
-    (folder / "none/.snapshot/file").write_text("text")
-    RunFolder("none").compare(MINI.recipe)
     (folder / "none/vcloze.json").write_text('{"preset": "mini"}', "utf-8-sig")
     assert places.named_preset("none") is MINI
-
-
-def test_a_run_that_was_stopped_while_its_cache_was_filled(folder):
-    """It has nothing of its own yet, and begins; anything else in its folder is foreign."""
-    recipe = replace(MINI.recipe, cache=f"{folder}/run/cache")
-    (folder / "run/cache").mkdir(parents=True)
-    (folder / "run/cache/rows").write_text("text")
-    RunFolder(folder / "run").compare(recipe)
-    with pytest.raises(UserError, match="not a run of train.py, and not empty"):
-        RunFolder(folder / "run").compare(MINI.recipe)
-
-
-def test_a_link_hides_no_input(folder):
-    """A picture that a spec reads is not painted over by another name of its folder."""
-    (folder / "pics").mkdir()
-    Image.open(folder / "a.png").save(folder / "pics/a.png")
-    (folder / "link").symlink_to(folder / "pics")
-    for name in ("pics", "link"):
-        (folder / "a.json").write_text(json.dumps({"image": [[f"{name}/a.png", None]]}))
-        for out in ("pics", "link"):
-            with pytest.raises(UserError, match="a.png is an input; choose another"):
-                check_outputs(folder / out, read_specs([folder / "a.json"], MINI))
 
 
 def test_list_tasks(call, folder):

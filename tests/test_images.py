@@ -17,8 +17,6 @@ from vcloze_jax.inputs.pictures import (
     measure_picture,
     open_picture,
     quiet_decoders,
-    save_png,
-    save_text,
 )
 
 
@@ -257,57 +255,6 @@ def test_damaged_pictures_never_raise_anything_else(tmp_path, capfd):
         except UserError as error:
             assert "\n" not in str(error)
     assert capfd.readouterr().err == ""
-
-
-def test_save_round_trip_leaves_nothing_else(tmp_path):
-    """Law: what is saved is read back exactly, replaces the old file, and no temporary stays."""
-    array = np.asarray(quadrants())
-    for content in (np.zeros_like(array), array):
-        save_png(tmp_path / "a.png", content)
-    save_text(tmp_path / "a.json", "{}")
-    assert np.array_equal(pixels(tmp_path / "a.png"), array)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.png"]
-
-
-def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
-    """Law: a save that dies midway leaves the old file whole and no temporary behind."""
-    save_text(tmp_path / "a.json", "old")
-
-    def refuse(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(images.os, "replace", refuse)
-    with pytest.raises(UserError, match="No space left"):
-        save_text(tmp_path / "a.json", "new")
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-    assert (tmp_path / "a.json").read_text() == "old"
-    monkeypatch.setattr(images.Path, "unlink", refuse)  # where clean-up fails, too, it says nothing
-    with pytest.raises(UserError, match="No space left"):
-        save_text(tmp_path / "a.json", "new")
-
-
-def test_proof_of_writing_leaves_nothing(tmp_path, monkeypatch):
-    """Law: that a file can be written is proved by writing one; nothing of it stays, nor a folder
-    that was made for it, and what was there stays."""
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there/a.png").write_bytes(b"old")
-    for folder in ("there", "a/b/c"):
-        images.check_writable(tmp_path / folder, "a.png")
-    assert [p.name for p in tmp_path.rglob("*")] == ["there", "a.png"]
-
-    def refuse(*_):
-        raise OSError(30, "Read-only file system")
-
-    for folder, name, message in (
-        ("there/a.png", "x", "--out .*a.png: File exists; choose another folder"),
-        ("there", "n" * 250, "--out .*there: File name too long; shorten the name"),
-        ("new", "x", "--out .*new: Read-only file system.*; choose another folder"),
-    ):
-        if folder == "new":
-            monkeypatch.setattr(images.Path, "write_bytes", refuse)
-        with pytest.raises(UserError, match=message):
-            images.check_writable(tmp_path / folder, name)
-    assert [p.name for p in tmp_path.rglob("*")] == ["there", "a.png"]
 
 
 def test_threads_take_turns_to_be_quiet():

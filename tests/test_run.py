@@ -32,13 +32,11 @@ from safetensors.numpy import load_file
 import sample
 import train
 from vcloze_jax import plan
-from vcloze_jax.config import MINI, PRESETS, UserError
+from vcloze_jax.config import PRESETS, UserError
 from vcloze_jax.inputs.signals import SIGNALS
 from vcloze_jax.inputs.specfiles import read_specs
 from vcloze_jax.ports import __main__ as ports
-from vcloze_jax.runwriter import RunWriter
 from vcloze_jax.storage import adapters, checkpoint, weights
-from vcloze_jax.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -315,22 +313,6 @@ def test_not_finite(unbroken, home, tmp_path):
         assert len(metrics(out)) == checkpoint.latest(out / "checkpoints") == 4
     assert train.main(flags(home, out) + accept) == 0
     assert_same_run(out, unbroken)
-
-
-@pytest.mark.parametrize(
-    "step, stopped, failed",
-    [(0, "step 0", "begin again"), (3, "step 3, saved", "the state before it is saved: go on")],
-)
-def test_what_is_saved_is_said(capsys, step, stopped, failed):
-    """A run that is stopped, or whose next step is not finite, says that it is saved where a step
-    was made, and there alone."""
-    trainer = SimpleNamespace(recipe=MINI.recipe, step=step, state=SimpleNamespace(_replace=dict))
-    run = SimpleNamespace(path="run")
-    RunWriter.conclude(SimpleNamespace(trainer=trainer, run=run, first=None, code=143))
-    assert capsys.readouterr().out == f"run: stopped at {stopped}; the same command resumes\n"
-    sent = dict(step=step + 1, failed=True, told=[{"target": np.nan}], norms={"all": np.nan})
-    with pytest.raises(FloatingPointError, match=f"norm nan; {failed} with a lower --lr"):
-        Trainer.wait(trainer, SimpleNamespace(**sent))
 
 
 def test_failed_start_is_no_run(unbroken, plain, home, tmp_path, monkeypatch):

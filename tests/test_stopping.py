@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 from runs import (
@@ -24,9 +26,11 @@ from runs import (
 from safetensors import safe_open
 
 import train
-from vcloze_jax.config import UserError
+from vcloze_jax.config import MINI, UserError
 from vcloze_jax.inputs.signals import SIGNALS
+from vcloze_jax.runwriter import RunWriter
 from vcloze_jax.storage import checkpoint
+from vcloze_jax.trainer import Trainer
 
 # train.py that says when it comes to something, a name and the time, and waits before it saves.
 TELLING = """
@@ -229,6 +233,22 @@ def test_a_save_that_fails_ends_the_run(home, tmp_path, monkeypatch):
         train.main(flags(home, out, steps=60))
     assert os.listdir(out / "checkpoints") == ["2"] and len(metrics(out)) < 8
     assert safe_open(out / "lora.safetensors", "numpy").metadata()["step"] == "2"
+
+
+@pytest.mark.parametrize(
+    "step, stopped, failed",
+    [(0, "step 0", "begin again"), (3, "step 3, saved", "the state before it is saved: go on")],
+)
+def test_what_is_saved_is_said(capsys, step, stopped, failed):
+    """A run that is stopped, or whose next step is not finite, says that it is saved where a step
+    was made, and there alone."""
+    trainer = SimpleNamespace(recipe=MINI.recipe, step=step, state=SimpleNamespace(_replace=dict))
+    run = SimpleNamespace(path="run")
+    RunWriter.conclude(SimpleNamespace(trainer=trainer, run=run, first=None, code=143))
+    assert capsys.readouterr().out == f"run: stopped at {stopped}; the same command resumes\n"
+    sent = dict(step=step + 1, failed=True, told=[{"target": np.nan}], norms={"all": np.nan})
+    with pytest.raises(FloatingPointError, match=f"norm nan; {failed} with a lower --lr"):
+        Trainer.wait(trainer, SimpleNamespace(**sent))
 
 
 PARENT = """

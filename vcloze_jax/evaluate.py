@@ -309,9 +309,9 @@ def main(argv):
     text = markdown(table, summary)
     save_text(args.out / "table.md", text)
     save_text(args.out / "table.json", json.dumps({"summary": summary, "tasks": table}, indent=1))
-    for folder in [args.out] + [args.card.parent] * bool(args.card):
-        save_png(folder / SHEET, stack_sheets(strips))
+    save_png(args.out / SHEET, stack_sheets(strips))
     if args.card:
+        save_png(args.card.parent / SHEET, stack_sheets(strips))
         write_card(args.card, text)
     print(text)
 

@@ -15,6 +15,7 @@ from vcloze_jax.placement import FILL, Placement
 from vcloze_jax.ports import export
 from vcloze_jax.ports.adapters import Adapter, open_adapter, read_arrays
 from vcloze_jax.ports.engine import SafetensorsFile
+from vcloze_jax.ports.locate import OPENED
 from vcloze_jax.ports.loraconfig import find_adapter
 from vcloze_jax.ports.tables import mmdit
 from vcloze_jax.ports.tables.namings import NAMINGS
@@ -34,7 +35,7 @@ def told_placement(file: Path) -> Placement | None:
     FILL; None for files of others. Raises UserError for one that is not known."""
     with translate_errors(file):
         file = find_adapter(file)
-        if file.suffix not in (".safetensors", ".sft") or not file.is_file():
+        if file.suffix not in OPENED or not file.is_file():
             return None
         told = SafetensorsFile(file).metadata
     is_ours = {"step", "weights"} <= told.keys() or file.resolve() == places.MINI_LORA

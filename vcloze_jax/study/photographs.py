@@ -13,6 +13,7 @@ from PIL import Image
 from vcloze_jax.config import UserError
 from vcloze_jax.data.conditions import CONDITIONS, derive
 from vcloze_jax.data.graph import NODES, SIZE
+from vcloze_jax.data.pairfolders import walk_pictures
 from vcloze_jax.inputs.pictures import measure_picture, open_picture
 
 VIEW = "fluent_3d"  # whose place a photograph takes
@@ -52,12 +53,10 @@ def read_photographs(folder=None):
 
 
 def photograph_files(folder):
-    """Pictures of a folder, in order. Raises UserError, also for one that cannot be read."""
-    kinds = Image.registered_extensions()
+    """Pictures in a folder, in order. Raises UserError, also for one that cannot be read."""
     if not Path(folder).is_dir():
         raise UserError(f"--photographs {folder}: there is no such folder")
-    seen = (f for f in sorted(Path(folder).glob("[!.]*")) if f.is_file())
-    files = [f for f in seen if f.suffix.lower() in kinds]
+    files = [*walk_pictures(Path(folder))]
     for file in files:
         measure_picture(file)
     if len(files) < LEAST:
