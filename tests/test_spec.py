@@ -10,6 +10,8 @@ from PIL import Image
 from specfolder import GRID, LAYOUT, make_folder, read
 
 from vcloze_jax.config import FLUX_FILL, MINI, UserError
+from vcloze_jax.grid import Spec
+from vcloze_jax.inputs.cells import build_grid
 from vcloze_jax.inputs.spec import KEYS
 from vcloze_jax.inputs.specfiles import IMAGES, read_specs, write_spec
 
@@ -171,3 +173,18 @@ def test_written_specs_are_read(folder, cell):
         np.testing.assert_array_equal(row.pixels[~row.mask], same.pixels[~row.mask])
     for key in ("prompt", "seed", "num_inference_steps", "guidance_scale"):
         assert getattr(spec, key) == getattr(again, key)
+
+
+@pytest.mark.parametrize("resolution", [64, 384])
+@pytest.mark.parametrize("shape", [(1, 2), (9, 16), (3, 2), (21, 9)])
+def test_written_specs_keep_their_sizes(tmp_path, shape, resolution):
+    """Law: also where rounding makes another size of a row's size, a Spec that is written is read
+    as large as it was, whether a cell of it is asked for, or two, or a part."""
+    width, height = (100 * side for side in shape)
+    picture = Image.new("RGB", (width, height))
+    part = picture, np.arange(width) // (width // 2) == np.zeros((height, 1))
+    for i, asked in enumerate(([picture, None], [None, None], [picture, part])):
+        grid = build_grid([[picture] * 3, [picture, *asked]], resolution)
+        write_spec(tmp_path / f"{i}.json", Spec(grid, "", 1, 1.0), resolution)
+        (again,) = read_specs([tmp_path / f"{i}.json"], MINI)
+        assert [row.size for row in again.grid.rows] == [row.size for row in grid.rows]

@@ -50,6 +50,22 @@ def row_size(width: int, height: int, resolution: int) -> tuple[int, int]:
     return floor(int(h * aspect)), floor(h)
 
 
+def find_resolution(grid: Grid, resolution: int) -> int:
+    """The resolution, this one or the nearest below, by which a grid's cells, as pictures that are
+    given, are read as large as they are: of a size that it has made, `row_size` may make another.
+    This one where there is none."""
+    cells, sizes = [], []
+    for row in grid.rows:
+        pairs = zip(grid.split(row.pixels), grid.split(row.mask), strict=True)
+        cells.append(
+            [(None if m.all() else Image.fromarray(x), m if m.any() else None) for x, m in pairs]
+        )
+        height, width, _ = row.pixels.shape
+        sizes.append((width // grid.columns, height))
+    fits = (r for r in range(resolution, PATCH, -1) if _row_sizes(cells, r) == sizes)
+    return next(fits, resolution)
+
+
 def cover(
     picture: Image.Image, width: int, height: int, resample=Image.Resampling.LANCZOS
 ) -> Image.Image:

@@ -13,6 +13,7 @@ import numpy as np
 
 from vcloze_jax.config import PRESETS, Preset, UserError
 from vcloze_jax.grid import Spec
+from vcloze_jax.inputs.cells import find_resolution
 from vcloze_jax.inputs.checks import (
     WRAPPED,
     check_integer,
@@ -140,7 +141,8 @@ def write_spec(file: Path, spec: Spec, resolution: int) -> None:
         cells = zip(spec.grid.split(row.pixels), spec.grid.split(row.mask), strict=True)
         image.append([_write_cell(folder / f"{r}_{c}.png", *cell) for c, cell in enumerate(cells)])
     table = {"image": image, "layout_prompt": "", "task_prompt": spec.prompt}
-    table |= {"resolution": resolution, "num_inference_steps": spec.num_inference_steps}
+    table |= {"resolution": find_resolution(spec.grid, resolution)}
+    table |= {"num_inference_steps": spec.num_inference_steps}
     table |= {"guidance_scale": spec.guidance_scale, "seed": spec.seed}
     save_text(file, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
 
