@@ -12,7 +12,7 @@ import pytest
 import train
 from vcloze_jax.config import MINI, PRESETS, Recipe, UserError
 from vcloze_jax.inputs import recipeflags
-from vcloze_jax.inputs.metrics import draw_curves
+from vcloze_jax.inputs.metrics import draw_curves, read_column
 from vcloze_jax.inputs.runfolder import FREE, ORIGINS, Log, RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -139,6 +139,17 @@ def test_golden_run(tmp_path):
     assert run.curves.stat().st_size
     Log(run.metrics, 1)
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1]
+
+
+def test_logs_of_skipped_steps(tmp_path):
+    """Law: a log is JSON, which knows no NaN, also where a step was not finite; what reads a column
+    of it leaves that step out."""
+    log = Log(tmp_path / "metrics.jsonl", 0)
+    for step, loss in ((1, 0.5), (2, float("nan")), (3, 0.25)):
+        log.write({"step": step, "loss": loss, "loss_by_region": {"grid": -loss}})
+    lines = log.path.read_text().splitlines()
+    assert json.loads(lines[1]) == {"step": 2, "loss": None, "loss_by_region": {"grid": None}}
+    assert "NaN" not in lines[1] and read_column(log.path, "loss") == ([1, 3], [0.5, 0.25])
 
 
 def test_identity_as_a_command(begun, call):

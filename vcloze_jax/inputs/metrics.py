@@ -75,6 +75,7 @@ def draw_curves(metrics, validation, picture):
 
 
 def read_column(log, name):
-    """Steps and the values of one number in a log."""
+    """Steps and the values of one number in a log, but for those that were skipped."""
     records = [json.loads(line) for line in log.read_text().splitlines()]
+    records = [r for r in records if r[name] is not None]
     return [r["step"] for r in records], [r[name] for r in records]

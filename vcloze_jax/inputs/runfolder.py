@@ -168,7 +168,8 @@ def read_identity(file):
 
 class Log:
     """A JSON-lines file with one object a step, each once: what lies past step `start` is cut, and
-    a torn line."""
+    a torn line. JSON has no number that is not finite: null stands for it, in a step that was
+    skipped."""
 
     def __init__(self, path, start):
         self.path, kept = path, []
@@ -178,6 +179,7 @@ class Log:
         save_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, record):
+        record = json.loads(json.dumps(record), parse_constant=lambda _: None)
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
