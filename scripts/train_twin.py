@@ -3,13 +3,19 @@
     pip install torch==2.13.0
     python scripts/train_twin.py --data graphemoji --weights DIR --rank 0 ...
 
-All flags are train.py's but --guide, and all but the gradient is its own: draws, latents,
-optimizer, average, checkpoints. Processes share the micro-batches of a step, each on one core.
+All flags are train.py's but two, and all but the gradient is its own: draws, latents, optimizer,
+average, checkpoints. Processes share the micro-batches of a step, each on one core.
 
 --guide W (1 where it is left out: not at all) teaches guidance by examples, in grids whose rows are
 of one size. With u what the start weights say of the last row without examples, and v with them,
 the target there is velocity + (W - 1) log(guidance) / log(30) (v - u): at a guidance of 1 the
-data's. A run does not remember W: who goes on says it again.
+data's.
+
+--temperature T (1: not at all) teaches to paint with less chance in it: the target is no picture of
+the data but what the start weights paint, in 4 steps, of the same noise times T; at a guidance of 1
+of the noise itself, and of its power log(guidance) / log(30) between. Given cells are the data's.
+
+A run remembers neither: who goes on says it again.
 """
 
 import argparse
@@ -31,23 +37,25 @@ from vcloze_jax.study.trainings import count_cores
 from vcloze_jax.train import main as train
 
 CORES = count_cores()
+STEPS = 4  # in which a teacher paints
 
 
 def main(argv):
     import vcloze_jax.trainer  # JAX from here on, once cli.run has told it its cache
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--guide", type=float, default=1.0)
+    for flag in ("--guide", "--temperature"):
+        parser.add_argument(flag, type=float, default=1.0)
     own, argv = parser.parse_known_args(argv)
     if {"-h", "--help"} & {*argv}:
         print(__doc__)  # train.py then tells its own
     sys.argv[0] = str(Path(__file__).parents[1] / "train.py")  # other commands lie beside that
     with ExitStack() as ending:
-        vcloze_jax.trainer.Trainer = make_trainer(vcloze_jax.trainer.Trainer, ending, own.guide)
+        vcloze_jax.trainer.Trainer = make_trainer(vcloze_jax.trainer.Trainer, ending, **vars(own))
         return train(argv)
 
 
-def make_trainer(base, ending, guide=1.0):
+def make_trainer(base, ending, guide=1.0, temperature=1.0):
     """Trainer, but for the gradient; `ending` ends the processes."""
 
     class TwinTrainer(base):
@@ -58,9 +66,13 @@ def make_trainer(base, ending, guide=1.0):
             if recipe.rank or any(getattr(recipe, x) != getattr(Recipe, x) for x in others):
                 flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
                 raise UserError(f"train_twin.py: give --rank 0, and none of {flags}")
-            if guide != 1 and not preset.flux.guidance_embed:
-                raise UserError("--guide: a model without guidance has nothing to tell it by")
-            self.twin = Twin(self.state.trainable["flux"], preset.flux, ending, guide)
+            if (guide, temperature) != (1, 1) and not preset.flux.guidance_embed:
+                raise UserError(
+                    "--guide, --temperature: a model without guidance has nothing to tell them by"
+                )
+            if 1 not in (guide, temperature):
+                raise UserError("--guide, --temperature: one run teaches one of them; leave one out")
+            self.twin = Twin(self.state.trainable["flux"], preset, ending, guide, temperature)
 
         def program(self, name, shape, *args):
             if name == "accumulate":
@@ -76,10 +88,10 @@ def make_trainer(base, ending, guide=1.0):
 
 class Twin:
     """In place of a Trainer's `accumulate`: micro-batches go to processes, each of which adds their
-    gradients up; `gathers` has its sum handed to the update. Where it guides, it does so by the
-    weights that it begins with, which are a run's first also where the run goes on."""
+    gradients up; `gathers` has its sum handed to the update. Where a teacher says the target, it is
+    the weights that this begins with, which are a run's first also where the run goes on."""
 
-    def __init__(self, flux, config, ending, guide):
+    def __init__(self, flux, preset, ending, guide, temperature):
         import jax
         from twin import rearrange
 
@@ -89,15 +101,16 @@ class Twin:
         self.restore = jax.jit(jax.linear_transpose(self.rearrange, flux))
         size = sum(map(math.prod, shapes))
         self.weights, *self.sums = (torch.zeros(size).share_memory_() for _ in range(1 + CORES))
-        teacher = torch.zeros(size).share_memory_() if guide != 1 else None
+        taught = (guide, temperature) != (1, 1)
+        teacher = torch.zeros(size).share_memory_() if taught else None
         if teacher is not None:
             self.write(flux, teacher)
-        self.as_arrays = partial(as_arrays, rows=config.axes_dim[0], guide=guide)
+        self.as_arrays = partial(as_arrays, preset=preset, guide=guide, temperature=temperature)
         self.shapes, self.seen, self.version, self.sent = shapes, None, 0, []
         spawn = torch.multiprocessing.get_context("spawn")
         self.pools = []  # of one process each: which has which micro-batch is the same every time
         for own in self.sums:
-            args = self.weights, own, teacher, shapes, tree, config.heads
+            args = self.weights, own, teacher, shapes, tree, preset.flux.heads
             self.pools.append(ending.enter_context(ProcessPoolExecutor(1, spawn, begin, args)))
 
     def __call__(self, trainable, frozen, grads, noisy):
@@ -148,20 +161,26 @@ class Told(dict):
         return super().__getitem__(name) if name in ("time", "kind") else self.losses.result()[name]
 
 
-def as_arrays(noisy, rows=0, guide=1.0):
-    """A NoisyBatch as twin.losses takes it, in NumPy; what guides is told by how many channels of a
-    head's turn with the row's number."""
+def as_arrays(noisy, preset=None, guide=1.0, temperature=1.0):
+    """A NoisyBatch as twin.losses takes it, in NumPy, with what a teacher is told."""
+    from vcloze_jax.flow import schedule
     from vcloze_jax.model.ops import timestep_embedding
 
     c = noisy.context
-    own = dict(x_t=noisy.x_t, velocity=noisy.velocity, share=noisy.share)
+    own = dict(x_t=noisy.x_t, velocity=noisy.velocity, share=noisy.share, time=noisy.t)
     own |= dict(condition=c.condition, txt=c.txt, pooled=c.pooled)
     own |= dict(t=timestep_embedding(noisy.t), guidance=timestep_embedding(c.guidance))
     pe = [np.repeat(np.asarray(x), 2, -1) for x in c.pe]
+    of_guidance = np.log(c.guidance) / np.float32(math.log(30))
     if guide != 1:
-        own["strength"] = np.float32((guide - 1) * np.log(c.guidance) / math.log(30))
-        of_row = pe[0][0, c.txt.shape[1] :, 0, :rows]
+        own["strength"] = (guide - 1) * of_guidance
+        # Of a head's turn these channels tell the row's number.
+        of_row = pe[0][0, c.txt.shape[1] :, 0, : preset.flux.axes_dim[0]]
         own["query"] = np.array((of_row == of_row[-1]).all(-1).sum())
+    if temperature != 1:
+        own["temperature"] = temperature**of_guidance
+        own["times"] = schedule(STEPS, noisy.x_t.shape[1], preset.flow)
+        own["of_times"] = timestep_embedding(own["times"])
     return {name: np.asarray(x) for name, x in own.items()} | {"pe": pe}
 
 

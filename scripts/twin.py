@@ -211,7 +211,32 @@ def guided(teacher, noisy, heads):
     return asked
 
 
+@torch.no_grad()
+def painted(teacher, noisy, heads):
+    """The same noise at the same time, on its straight way to what the teacher paints of it where
+    something is masked: {"x_t", "velocity"} [B, S, 64]. It paints of the noise times
+    `temperature` [B], at `times`, whose sinusoids are `of_times` [N + 1, 256].
+
+    A picture that is drawn at random errs twice as much as the mean of all that may be (squared);
+    what begins with less noise lies between them, and few steps lead it less far away.
+    """
+    x_t, velocity, t = noisy["x_t"], noisy["velocity"], noisy["time"][:, None, None]
+    noise, asked = x_t + (1 - t) * velocity, noisy["share"][..., None] > 0
+    x = torch.where(asked, noisy["temperature"][:, None, None], 1) * noise
+    times = noisy["times"].tolist()
+    for now, then, of_time in zip(times, times[1:], noisy["of_times"], strict=False):
+        told = noisy | {"x_t": x, "t": of_time.expand(len(x), -1).contiguous()}
+        v = torch.where(asked, predict(teacher, told, heads), velocity)
+        x = x + (then - now) * v
+    velocity = noise - x
+    return {"x_t": noise - (1 - t) * velocity, "velocity": velocity}
+
+
 def losses(p, noisy, heads, teacher=None):
-    """step.losses_by_region of a noisy batch (see `predict`), "target" and "grid", [B] each."""
-    velocity = guided(teacher, noisy, heads) if teacher else noisy["velocity"]
-    return masked_losses(predict(p, noisy, heads), velocity, noisy["share"])
+    """step.losses_by_region of a noisy batch (see `predict`), "target" and "grid", [B] each; what
+    a teacher is told says which way it teaches."""
+    if "strength" in noisy:
+        noisy = noisy | {"velocity": guided(teacher, noisy, heads)}
+    if "temperature" in noisy:
+        noisy = noisy | painted(teacher, noisy, heads)
+    return masked_losses(predict(p, noisy, heads), noisy["velocity"], noisy["share"])

@@ -1,6 +1,7 @@
 """The training step's MMDiT in PyTorch (scripts/twin.py)."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vcloze_jax import conditioning, step
-from vcloze_jax.config import FluxConfig
+from vcloze_jax import conditioning, flow, step
+from vcloze_jax.config import MINI, FluxConfig
 from vcloze_jax.model.mmdit import Flux
 from vcloze_jax.model.ops import rope_table
 
@@ -18,6 +19,7 @@ SIZES = FluxConfig(
     width=32, heads=2, double_blocks=2, single_blocks=3, text_width=12, vec_width=8,
     axes_dim=(4, 6, 6), remat="none",
 )  # fmt: skip
+PRESET = replace(MINI, flux=SIZES)
 B, T, S = 3, 5, 8
 
 
@@ -46,6 +48,17 @@ def draw_flux(sizes):
     rng = np.random.default_rng(1)
     draw = lambda x: x + jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32)  # noqa: E731
     return graphdef, jax.tree.map(draw, nnx.to_pure_dict(state))
+
+
+def as_twin(tree):
+    """A tree of Flux's as the twin's weights."""
+    torch = pytest.importorskip("torch")
+    from scripts import twin
+    from scripts.train_twin import filled
+
+    leaves, treedef = jax.tree.flatten(twin.rearrange(tree))
+    leaves = [torch.from_numpy(np.array(x)) for x in leaves]
+    return filled(jax.tree.unflatten(treedef, range(len(leaves))), leaves)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # PyTorch's, of its own
@@ -104,7 +117,7 @@ def test_guidance_by_examples(noisy, monkeypatch):
     was, and so is all of a grid of one row."""
     torch = pytest.importorskip("torch")
     from scripts import twin
-    from scripts.train_twin import as_arrays, filled
+    from scripts.train_twin import as_arrays
 
     monkeypatch.setattr(twin, "LOW", torch.float32)
     graphdef, tree = draw_flux(SIZES)
@@ -121,14 +134,10 @@ def test_guidance_by_examples(noisy, monkeypatch):
     query = c._replace(condition=alone(c.condition), pe=half)
     u = conditioning.velocity(flux, alone(noisy.x_t), mod, query)
 
-    leaves, treedef = jax.tree.flatten(twin.rearrange(tree))
-    teacher = filled(
-        jax.tree.unflatten(treedef, range(len(leaves))),
-        [torch.from_numpy(np.array(x)) for x in leaves],
-    )
+    teacher = as_twin(tree)
 
     def ask(noisy):
-        arrays = as_arrays(noisy, rows=SIZES.axes_dim[0], guide=3.0)
+        arrays = as_arrays(noisy, PRESET, guide=3.0)
         inputs = jax.tree.map(lambda x: torch.from_numpy(np.array(x)), arrays)
         with torch.compiler.set_stance("force_eager"):
             return twin.guided(teacher, inputs, SIZES.heads).numpy()
@@ -145,3 +154,36 @@ def test_guidance_by_examples(noisy, monkeypatch):
     )
     one_row = one_row._replace(context=query)
     np.testing.assert_array_equal(ask(one_row), alone(true))
+
+
+def test_temperature(noisy, monkeypatch):
+    """With --temperature 0.5 what is masked stands on its noise's straight way to what Euler makes
+    of that noise, halved at guidance 30, whole at 1; what is given is as it was, and led the steps
+    along its own way."""
+    torch = pytest.importorskip("torch")
+    from scripts import train_twin, twin
+
+    monkeypatch.setattr(twin, "LOW", torch.float32)
+    graphdef, tree = draw_flux(SIZES)
+    flux, guidance = nnx.merge(graphdef, tree), jnp.asarray([1.0, 30.0, 30.0])
+    noisy = noisy._replace(context=noisy.context._replace(guidance=guidance))
+    noisy = noisy._replace(share=noisy.share.at[:, : S // 2].set(0))
+    t, given, c = noisy.t[:, None, None], np.s_[:, : S // 2], noisy.context
+    noise = noisy.x_t + (1 - t) * noisy.velocity
+
+    x = noise.at[1:, S // 2 :].mul(0.5)
+    times = flow.schedule(train_twin.STEPS, S, PRESET.flow)
+    for now, then in zip(times, times[1:], strict=False):
+        now, then = np.full(B, now), np.full(B, then)
+        v = conditioning.velocity(flux, x, flux.modulation(now, guidance, c.pooled), c)
+        x = flow.euler(x, v.at[given].set(noisy.velocity[given]), now, then)
+
+    arrays = train_twin.as_arrays(noisy, PRESET, temperature=0.5)
+    inputs = jax.tree.map(lambda x: torch.from_numpy(np.array(x)), arrays)
+    with torch.compiler.set_stance("force_eager"):
+        found = twin.painted(as_twin(tree), inputs, SIZES.heads)
+    close = partial(np.testing.assert_allclose, atol=1e-4)  # sums in another order
+    close(found["velocity"], noise - x)
+    close(found["x_t"], (1 - t) * x + t * noise)
+    close(found["velocity"][given], noisy.velocity[given])
+    assert np.abs(found["velocity"].numpy() - noisy.velocity).mean() > 0.1
