@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vcloze_jax.data.owndata import split_buckets
-from vcloze_jax.data.sizes import ASPECTS, fill_buckets, merge_buckets
+from vcloze_jax.data.sizes import ASPECTS, fill_buckets, find_near, merge_buckets
 from vcloze_jax.inputs.cells import row_size
 
 
@@ -34,8 +34,8 @@ def test_few_sizes_of_cells(resolution):
 
 
 def test_small_buckets_join_their_neighbour():
-    """No bucket that can join one of as many rows and columns has less than asked for; nothing is
-    lost; what is large enough stays."""
+    """No bucket has less than asked for that can join one of as many rows and columns, and of no
+    quite other aspect; nothing is lost; what is large enough stays."""
     rng = np.random.default_rng(1)
     for _ in range(50):
         sizes = np.exp(rng.uniform(np.log(100), np.log(4000), (60, 2))).astype(int)
@@ -44,15 +44,29 @@ def test_small_buckets_join_their_neighbour():
         buckets = fill_buckets(table, 384)
         merged = merge_buckets(buckets, 8)
         assert sorted(np.concatenate(list(merged.values()))) == list(range(60))
-        for columns in (2, 3):
-            own = [members for shape, members in merged.items() if shape.columns == columns]
-            assert len(own) == 1 or min(map(len, own)) >= 8
+        for shape, members in merged.items():
+            within = [own for own, some in buckets.items() if np.isin(some, members).all()]
+            assert all(shape in find_near(own, merged) for own in within)
+            others = merged.keys() - {shape}
+            can_join = [x for x in others if all(x in find_near(own, others) for own in within)]
+            assert len(members) >= 8 or not can_join
         assert {s for s, m in buckets.items() if len(m) >= 8} <= merged.keys()
+
+
+def test_unlike_buckets_stay_apart():
+    """Law: no picture loses a third or more for the number of its like: few portraits stand beside
+    many landscapes in cells of their own, also where some are held out."""
+    buckets = fill_buckets(make_table([(160, 90)] * 10 + [(90, 160)] * 10 + [(1000, 900)]), 64)
+    rest, reserve = split_buckets(buckets, np.array([0, 10, 11, 12]), 16)
+    assert {(s.width > s.height): len(m) for s, m in rest.items() if s.width != s.height} == {
+        True: 9, False: 7,
+    }  # fmt: skip
+    assert sorted(map(len, reserve.values())) == [1, 3]
 
 
 def test_held_out_shapes_are_those_of_training():
     """What is held out is cut as training's pictures are, so that it needs no program more, unless
-    its number of rows and columns is learnt nowhere."""
+    nothing like it is learnt."""
     rng = np.random.default_rng(5)
     sizes = np.exp(rng.uniform(np.log(100), np.log(4000), (80, 2))).astype(int)
     buckets = fill_buckets(make_table(sizes), 384)

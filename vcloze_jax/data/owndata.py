@@ -21,12 +21,13 @@ from vcloze_jax.data.draws import ROWS, draw_blank, draw_order, draw_rows, draw_
 from vcloze_jax.data.jsonlines import LineSamples, OwnSample
 from vcloze_jax.data.pairfolders import FolderSamples, read_samples
 from vcloze_jax.data.sizes import (
+    distance,
     fill_buckets,
+    find_near,
     find_table,
     has_masks,
     measure_samples,
     merge_buckets,
-    nearest_shape,
 )
 from vcloze_jax.data.sources import SPARE, Example, Shape, random_generator
 from vcloze_jax.grid import Grid
@@ -286,10 +287,10 @@ def split_buckets(buckets, reserved, least) -> tuple[dict, dict]:
             rest[shape] = learnt
     rest = merge_buckets(rest, least)
     for shape, members in buckets.items():
-        near = [other for other in rest if other[:2] == shape[:2]]
         held = np.intersect1d(members, reserved)
         if len(held):
-            home = nearest_shape(shape, near) if near else shape
+            near = find_near(shape, rest)
+            home = min(near, key=lambda other: distance(other, shape)) if near else shape
             reserve[home] = np.append(reserve.get(home, held[:0]), held)
     parts = rest, merge_buckets(reserve, 3)
     return tuple(dict(sorted(part.items(), key=lambda item: -len(item[1]))) for part in parts)

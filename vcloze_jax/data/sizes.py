@@ -1,15 +1,16 @@
 """Sizes of the user's pictures, read once and kept beside them, and the buckets that they make.
 
 A grid's cells all have one of at most nine sizes, of the area that --resolution asks for: that
-whose aspect is nearest to its query's first picture. Pictures are cut to it from their centre. So a
-file of photographs needs a program for each of few shapes, and not one for every pair of ratios
-(sampling makes one grid, and gives each row its own size).
+whose aspect is nearest to its query's first picture, or, where few have that, the next that is not
+much unlike it. Pictures are cut to it from their centre. So a file of photographs needs a program
+for each of few shapes, and not one for every pair of ratios (sampling makes one grid, and gives
+each row its own size).
 """
 
 import io
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -119,18 +120,26 @@ def fill_buckets(table: np.ndarray, resolution: int) -> dict[Shape, np.ndarray]:
 
 
 def merge_buckets(buckets: dict[Shape, np.ndarray], least: int) -> dict[Shape, np.ndarray]:
-    """The same samples in fewer buckets: the smallest joins the one of as many rows and columns
-    whose aspect is nearest, until each that can has at least `least`."""
-    buckets = dict(buckets)
+    """The same samples in fewer buckets: the smallest joins the one of `find_near` whose aspect is
+    nearest, until each that can has at least `least`."""
+    buckets, joined = dict(buckets), {shape: [shape] for shape in buckets}
     for shape in sorted(buckets, key=lambda shape: len(buckets[shape])):
-        near = [other for other in buckets if other != shape and other[:2] == shape[:2]]
+        near = [other for other in buckets if other != shape]
+        for own in joined[shape]:
+            near = find_near(own, near)
         if len(buckets[shape]) < least and near:
-            other = nearest_shape(shape, near)
+            other = min(near, key=lambda other: distance(other, shape))
             buckets[other] = np.sort(np.append(buckets[other], buckets.pop(shape)))
+            joined[other] += joined[shape]
     return buckets
 
 
-def nearest_shape(shape: Shape, shapes: list[Shape]) -> Shape:
-    """That of `shapes` whose cells' aspect is nearest."""
-    aspect = lambda s: np.log(s.width / s.height)  # noqa: E731
-    return min(shapes, key=lambda other: abs(aspect(other) - aspect(shape)))
+def find_near(shape: Shape, shapes: Iterable[Shape]) -> list[Shape]:
+    """Those of `shapes` in which a grid of that shape may stand: of as many rows and columns, and
+    of no quite other aspect, whose cells would lose a third or more of their pictures."""
+    return [x for x in shapes if x[:2] == shape[:2] and distance(x, shape) < UNLIKE]
+
+
+def distance(a: Shape, b: Shape) -> float:
+    """How unlike the aspects of two shapes are: the logarithm of what divides them."""
+    return abs(math.log(a.width / a.height) - math.log(b.width / b.height))
