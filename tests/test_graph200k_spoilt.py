@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -93,6 +94,53 @@ def test_what_cannot_be_read_is_refused(copied, tmp_path):
     shard.write_bytes(half)
     with pytest.raises(UserError, match=f"{shard.name}: .*; fetch it again"):
         open_graph(copied)
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"description": "a cat"}, "item 1: description is not as published"),
+        ({"description": {"item": "cat", "description_0": 3}}, "item 1: description is not"),
+        ({"n": 10**5000}, "byte [0-9]+: Exceeds the limit"),
+    ],
+)
+def test_spoilt_items_are_refused(folders, tmp_path, entry, message):
+    """Law: an item of a JSON file that is not as it must be is named where the file is opened."""
+    file = shutil.copytree(folders["json"], tmp_path / "json") / "train" / "data.json"
+    items = json.loads(file.read_text())
+    items[1] |= entry
+    sys.set_int_max_str_digits(0)
+    file.write_text(json.dumps(items))
+    sys.set_int_max_str_digits(sys.int_info.default_max_str_digits)
+    with pytest.raises(UserError, match=message):
+        open_graph(tmp_path / "json")
+
+
+def test_descriptions_in_another_form_are_refused(copied):
+    """A column of descriptions that are plain text is named before anything is drawn."""
+    at = open_items(copied / "train").table.column_names.index("description")
+    rewrite(copied / "train", lambda t: t.set_column(at, "description", [["a cat"] * 8]))
+    with pytest.raises(UserError, match="column description holds string, not fields as item"):
+        open_graph(copied)
+
+
+def test_texts_are_utf8(folders, tmp_path):
+    """An item whose bytes are Latin-1 is refused by number and remedy, not by a codec's words."""
+    file = shutil.copytree(folders["json"], tmp_path / "json") / "train" / "data.json"
+    items = json.loads(file.read_text())
+    items[2]["description"] = {"item": "café"}
+    file.write_bytes(json.dumps(items, ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(UserError, match="item 2: is not UTF-8; save it as UTF-8"):
+        open_items(file).describe(2)
+
+
+def test_what_nothing_held_out_can_show_is_told(copied, capsys):
+    """Where previews and validation have to show trained items, that is said."""
+    rewrite(copied / "test", lambda t: t.drop_columns(["depth"]))
+    assert open_graph(copied).reserve and not capsys.readouterr().err
+    assert open_graph(copied, "depth->target").reserve is None
+    told = "nothing held out can show these tasks: previews and their losses are of trained items"
+    assert capsys.readouterr().err == f"--data-dir {copied}: {told}\n"
 
 
 def test_broken_items_are_drawn_anew(copied, capsys):

@@ -222,6 +222,11 @@ def open_graph200k(part: str, recipe: Recipe) -> Graph200KGrids:
     if test is not None:
         held = replace(held, items=test, members=np.ones(len(test), bool), broken=Broken(test, {}))
     held = replace(held, selection=possible.restrict(held.can_show))
+    if held.members.any() and not held.selection.shares:
+        told = (
+            "nothing held out can show these tasks: previews and their losses are of trained items"
+        )
+        print(f"--data-dir {folder}: {told}", file=sys.stderr)
     return replace(grids, selection=possible, reserve=held if held.selection.shares else None)
 
 

@@ -56,6 +56,7 @@ class ArrowItems:
         unknown = set(self.table.column_names) - {c for cs in COLUMNS.values() for c in cs}
         self.notes += [f"unknown column {c}, not used" for c in sorted(unknown - {*OTHERS})]
         self.has["reference"] &= self._assess()
+        self._check_description()
 
     def __len__(self):
         return self.table.num_rows
@@ -102,6 +103,14 @@ class ArrowItems:
             raise UserError(
                 f"{where}: {describe_error(error)}; it has a level objectConsistency"
             ) from None
+
+    def _check_description(self):
+        import pyarrow as pa
+
+        column = self.table.schema.get_field_index("description")
+        if column >= 0 and not pa.types.is_struct(kind := self.table.schema.types[column]):
+            where = f"{self.folder}: column description"
+            raise UserError(f"{where} holds {kind}, not fields as item and description_0")
 
     def picture(self, item, name, number=0):
         """RGB picture `number` of an annotation. Raises UserError naming the column."""
@@ -154,10 +163,15 @@ class JSONItems:
             flags["reference"] &= level >= LEAST_CONSISTENCY
         except (AttributeError, TypeError):
             raise UserError(f"item {number}: quality_assessment is not as published") from None
+        try:
+            say_description(item.get("description"))
+        except (AttributeError, TypeError):
+            raise UserError(f"item {number}: description is not as published") from None
         return [*flags.values()]
 
     def _read(self, item):
-        return json.loads(self.bytes[slice(*self.spans[item])])
+        with error_context(f"item {item}"):
+            return parse_json(self.bytes[slice(*self.spans[item])])
 
     def picture(self, item, name, number=0):
         """RGB picture `number` of an annotation. Raises UserError naming it and the path."""

@@ -4,6 +4,7 @@ import json
 import re
 
 from vcloze_jax.config import UserError
+from vcloze_jax.inputs.checks import describe_error
 
 BETWEEN = re.compile(r"[\s,\[\]\xef\xbb\xbf]*")  # objects; at most a byte order mark before them
 
@@ -27,6 +28,8 @@ def scan_objects(data, block=2**20):
                 raise UserError(f"byte {before + error.pos}: {error.msg}") from None
             added = data[read : read + max(block, len(text))].decode("latin-1")
             text, before, place = text[place:] + added, before + place, 0
+        except (RecursionError, ValueError) as error:  # nested too deeply; too many digits
+            raise UserError(f"byte {before + place}: {describe_error(error)}") from None
         else:
             yield (before + place, before + end), value
             place = end
