@@ -38,7 +38,7 @@ def main(argv):
         run.compare(recipe)  # again: who of several hosts writes is known now
         folder = Path(cli.fetch_weights(args) or places.shipped_weights(recipe.placement))
         recipe = replace(recipe, micro_batch=micro_size(recipe, mesh))  # of a group
-        preset = models.checked_training_preset(folder, recipe)
+        preset = models.checked_training_preset(folder, recipe, mesh)
         origins = models.describe_origins(folder, preset, source.digest(), mesh)
         run.compare_origins(recipe, origins, args.accept)
     if args.plan:
@@ -83,7 +83,7 @@ def learn(run, origins, preset, folder, mesh, source, **watchers):
     groups = draw_groups(source, recipe, first, last, drawn_here(recipe, mesh))
     with RunWriter(run, trainer, source, folder, cache, **watchers) as writer:
         writer.prepare()
-        train(trainer, groups, writer)
+        train(trainer, writer.until_broken(groups), writer)
     return writer.conclude()
 
 

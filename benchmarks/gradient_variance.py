@@ -77,7 +77,7 @@ def main():
     count = parser.parse_args().steps * RECIPE.batch // RECIPE.group
     mesh = make_mesh()
     source = open_source(RECIPE)
-    preset = checked_training_preset(places.MINI_FOLDER, RECIPE)
+    preset = checked_training_preset(places.MINI_FOLDER, RECIPE, mesh)
     parts = load(preset, None, mesh)
     tokenizers = Tokenizers(places.MINI_FOLDER, preset.t5, preset.clip)
     trainer = Trainer(parts, preset, tokenizers, mesh, make_optimizer(RECIPE.clip))

@@ -49,7 +49,7 @@ def main():
     cli.use_huge_pages()
     mesh, folder = make_mesh(None), places.MINI_FOLDER
     recipe = replace(MINI.recipe, data="graphemoji", micro_batch=MINI.recipe.group)
-    preset = checked_training_preset(folder, recipe)
+    preset = checked_training_preset(folder, recipe, mesh)
     tokenizers = Tokenizers(folder, preset.t5, preset.clip)
     parts, tx = load_for_training(preset, folder, mesh), make_optimizer(recipe.clip)
     trainer = Trainer(parts, preset, tokenizers, mesh, tx)

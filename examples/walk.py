@@ -211,7 +211,7 @@ show("11_training", draw.tile(seen, 3), 2)  # noisy | expected | true, a line fo
 # by their number in `step.update`.
 
 # %%
-trained = models.checked_training_preset(MINI_FOLDER, recipe)
+trained = models.checked_training_preset(MINI_FOLDER, recipe, painter.mesh)
 graphdefs, adapter, frozen = models.load_for_training(trained, MINI_FOLDER, painter.mesh)
 noisy = step.NoisyBatch(x_t, velocity, share, t, context)
 how = dict(region=recipe.loss_region, graphdefs=graphdefs, dtype=painter.dtype)

@@ -83,6 +83,8 @@ def test_sample_refuses(folder, call, monkeypatch, argv, message):
         ("--mesh eight", "--mesh eight: "),
         ("--mesh 0", "--mesh 0: "),
         ("--mesh data=2,model=4", "'model=4' is not AXIS=SIZE"),
+        ("--mesh 5 --check", "--mesh: flux/"),
+        ("--mesh tensor=3 --check", "--mesh: flux/"),
     ],
 )
 def test_sample_refuses_weights_and_meshes(folder, call, monkeypatch, argv, message):
@@ -232,6 +234,14 @@ def test_train_refuses_weights_and_meshes(folder, call, monkeypatch, argv, messa
     monkeypatch.chdir(folder)
     assert_refused(call(train.main, f"--batch 4 --data own.jsonl {argv}", jax=True), message)
     assert not (folder / "runs").exists()
+
+
+def test_train_refuses_a_mesh_that_does_not_divide(folder, call, monkeypatch):
+    """With --check, too: an array of what is learnt that the mesh cannot divide is named."""
+    monkeypatch.chdir(folder)
+    code, _, err = call(train.main, "--data own.jsonl --mesh tensor=3 --check", jax=True)
+    assert code == 2 and err.startswith("error: --mesh: flux/double/img/proj/lora_a")
+    assert err.count("\n") == 1 and not (folder / "runs").exists()
 
 
 # --- evaluate ---

@@ -148,6 +148,9 @@ def test_logs_of_skipped_steps(tmp_path):
     for step, loss in ((1, 0.5), (2, float("nan")), (3, 0.25)):
         log.write({"step": step, "loss": loss, "loss_by_region": {"grid": -loss}})
     lines = log.path.read_text().splitlines()
+    log.path.write_text(log.path.read_text() + '[1]\n7\n{"a": 1}\n')
+    Log(log.path, 3)
+    assert log.path.read_text().splitlines() == lines  # nothing else may stand in a log
     assert json.loads(lines[1]) == {"step": 2, "loss": None, "loss_by_region": {"grid": None}}
     assert "NaN" not in lines[1] and read_column(log.path, "loss") == ([1, 3], [0.5, 0.25])
 

@@ -182,14 +182,16 @@ def test_train(tmp_path, capsys, nothing_loads):
     _, adapter, _ = weights.abstract(Flux, flux)
     exact = 4 * count_numbers(adapter)
     assert f"learnt {plan.si(exact, 'B')}, its gradients {plan.si(2 * exact, 'B')}" in out
+    assert "its average" not in out
     assert "largest grid: rows of " in out and not (tmp_path / "run").exists()
     for name in ("t5", "clip"):
         _, _, base = weights.abstract(weights.MODULES[name], getattr(tiny.TINY, name))
         matrices = [x for x in jax.tree.leaves(base["blocks"]) if x.ndim > 2]
         rest = 4 * (count_numbers(base) - count_numbers(matrices))
         assert f", {name} {plan.si(rest, 'B')}" in out
-    train.main([*argv, "examples/pairs", "--cache", f"{tmp_path}/cache"])
+    train.main([*argv, "examples/pairs", "--cache", f"{tmp_path}/cache", "--ema", "0.9"])
     out = capsys.readouterr().out  # the encoders have gone; the autoencoder paints previews
+    assert f"its average {plan.si(exact, 'B')}" in out
     assert ", vae " in out and ", t5 " not in out and ", clip " not in out
     assert not (tmp_path / "cache").exists()
 

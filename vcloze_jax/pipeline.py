@@ -36,7 +36,7 @@ from vcloze_jax.placement import FILL
 from vcloze_jax.programs import tally, timed
 from vcloze_jax.references import choose_painter, part_sizes
 from vcloze_jax.storage import adapters, places, weights
-from vcloze_jax.storage.models import LazyModels
+from vcloze_jax.storage.models import LazyModels, check_mesh
 
 PARTS = ("load", "text", "vae", "compile", "paint", "decode")  # of the seconds in a record
 
@@ -240,6 +240,7 @@ def load_painter(named, lora, mesh, offload=False):
     if placement and not named:
         folder = places.shipped_weights(placement.name)
     preset = weights.checked_grid_preset(folder, placement)
+    check_mesh(preset, mesh)
     for file in files:
         adapters.check(file, preset.flux)
     models = LazyModels(folder, preset, loras, mesh, offload, bank)

@@ -161,7 +161,7 @@ def training(preset, data, mesh, device=None):
     if settings.offload:
         stage, spared = stage | offloaded, 0
     stage |= {"learnt": exact, "its gradients": 2 * exact, "its moments": moments}
-    stage |= {"activations": max(activations) // share}
+    stage |= {"its average": exact * (settings.ema > 0), "activations": max(activations) // share}
     sides = ", ".join(f"{width}x{height}" for height, width in rows)
     size = f"{tokens} image + {preset.t5.max_length} text tokens"
     lines = [
@@ -303,7 +303,7 @@ def verdict(stages, mesh, device, spared):
     would take so many bytes off some, {stage: spared}."""
     lines = []
     for name, parts in stages.items():
-        each = ", ".join(f"{part} {si(count, 'B')}" for part, count in parts.items())
+        each = ", ".join(f"{part} {si(count, 'B')}" for part, count in parts.items() if count)
         lines.append(f"  {name}: {si(sum(parts.values()), 'B')} ({each})")
     peak = max(stages.values(), key=lambda parts: sum(parts.values()))
     limit = device or (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from vcloze_jax import plan
+from vcloze_jax.config import UserError
 from vcloze_jax.data.sources import draw_of_shape, draw_validation
 from vcloze_jax.devices import copy_to_hosts, painting_mesh
 from vcloze_jax.grid import Spec
@@ -49,7 +50,7 @@ class RunWriter:
 
     def __init__(self, run, trainer, source, folder, cache, *, tensorboard=False, profile=0):
         self.run, self.trainer, self.source, self.folder = run, trainer, source, folder
-        self.stop, self.code, self.saving = Stop(), 0, None
+        self.stop, self.code, self.saving, self.failure = Stop(), 0, None, None
         self.poll, self.any_host = Poll(trainer.mesh), Poll(trainer.mesh)
         if run.writes:
             self.log = Log(run.metrics, trainer.step)
@@ -81,10 +82,25 @@ class RunWriter:
                 self.finish_saving()  # else another host may be lost
 
     def stopped(self):
-        """Whether a host was asked for a halt, or cannot save: all answer alike."""
+        """Whether a host was asked for a halt, or cannot read or save: all answer alike."""
         failed = self.saving and self.saving.done() and self.saving.exception()
+        failed = failed or self.failure
         self.code = self.poll(self.stop.code or (2 if failed else 0))
         return bool(self.code)
+
+    def until_broken(self, groups):
+        """Groups until there is one that cannot be read. As a signal does that asks for a halt, so
+        that what was learnt before is saved; then `conclude` raises it. Of several hosts it ends
+        one at once: the others have read on."""
+        group = None
+        try:
+            for group in groups:
+                yield group
+        except UserError as error:
+            if group is None or jax.process_count() > 1:
+                raise
+            self.failure = error
+            yield group  # whose grids nobody asks for any more
 
     def prepare(self):
         """Compile what the run needs, and show it as it begins. There is nothing to save until
@@ -150,7 +166,8 @@ class RunWriter:
             title = f"{count} example" if count == 1 else f"{count} examples"
             sheets.append(compose_columns(title, spec.grid, painted))
         save_png(self.run.previews / f"{step:06d}.png", stack_sheets(sheets))
-        record = {"step": step, "loss": loss, "adapter_effect": effect}
+        record = {"step": step, "loss": loss}
+        record |= {"adapter_effect": effect} if recipe.rank else {}
         self.held_out.write(record)
         tell_listeners("validation", record)
         draw_curves(self.run.metrics, self.run.validation, self.run.curves)
@@ -204,6 +221,8 @@ class RunWriter:
         if step < recipe.steps:
             saved = ", saved" if step else ""
             print(f"{self.run.path}: stopped at step {step}{saved}; the same command resumes")
+            if self.failure:
+                raise self.failure
             return self.code
         written = "lora.safetensors" if recipe.rank else "weights"
         print(f"{self.run.path}: finished, {written} written")

@@ -30,7 +30,7 @@ class Trainer:
 
     `parts` is (graphdefs, trainable, frozen) by model, the trees dicts (weights.by_layer). With a
     rank only flux is trainable, its lora_a, lora_b and lora_bias; the base, flux too, is frozen,
-    with no other adapter in it. `tx` is of optimizers.py; `step` counts the steps sent.
+    with no other adapter in it. What is trainable is given away. `step` counts the steps sent.
     """
 
     def __init__(self, parts, preset, tokenizers, mesh, tx, masks_every_row=False):
@@ -49,7 +49,7 @@ class Trainer:
         encode = jax.jit(partial(step.encode_batch, preset=preset, **statics))
         self.jitted = {"encode": encode, "accumulate": accumulate, "update": update}
         self.programs, self.micro = {}, recipe.micro_batch
-        self.state = jax.jit(init, out_shardings=layout)(trainable)
+        self.state = jax.jit(init, out_shardings=layout, donate_argnums=0)(trainable)
         self.grads = jax.tree.map(jnp.zeros_like, self.state.trainable)
         self.step, self.ended = 0, 0.0
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from vcloze_jax.config import PRESETS, Recipe, UserError
-from vcloze_jax.inputs.checks import parse_json
+from vcloze_jax.inputs.checks import check_type, parse_json
 from vcloze_jax.inputs.cluster import count_processes
 from vcloze_jax.inputs.pictures import (
     check_no_address,
@@ -161,7 +161,8 @@ def read_identity(file):
         if unknown := entries.keys() - known:
             raise ValueError(f"{', '.join(sorted(unknown))} is of a newer version")
         entries |= {key: tuple(x) for key, x in entries.items() if isinstance(x, list)}
-        return known | entries | {"steps": int(entries["steps"])}
+        origins = check_type(entries.get("origins", {}), dict)
+        return known | entries | {"steps": int(entries["steps"]), "origins": origins}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError) as error:
         raise UserError(f"{file}: not a run's settings ({error}); move the folder away") from None
 
@@ -174,7 +175,7 @@ class Log:
     def __init__(self, path, start):
         self.path, kept = path, []
         for line in path.read_text().splitlines() if start and path.exists() else []:
-            with suppress(ValueError):
+            with suppress(ValueError, TypeError, KeyError):
                 kept += [line] if json.loads(line)["step"] <= start else []
         save_text(path, "".join(line + "\n" for line in kept))
 

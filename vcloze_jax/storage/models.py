@@ -142,9 +142,17 @@ def move_offloaded(tree, mesh):
     return jax.tree.unflatten(treedef, moved)
 
 
-def checked_training_preset(folder, recipe):
+def check_mesh(preset, mesh):
+    """Raise UserError for an array of a model or its adapter that the mesh cannot divide."""
+    for name, module in weights.MODULES.items():
+        _, *trees = weights.abstract(module, getattr(preset, name))
+        for tree in trees:
+            shardings(tree, mesh, root=f"{name}/")
+
+
+def checked_training_preset(folder, recipe, mesh):
     """The preset of this recipe and these weights, after everything was checked that can be wrong
-    with weights and adapter without reading a tensor. Raises UserError."""
+    with weights, adapter and mesh without reading a tensor. Raises UserError."""
     preset, placement = PRESETS[recipe.preset], PLACEMENTS[recipe.placement]
     sizes = dict(placement=placement, in_channels=placement.channels)
     preset = replace(preset, flux=replace(preset.flux, **sizes))
@@ -163,7 +171,9 @@ def checked_training_preset(folder, recipe):
         if told not in (None, FILL, placement):
             raise UserError(f"{recipe.lora}: of placement {told.name}; add --placement {told.name}")
         adapters.check(Path(recipe.lora), preset.flux)
-    return replace(preset, recipe=recipe)
+    preset = replace(preset, recipe=recipe)
+    check_mesh(preset.learning, mesh)
+    return preset
 
 
 def describe_origins(folder, preset, data, mesh):
