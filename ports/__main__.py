@@ -1,9 +1,10 @@
 """`python -m ports SRC --out DST`: weights of any kind that is known, as a folder of ours.
 
-SRC is a folder in diffusers' layout, or one with Black Forest Labs' single files beside the text
-encoders' folders. Ours is diffusers' layout, every key checked, at most 5 GB a file: it loads onto
-a mesh as it is, in diffusers too. Every tensor keeps its type, unless --dtype names another; one of
-8 bits is written as bfloat16, which holds its numbers, or times its scale as float32.
+SRC is a folder in diffusers' layout, or one with Black Forest Labs' single files beside the folders
+of text encoders and tokenizers. Ours is diffusers' layout, every key checked, at most 5 GB a file:
+it loads onto a mesh as it is, in diffusers too. Every tensor keeps its type, unless --dtype names
+another; one of 8 bits is written as bfloat16, which holds its numbers, or times its scale as
+float32.
 `python -m ports lora --help` is for adapters.
 """
 
@@ -14,11 +15,12 @@ from pathlib import Path
 
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.checks import describe_error, describe_with_file
+from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.cli import Parser, path
 from vcloze_jax.inputs.papers import PLACEMENTS
 from vcloze_jax.inputs.pictures import check_no_address, check_writable
 from vcloze_jax.inputs.runfolder import read_identity
-from vcloze_jax.inputs.terminal import guard_streams, tell_error
+from vcloze_jax.inputs.terminal import tell_error
 from vcloze_jax.ports import engine, export
 from vcloze_jax.ports.adapters import open_adapter
 from vcloze_jax.ports.diagnose import PortError
@@ -99,6 +101,9 @@ def run_folder(argv) -> str:
     if scaled:
         loss += f", {scaled} tensors of 8 bits are times their scales, products in float32"
         loss += "" if args.dtype else " (half the size: --dtype bfloat16, which rounds them)"
+    for name in ("tokenizer", "tokenizer_2"):
+        if not (args.out / name).is_dir():
+            print(f"{args.out}: no {name}; copy the folder of the model that the weights are of")
     return f"{args.out}: a complete weights folder{loss}"
 
 
@@ -153,5 +158,4 @@ def list_left_out(folder, names):
 
 
 if __name__ == "__main__":
-    guard_streams()
-    sys.exit(main())
+    cli.run(main)

@@ -99,7 +99,7 @@ def spell_branch(branch: Branch, naming: Naming) -> dict[str, np.ndarray]:
     if branch.bias is not None:
         if naming.suffixes[2] in (None, DIFFERENCE):
             title = f"{naming.title} naming"
-            raise PortError(f"{branch.stem} has a bias on B, which {title} has not")
+            raise PortError(f"{branch.stem} has a bias on B, which {title} has not: --to diffusers")
         tensors[key_bias] = branch.bias
     if naming.alpha == "tensor":
         tensors[key_alpha] = round_alpha(branch)

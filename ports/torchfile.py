@@ -156,6 +156,10 @@ class TorchFile:
         strides = [stride * dtype.itemsize for stride in one.strides]
         return np.lib.stride_tricks.as_strided(data[one.offset :], one.shape, strides)
 
+    def type(self, key: str) -> str:
+        """The name of a tensor's type in NumPy."""
+        return NUMBERS[self.header[key][1]]
+
     def read(self, key: str) -> np.ndarray:
         """One tensor; PortError if it holds NaN or infinity."""
         return check_finite(np.array(self.map(key), order="C"), key)

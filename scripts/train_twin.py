@@ -11,9 +11,9 @@ of one size. With u what the start weights say of the last row without examples,
 the target there is velocity + (W - 1) log(guidance) / log(30) (v - u): at a guidance of 1 the
 data's.
 
---temperature T (1: not at all) teaches to paint with less chance in it: the target is no picture of
-the data but what the start weights paint, in 4 steps, of the same noise times T; at a guidance of 1
-of the noise itself, and of its power log(guidance) / log(30) between. Given cells are the data's.
+--temperature T (1: not at all) teaches to paint with less chance in it: what is asked is no picture
+of the data but what the start weights paint of the same noise times T, at a guidance of 30; at 1 of
+the noise itself, and of T's power log(guidance) / log(30) between.
 
 A run remembers neither: who goes on says it again.
 """
@@ -37,7 +37,7 @@ from vcloze_jax.study.trainings import count_cores
 from vcloze_jax.train import main as train
 
 CORES = count_cores()
-STEPS = 4  # in which a teacher paints
+STEPS = 3  # in which a teacher paints until the time that is drawn
 
 
 def main(argv):
@@ -71,8 +71,10 @@ def make_trainer(base, ending, guide=1.0, temperature=1.0):
                     "--guide, --temperature: a model without guidance has nothing to tell them by"
                 )
             if 1 not in (guide, temperature):
-                raise UserError("--guide, --temperature: one run teaches one of them; leave one out")
-            self.twin = Twin(self.state.trainable["flux"], preset, ending, guide, temperature)
+                raise UserError(
+                    "--guide, --temperature: one run teaches one of them; leave one out"
+                )
+            self.twin = Twin(self.state.trainable["flux"], preset.flux, ending, guide, temperature)
 
         def program(self, name, shape, *args):
             if name == "accumulate":
@@ -91,7 +93,7 @@ class Twin:
     gradients up; `gathers` has its sum handed to the update. Where a teacher says the target, it is
     the weights that this begins with, which are a run's first also where the run goes on."""
 
-    def __init__(self, flux, preset, ending, guide, temperature):
+    def __init__(self, flux, config, ending, guide, temperature):
         import jax
         from twin import rearrange
 
@@ -105,12 +107,14 @@ class Twin:
         teacher = torch.zeros(size).share_memory_() if taught else None
         if teacher is not None:
             self.write(flux, teacher)
-        self.as_arrays = partial(as_arrays, preset=preset, guide=guide, temperature=temperature)
+        self.as_arrays = partial(
+            as_arrays, rows=config.axes_dim[0], guide=guide, temperature=temperature
+        )
         self.shapes, self.seen, self.version, self.sent = shapes, None, 0, []
         spawn = torch.multiprocessing.get_context("spawn")
         self.pools = []  # of one process each: which has which micro-batch is the same every time
         for own in self.sums:
-            args = self.weights, own, teacher, shapes, tree, preset.flux.heads
+            args = self.weights, own, teacher, shapes, tree, config.heads
             self.pools.append(ending.enter_context(ProcessPoolExecutor(1, spawn, begin, args)))
 
     def __call__(self, trainable, frozen, grads, noisy):
@@ -161,9 +165,9 @@ class Told(dict):
         return super().__getitem__(name) if name in ("time", "kind") else self.losses.result()[name]
 
 
-def as_arrays(noisy, preset=None, guide=1.0, temperature=1.0):
-    """A NoisyBatch as twin.losses takes it, in NumPy, with what a teacher is told."""
-    from vcloze_jax.flow import schedule
+def as_arrays(noisy, rows=0, guide=1.0, temperature=1.0):
+    """A NoisyBatch as twin.losses takes it, in NumPy, with what a teacher is told; that guides by how
+    many channels of a head's turn with the row's number."""
     from vcloze_jax.model.ops import timestep_embedding
 
     c = noisy.context
@@ -174,12 +178,11 @@ def as_arrays(noisy, preset=None, guide=1.0, temperature=1.0):
     of_guidance = np.log(c.guidance) / np.float32(math.log(30))
     if guide != 1:
         own["strength"] = (guide - 1) * of_guidance
-        # Of a head's turn these channels tell the row's number.
-        of_row = pe[0][0, c.txt.shape[1] :, 0, : preset.flux.axes_dim[0]]
+        of_row = pe[0][0, c.txt.shape[1] :, 0, :rows]
         own["query"] = np.array((of_row == of_row[-1]).all(-1).sum())
     if temperature != 1:
         own["temperature"] = temperature**of_guidance
-        own["times"] = schedule(STEPS, noisy.x_t.shape[1], preset.flow)
+        own["times"] = np.linspace(np.ones_like(noisy.t), noisy.t, STEPS + 1, dtype=np.float32)
         own["of_times"] = timestep_embedding(own["times"])
     return {name: np.asarray(x) for name, x in own.items()} | {"pe": pe}
 

@@ -212,24 +212,29 @@ def guided(teacher, noisy, heads):
 
 
 @torch.no_grad()
-def painted(teacher, noisy, heads):
-    """The same noise at the same time, on its straight way to what the teacher paints of it where
-    something is masked: {"x_t", "velocity"} [B, S, 64]. It paints of the noise times
-    `temperature` [B], at `times`, whose sinusoids are `of_times` [N + 1, 256].
+def cooled(teacher, noisy, heads):
+    """The way on which noise becomes what the teacher makes of less of it, at the noisy batch's
+    time: {"x_t", "velocity"} [B, S, 64]. With c the `temperature` [B], y the teacher's way from c
+    noise, and v its velocity there, that is y + t (1 - c) noise and v + (1 - c) noise: Euler's
+    steps along it are the teacher's, from all of the noise to the same picture.
 
     A picture that is drawn at random errs twice as much as the mean of all that may be (squared);
-    what begins with less noise lies between them, and few steps lead it less far away.
+    what begins with less noise lies between them. Time t is reached from 1 in as many steps as
+    there are `times`, [N + 1, B], whose sinusoids are `of_times`. What is given stays as it is.
     """
-    x_t, velocity, t = noisy["x_t"], noisy["velocity"], noisy["time"][:, None, None]
-    noise, asked = x_t + (1 - t) * velocity, noisy["share"][..., None] > 0
-    x = torch.where(asked, noisy["temperature"][:, None, None], 1) * noise
-    times = noisy["times"].tolist()
+    velocity, t = noisy["velocity"], noisy["time"][:, None, None]
+    noise, asked = noisy["x_t"] + (1 - t) * velocity, noisy["share"][..., None] > 0
+    rest = torch.where(asked, 1 - noisy["temperature"][:, None, None], 0) * noise
+
+    def follow(x, of_time):
+        return torch.where(
+            asked, predict(teacher, noisy | {"x_t": x, "t": of_time}, heads), velocity
+        )
+
+    x, times = noise - rest, noisy["times"][..., None, None]
     for now, then, of_time in zip(times, times[1:], noisy["of_times"], strict=False):
-        told = noisy | {"x_t": x, "t": of_time.expand(len(x), -1).contiguous()}
-        v = torch.where(asked, predict(teacher, told, heads), velocity)
-        x = x + (then - now) * v
-    velocity = noise - x
-    return {"x_t": noise - (1 - t) * velocity, "velocity": velocity}
+        x = x + (then - now) * follow(x, of_time)
+    return {"x_t": x + t * rest, "velocity": follow(x, noisy["t"]) + rest}
 
 
 def losses(p, noisy, heads, teacher=None):
@@ -238,5 +243,5 @@ def losses(p, noisy, heads, teacher=None):
     if "strength" in noisy:
         noisy = noisy | {"velocity": guided(teacher, noisy, heads)}
     if "temperature" in noisy:
-        noisy = noisy | painted(teacher, noisy, heads)
+        noisy = noisy | cooled(teacher, noisy, heads)
     return masked_losses(predict(p, noisy, heads), noisy["velocity"], noisy["share"])

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from vcloze_jax.config import UserError
 from vcloze_jax.ports import __main__ as command
-from vcloze_jax.ports import export
+from vcloze_jax.ports import export, torchfile
 from vcloze_jax.ports.diagnose import PortError
 from vcloze_jax.storage import adapters
 
@@ -228,6 +228,8 @@ def test_control_adapters(tmp_path):
         )
     back = renamed(renamed(file, "diffusers"), "visualcloze")
     same_trees(adapters.load(back, PLAIN), got)
+    torchfile.save(pickled := tmp_path / "control.pth", load_file(file))
+    same_tensors(tensors(renamed(pickled, "diffusers")), tensors(renamed(file, "diffusers")))
     same_tensors(dict(sorted(tensors(back).items())), dict(sorted(load_file(file).items())))
     with pytest.raises(adapters.UserError, match="cannot be trained on"):
         adapters.fit(file, got, PLAIN)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,9 @@ from test_pipeline import GRID, SMALL
 import sample
 from vcloze_jax import Pipeline
 from vcloze_jax.film import Film, tell_steps
+from vcloze_jax.inputs.pictures import save_film
 from vcloze_jax.inputs.spec import KEYS
+from vcloze_jax.inputs.specfiles import read_specs
 from vcloze_jax.programs import tally
 
 
@@ -54,6 +57,22 @@ def test_a_film_of_each(pipeline, tmp_path):
     for file in films:
         with Image.open(file) as film:
             assert film.n_frames == SMALL["num_inference_steps"]
+
+
+def test_films_of_one_name(pipeline, tmp_path):
+    """Two specs of one name share no frame."""
+    (spec,) = read_specs([{"image": GRID, **SMALL}], tiny.TINY)
+    pipeline.paint([spec, replace(spec, seed=3)], on_step=Film(tmp_path))
+    (file,) = tmp_path.iterdir()
+    with Image.open(file) as film:
+        assert film.n_frames == SMALL["num_inference_steps"]
+
+
+def test_large_films(tmp_path):
+    """Frames that are larger than a WebP may be are made smaller, in their shape."""
+    save_film(tmp_path / "wide.webp", [Image.new("RGB", (20_000, 40), c) for c in ("red", "blue")])
+    with Image.open(tmp_path / "wide.webp") as film:
+        assert film.n_frames == 2 and film.size == (16383, 33)
 
 
 def test_what_is_expected(pipeline):

@@ -186,6 +186,7 @@ BAD = [  # beside what test_spec.py says of JSON and of cells: a line is read by
     ({"source": "0.png", "target": "1.png", "txt": "x"}, "'txt': unknown key.*'text'"),
     ({"source": "0.png", "target": "1.png", "text": "", "prompt": ""}, "text and prompt: keep one"),
     ({"source": [["0.png"]], "target": "1.png"}, "source: must be a string, not a list"),
+    ({"source": 3, "target": "1.png"}, "source: must be a list, not 3"),
     (
         {"source": "0.png", "target": "1.png"},
         r"grids and pairs are mixed \(.*line 1 is of the other",

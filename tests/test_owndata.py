@@ -178,6 +178,14 @@ def test_what_breaks_behind_its_header_is_named_at_the_start(tmp_path, capfd, mo
     assert "cut: 000: image[0][0]: " in capfd.readouterr().err
 
 
+def test_where_one_is_too_many_all_are_looked_at(tmp_path):
+    """Of less than a hundred samples none may be broken: wherever it is it ends no run later."""
+    file = write_pairs(tmp_path / "cut", 70) / "in/041.png"  # none of 32 that are spread evenly
+    file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(UserError, match="cut: 041: image.*1 of 70 samples broken, 0 allowed"):
+        open_own(f"{tmp_path}/cut", RECIPE)
+
+
 def test_a_mask_may_be_null(pairs):
     """As for sample.py: there is none, also in the last row, whose last cell is then asked."""
     file = pairs.parent / "null.jsonl"

@@ -226,6 +226,15 @@ def test_texts_elsewhere_are_not_lost(folder, name):
         FolderSamples(folder)
 
 
+@pytest.mark.parametrize("suffix", ["TXT", "Json"])
+def test_texts_in_capitals_are_not_lost(folder, suffix):
+    """A text whose suffix is not read, beside a picture, whose suffix is read in any case."""
+    (folder / f"out/a.{suffix}").write_text("a fox")
+    told = f"out/a.{suffix}: its text is not read; its suffix is .{suffix.lower()}, in small"
+    with pytest.raises(UserError, match=told):
+        FolderSamples(folder)
+
+
 @pytest.mark.parametrize("suffix", [".heic", ".AVIF", ".npy", ".mp4"])
 def test_pictures_that_are_not_read_are_named(folder, suffix):
     """Law: a pair is never left out without a word because of the kind of its files."""

@@ -270,5 +270,6 @@ def test_adapters_by_name():
     pairs, named = [(Path("a"), 0.5), (Path("b"), 1.0)], places.named_model
     for lora in (["a:0.5", Path("b")], pairs):
         assert named(None, lora) == (places.MINI_FOLDER, pairs)
+    assert places.split_bank([("a", 0.5), "b"]) == (pairs, {})
     assert named("w", "b") == (Path("w"), pairs[1:]) and named("w", None)[1] == []
     assert named(None, None) == (places.MINI_FOLDER, [(places.MINI_LORA, 1.0)])

@@ -87,3 +87,14 @@ def test_command_refuses(saved, tmp_path, capsys):
         error = capsys.readouterr().err
         assert re.fullmatch(r"error: [^\n]+\n", error) and words in error, error
     assert sorted(file.name for file in tmp_path.iterdir()) == ["source"]
+
+
+def test_command_tells_what_lacks(saved, tmp_path, capsys):
+    """Tokenizers are copied; that there are none, without which nothing is painted, is said."""
+    source = folders.copy(saved, tmp_path / "source")
+    for name in ("tokenizer", ""):
+        for folder in {"tokenizer", "tokenizer_2"} - {name}:
+            (source / folder).mkdir(exist_ok=True)
+        assert command.main([str(source), "--out", str(tmp_path / f"out{name}")]) == 0
+        told = f"{tmp_path}/outtokenizer: no tokenizer; copy the folder of the model"
+        assert (told in capsys.readouterr().out) == bool(name)

@@ -71,10 +71,10 @@ class Film:
         sheet = step.sheet()
         if step.second_pass:
             return sheet
-        self.frames[step.spec.name].append(sheet)
+        self.frames[step.spec].append(sheet)  # by identity: two may have one name
         if step.index == step.count - 1:
             *_, name, _ = output_names(step.spec.name, 0, film=True)
-            frames = self.frames.pop(step.spec.name)
+            frames = self.frames.pop(step.spec)
             self.folder.mkdir(parents=True, exist_ok=True)
             save_film(self.folder / name, frames)
         return sheet

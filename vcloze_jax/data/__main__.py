@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from vcloze_jax.config import UserError
 from vcloze_jax.data.degradations import DEGRADATIONS, degrade
@@ -25,7 +26,7 @@ MAX_SIDE = 1024  # of a picture on a sheet of a hundred
 def draw_degradations(picture, side, seed):
     """All degradations at severities 1, 3 and 5, of the same seed, labelled: uint8 [h, w, 3]."""
     strips = []
-    for number, name in enumerate(DEGRADATIONS):
+    for number, name in enumerate(tqdm(DEGRADATIONS, "degrading", leave=False, delay=2)):
         rngs = [np.random.default_rng([seed, number]) for _ in SHOWN]
         shown = [degrade(picture, name, rng, s) for rng, s in zip(rngs, SHOWN, strict=True)]
         small = [Image.fromarray(p).resize((side, side), Image.Resampling.LANCZOS) for p in shown]
@@ -42,8 +43,9 @@ def main(argv):
     add = parser.add_argument
     add("--list", action="store_true", help="print nodes, groups and task lists with their shares")
     sheet = "draw all degradations of it, at severities 1, 3 and 5"
-    add("--degrade", type=Path, metavar="PHOTO", help=sheet)
-    add("--out", type=Path, default=Path("degradations.png"), metavar="FILE", help="that sheet")
+    add("--degrade", type=cli.path, metavar="PHOTO", help=sheet)
+    sheet = Path("degradations.png")
+    add("--out", type=cli.path, default=sheet, metavar="FILE", help="that sheet, a PNG")
     add("--side", type=cli.positive_int, default=128, help="of a picture in it, in pixels")
     add("--seed", type=int, default=0, help="of what is drawn")
     args = parser.parse_args(argv)
@@ -53,6 +55,8 @@ def main(argv):
         raise UserError(f"--side {args.side}: at most {MAX_SIDE}")
     if not args.list and args.degrade is None:
         raise UserError("nothing to do; --list, or --degrade PHOTO")
+    if args.out.is_dir() or args.out.suffix != ".png":
+        raise UserError(f"--out {args.out}: name a file that ends in .png")
     if args.list:
         print(describe_graph())
     if args.degrade:

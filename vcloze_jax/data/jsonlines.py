@@ -193,8 +193,8 @@ def read_pair(table: dict, columns: list[str], target: str, spelling: Spelling) 
     check_keys({key: table[key] for key in table if key not in spelling.unread}, known)
     row, phrases = [], []
     for key in columns:
-        there = [table[key]] if isinstance(table[key], str) else check_type(table[key], list)
         with error_context(key):
+            there = [table[key]] if isinstance(table[key], str) else check_type(table[key], list)
             if not 1 <= len(there) <= MOST:
                 raise UserError(f"{len(there)} pictures, must be 1 to {MOST}")
             row += [check_text(path) for path in there]

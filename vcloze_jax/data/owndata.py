@@ -100,10 +100,12 @@ class OwnGrids:
         return self.content
 
     def look_at_some(self, table: np.ndarray) -> str:
-        """Read `SPOT` samples, spread evenly, so that mistakes show early -> the digest."""
+        """Read `SPOT` samples, spread evenly, so that mistakes show early, and where one that is
+        broken is too many all -> the digest, of those `SPOT`."""
         content = hashlib.sha256(self.samples.digest.encode() + table.tobytes())
         buckets = *self.buckets.items(), *self.reserve.items()
-        numbers = np.linspace(0, len(table) - 1, min(SPOT, len(table))).astype(int)
+        spot = np.linspace(0, len(table) - 1, min(SPOT, len(table))).astype(int)
+        numbers = spot if self.broken.limit else range(len(table))
         places = [(i, shape) for i in numbers for shape, members in buckets if i in members]
         for i, shape in places:
             try:
@@ -111,6 +113,8 @@ class OwnGrids:
                     found = self.read(int(i), shape)
             except UserError as error:
                 self.broken.note(int(i), str(error))
+                continue
+            if i not in spot:
                 continue
             content.update(repr(found.sample).encode())
             cells = [cell for row in found.sample.rows for cell in row]

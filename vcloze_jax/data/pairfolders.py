@@ -115,19 +115,23 @@ def check_texts(folder: Path) -> None:
 
 
 def check_astray(folder: Path, pairs: list[tuple[str, str, str]]) -> None:
-    """Raise UserError for a text of a pair's name in a folder where none is looked for."""
+    """Raise UserError for a text of a pair's name in a folder where none is looked for, or whose
+    suffix is in capitals, which is not looked for either."""
     homes = {os.path.dirname(path) for pair in pairs for path in pair}
     stems = {os.path.basename(path).rpartition(".")[0] for pair in pairs for path in pair[1:]}
     stems |= {os.path.basename(name) for name, *_ in pairs}
     for place, names in walk_places(folder):
         here = str(place.relative_to(folder))
-        if here in homes or (here == "." and "" in homes):
-            continue
+        is_home = here in homes or (here == "." and "" in homes)
         for name in names:
             stem, suffix = os.path.splitext(unicodedata.normalize("NFC", name))
-            if stem in stems and suffix in TEXTS[:2]:
-                lost = f"{here}/{name}: its text is not read there"
-                raise UserError(f"{lost}; put it beside its picture, or move it away")
+            if stem not in stems or suffix.lower() not in (TEXTS if is_home else TEXTS[:2]):
+                continue
+            lost = f"{here}/{name}: its text is not read"
+            if not is_home:
+                raise UserError(f"{lost} there; put it beside its picture, or move it away")
+            if suffix not in TEXTS:
+                raise UserError(f"{lost}; its suffix is {suffix.lower()}, in small letters")
 
 
 def pairs_of_lines(file: Path) -> Iterator[OwnSample]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.checks import (
@@ -34,6 +34,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 EXIF = {"exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow keeps what may turn a picture
 TURNED = 0x0112, range(5, 9)  # EXIF's orientation, and those that swap width and height
 STREAM = re.compile("/dev/(stdin|fd/)")
+LONGEST_WEBP = 16383  # pixels to a side
 COLOURED = 64  # from the least of RGB to the most, more than JPEG makes of a grey
 
 
@@ -191,9 +192,11 @@ def save_png(path: str | Path, pixels: np.ndarray) -> None:
 
 def save_film(path: str | Path, frames: list[Image.Image]) -> None:
     """Write frames of one size as an animated WebP that shows each for 0.1 s and the last for 2 s,
-    atomically. Raises UserError if the disk refuses."""
+    atomically; smaller where they are larger than a WebP may be. Raises UserError if the disk
+    refuses."""
     encoded = io.BytesIO()
-    first, *rest = frames
+    within = [min(side, LONGEST_WEBP) for side in frames[0].size]
+    first, *rest = [ImageOps.contain(frame, within) for frame in frames]
     durations = [100] * len(rest) + [2000]
     how = dict(quality=90, duration=durations, loop=0, save_all=True, append_images=rest)
     first.save(encoded, "WEBP", **how)

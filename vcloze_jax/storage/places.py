@@ -127,7 +127,7 @@ def split_bank(lora):
     where a spec picks it}. Raises UserError where two have one name."""
     lora = [lora] if isinstance(lora, str | Path) else lora or []
     lora = [adapter_and_name(str(x)) if isinstance(x, str | Path) else x for x in lora]
-    common = [x for x in lora if not isinstance(x, BankedAdapter)]
+    common = [(Path(x[0]), x[1]) for x in lora if not isinstance(x, BankedAdapter)]
     bank = {}
     for name, *pair in (x for x in lora if isinstance(x, BankedAdapter)):
         if name in bank:
