@@ -57,6 +57,8 @@ def folder(tmp_path, monkeypatch):
         ("--grid fox.json --out=~/file", "home/file: File exists"),
         ("--grid fox.json bad.json", "bad.json: image[0][1]: "),
         ("--grid fox.json fox.json", "output 'fox' is also that of"),
+        ("--grid fox.json --plan --dial", "--dial: is not planned"),
+        ("--grid fox.json --plan --preset flux-fill --lora a.sft", "--lora: a preset is planned"),
         ("--grid a.png", "a.png: "),
         ("--grid fox.json --weights odd", "odd/vcloze.json: must say"),
         ("--grid fox.json --out .", "fox.json is an input"),
@@ -83,6 +85,8 @@ def test_sample_refuses(folder, call, monkeypatch, argv, message):
         ("--mesh eight", "--mesh eight: "),
         ("--mesh 0", "--mesh 0: "),
         ("--mesh data=2,model=4", "'model=4' is not AXIS=SIZE"),
+        ("--mesh data=65536,fsdp=2", "131072 devices, not 1 to 65536"),
+        ("--download", "--download: is of --weights"),
         ("--mesh 5 --check", "--mesh: flux/"),
         ("--mesh tensor=3 --check", "--mesh: flux/"),
     ],
@@ -254,6 +258,7 @@ def test_train_refuses_a_mesh_that_does_not_divide(folder, call, monkeypatch):
         ("--out file --weights none", "--out file: File exists"),
         ("--subjects 1 --subjects 2", "--subjects: given twice; keep one"),
         ("--card none --weights none", "--card none: 'none' is a folder"),
+        ("--data own.jsonl --resolution 8", "--resolution 8: must be at least 16"),
     ],
 )
 def test_evaluate_refuses(folder, call, monkeypatch, argv, message):

@@ -116,6 +116,8 @@ def test_mistakes(folder, tmp_path, rows, keys, message):
             list(studio.paint(rows, SMALL | keys, []))
     with pytest.raises(UserError, match="none.safetensors"):
         list(studio.paint([[None]], SMALL, ["none.safetensors"]))
+    with pytest.raises(FileNotFoundError):  # as of a file that Gradio has taken away
+        list(studio.paint([["gone.png", None]], SMALL, []))
     assert not list(tmp_path.iterdir())
 
 

@@ -82,6 +82,10 @@ def test_arguments(pipeline):
     ]:
         with pytest.raises(UserError, match=message):
             pipeline(GRID, **SMALL, **arguments)
+    (one,) = pipeline.paint({"image": GRID, **SMALL, "seed": 3})
+    assert one.images[0].tobytes() == seeded.images[0].tobytes()
+    with pytest.raises(UserError, match="a list is no spec: a file's path, or a dict"):
+        pipeline.paint([GRID])
     for image, message in [
         ([[POODLE[0], 3]], r"image\[0\]\[1\]: a cell is a path, null or"),
         (["fox.png", None], r"image\[0\]: must be a list, a row of cells .* not a string"),

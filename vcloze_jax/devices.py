@@ -19,7 +19,8 @@ from vcloze_jax.inputs.cluster import count_processes
 from vcloze_jax.model.ops import choose_kernel
 from vcloze_jax.sharding import AXES, compute_dtype, count_shards, shardings
 
-MOST = 65_536  # devices on an axis
+MOST = 65_536  # devices, and on an axis
+THREADS = 4096  # of XLA's pool at most: a system allows a process only so many
 HOST = "pinned_host"  # memory of a host that devices write by themselves
 BLOCKS = "double", "single", "blocks"  # of the MMDiT, and of a text encoder
 SETTINGS = {  # of JAX, which variables of the environment may have set otherwise
@@ -53,6 +54,10 @@ def parse_mesh(text):
         if fault:
             raise UserError(f"--mesh {text}: {fault}; write 8, or data=2,fsdp=4")
         sizes[axis] = int(size)
+    if (count := math.prod(sizes.values())) > MOST:
+        raise UserError(
+            f"--mesh {text}: {count} devices, not 1 to {MOST}; write 8, or data=2,fsdp=4"
+        )
     return sizes
 
 
@@ -113,6 +118,12 @@ def cpu_mesh():
             f"JAX_PLATFORMS={named}: --offload needs the CPU, too; {named},cpu will do"
         ) from error
     return jax.make_mesh((1,) * len(AXES), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:1])
+
+
+def describe_virtual(mesh):
+    """That the devices of a mesh are made of one CPU's cores, in a line; "" where they are not."""
+    virtual = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+    return f"devices: {mesh.size} virtual ones, of this machine's CPU" if virtual else ""
 
 
 def painting_mesh(mesh):
@@ -204,4 +215,4 @@ def ready_xla(devices):
     new = [flag for flag in flags if flag.partition("=")[0] not in names]
     os.environ["XLA_FLAGS"] = " ".join(given + new)
     if devices > 1:
-        os.environ.setdefault("PJRT_NPROC", str(16 * devices))
+        os.environ.setdefault("PJRT_NPROC", str(min(16 * devices, THREADS)))

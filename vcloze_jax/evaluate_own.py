@@ -15,7 +15,7 @@ import numpy as np
 
 from vcloze_jax.config import Recipe, UserError
 from vcloze_jax.data.owndata import open_own
-from vcloze_jax.grid import Spec
+from vcloze_jax.grid import PATCH, Spec
 from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.card import format_table
 from vcloze_jax.inputs.checks import flag
@@ -53,6 +53,8 @@ def check_flags(args):
         raise UserError(f"--subjects {args.subjects}: must be at least 1")
     if not 0 <= share_held_out(args) <= 1:
         raise UserError(f"--held-out {args.held_out}: must be from 0 to 1")
+    if args.resolution is not None and args.resolution < PATCH:
+        raise UserError(f"--resolution {args.resolution}: must be at least {PATCH}")
     if not Path(args.data).exists():
         raise UserError(f"--data {args.data}: there is no such file or folder")
 

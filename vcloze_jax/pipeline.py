@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from vcloze_jax import __version__
 from vcloze_jax.config import UserError
-from vcloze_jax.devices import kernel_on, make_mesh, parse_mesh
+from vcloze_jax.devices import describe_virtual, kernel_on, make_mesh, parse_mesh
 from vcloze_jax.dial import measure_moves
 from vcloze_jax.film import Step, tell_steps
 from vcloze_jax.grid import Spec, bucket
@@ -178,19 +178,19 @@ class Pipeline:
 
     def paint(
         self,
-        specs: list[Spec | dict | str | Path],
+        specs: Spec | dict | str | Path | list[Spec | dict | str | Path],
         *,
         progress: bool = False,
         on_step: Callable[[Step], None] | None = None,
         dial: bool = False,
     ) -> list[Painting]:
-        """Paint specs as batches, in order. Each is a Spec, what a spec's file would hold (where
-        cells may be pictures, too), or the path of a file of specs or of a record; those that ask
-        for several pictures give as many paintings. The `dial` paints each again with its examples
-        in another order, one left out or all, and from other noises: how far it moves is in its
-        record. Raises as a call does."""
-        found = []
-        for i, spec in enumerate(specs):
+        """Paint specs as batches, in order, or one alone. Each is a Spec, what a spec's file would
+        hold (where cells may be pictures, too), or the path of a file of specs or of a record;
+        those that ask for several pictures give as many paintings. The `dial` paints each again
+        with its examples in another order, one left out or all, and from other noises: how far it
+        moves is in its record. Raises as a call does."""
+        found, alone = [], isinstance(specs, Spec | dict | str | Path)
+        for i, spec in enumerate([specs] if alone else specs):
             read = isinstance(spec, Spec)
             found += [spec] if read else read_specs([spec], self.painter.preset, first=i)
         hooks = (steps_bar,) if progress else ()
@@ -208,12 +208,14 @@ class Pipeline:
         return paintings
 
     def summary(self) -> str:
-        """The weights that paint, and the adapters folded into them, a line each."""
+        """The weights that paint, and the adapters folded into them, a line each; and a line where
+        devices are virtual."""
         models = self.painter.models
         base = weights.summary(models.folder, self.painter.preset)
         lines = [f"weights: {base}", places.describe_adapters(models.folder, models.bank[None])]
         for name, pairs in models.bank.items():
             lines += [f"{name}: {places.describe_pairs(pairs)}"] if name else []
+        lines += filter(None, [describe_virtual(self.painter.mesh)])
         return "\n".join(lines)
 
 
@@ -273,7 +275,7 @@ def describe(canvas):
     grid = spec.grid
     preset = painter.preset
     models = painter.models
-    is_mini = models.folder in places.MINIS
+    is_mini = models.folder.resolve() in places.MINIS
     record = {
         "spec": spec.resolved,
         "prompt": spec.prompt,

@@ -116,7 +116,7 @@ class RunWriter:
             self.preview()
         else:
             self.rehearse()
-        if self.folder in MINIS:
+        if self.folder.resolve() in MINIS:
             for sentence in filter(None, dict.fromkeys(map(describe_unlike_mini, self.specs))):
                 print(f"warning: {sentence}")
         print(

@@ -71,13 +71,13 @@ class Studio:
         name = f"page{next(numbers)}"
         folder = self.out / f"{name}_inputs"
         folder.mkdir(parents=True)
-        cells = [
-            [self.save_cell(cell, folder / f"{r}_{c}") for c, cell in enumerate(row)]
-            for r, row in enumerate(rows)
-        ]
         try:
+            cells = [
+                [self.save_cell(cell, folder / f"{r}_{c}") for c, cell in enumerate(row)]
+                for r, row in enumerate(rows)
+            ]
             specs = read_specs([{"image": cells, **table}], self.preset)
-        except UserError:
+        except (UserError, OSError):
             shutil.rmtree(folder)
             raise
         specs = [replace(spec, name=spec.name.replace("grid-0", name)) for spec in specs]

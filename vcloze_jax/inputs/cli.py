@@ -126,19 +126,23 @@ def add_plan_flags(parser, presets=()):
 
 
 def check_plan_flags(args):
-    """Raise UserError for a --device where nothing is planned."""
+    """Raise UserError for a --device where nothing is planned, and what is planned by none."""
     if args.device and not args.plan:
         raise UserError("--device: is of --plan; add that, or leave it away")
+    if args.plan and getattr(args, "dial", False):
+        raise UserError("--dial: is not planned, it paints each grid several times; leave it away")
 
 
 def read_preset(args):
     """The preset of --weights, or that of --preset. Raises UserError where both are given, or a
-    preset is to do more than to plan or to list its tasks."""
+    preset is to do more than to plan or to list its tasks, or to do that with an adapter."""
     if args.preset is None:
         return named_preset(args.weights or MINI_FOLDER)
     if args.weights or not (args.plan or args.list_tasks):
         remedy = "it is for --plan and --list-tasks; weights say theirs themselves"
         raise UserError(f"--preset {args.preset}: {remedy}")
+    if args.lora:
+        raise UserError("--lora: a preset is planned without adapters; leave it away")
     return PRESETS[args.preset]
 
 
@@ -146,7 +150,9 @@ def fetch_weights(args):
     """The folder of --weights, or None where none are named; with --download all of its files are
     fetched now. Raises UserError, also where what is fetched is of another preset than the one that
     was taken for it before."""
-    if not args.weights or not args.download:
+    if args.download and not args.weights:
+        raise UserError("--download: is of --weights; name those, or leave it away")
+    if not args.download:
         return args.weights
     folder = download_weights(args.asked)
     if named_preset(folder) != named_preset(args.weights):

@@ -112,9 +112,12 @@ class RunFolder:
         self.lock()
 
     def settle(self, recipe, origins):
-        """Write what the run is; of one that goes on the free settings follow this command. Nothing
-        can be refused from here on. Raises UserError."""
+        """Write what the run is; of one that goes on the free settings follow this command, and the
+        rate is told if it does. Nothing can be refused from here on. Raises UserError."""
         if self.writes:
+            before = read_identity(self.config)["lr"] if self.config.exists() else recipe.lr
+            if before != recipe.lr:
+                print(f"{self.path}: goes on with --lr {recipe.lr:g}, after {before:g}")
             entries = asdict(recipe) | {"origins": origins}
             save_text(self.config, json.dumps(entries, indent=1) + "\n")
 

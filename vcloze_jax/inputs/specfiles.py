@@ -94,6 +94,9 @@ def read_specs(sources: list, preset: Preset, changes=None, first=0) -> list[Spe
         if isinstance(source, dict):
             specs += read_pictures(source, preset, f"grid-{number}", Path(), changes)
             continue
+        if not isinstance(source, str | Path):
+            kind = type(source).__name__
+            raise UserError(f"a {kind} is no spec: a file's path, or a dict with the image's rows")
         path = Path(source)
         with error_context(path):
             content = parse_json(_read_bytes(path))

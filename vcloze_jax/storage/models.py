@@ -13,7 +13,15 @@ from flax import nnx
 
 from vcloze_jax import __version__
 from vcloze_jax.config import PRESETS, UserError
-from vcloze_jax.devices import HOST, copy_to_hosts, cpu_mesh, kernel_on, put, waits
+from vcloze_jax.devices import (
+    HOST,
+    copy_to_hosts,
+    cpu_mesh,
+    describe_virtual,
+    kernel_on,
+    put,
+    waits,
+)
 from vcloze_jax.inputs.cachefolder import cache_folder
 from vcloze_jax.inputs.papers import PLACEMENTS
 from vcloze_jax.placement import FILL
@@ -173,6 +181,8 @@ def checked_training_preset(folder, recipe, mesh):
         adapters.check(Path(recipe.lora), preset.flux)
     preset = replace(preset, recipe=recipe)
     check_mesh(preset.learning, mesh)
+    if told := describe_virtual(mesh):
+        print(told)
     return preset
 
 

@@ -144,7 +144,7 @@ def describe_adapters(folder, pairs):
     also whether its own is among them, since a --lora takes its place."""
     files = describe_pairs(pairs)
     line = f"adapter: {files or 'none'}"
-    if folder != MINI_FOLDER or any(file.resolve() == MINI_LORA for file, _ in pairs):
+    if folder.resolve() != MINI_FOLDER or any(file.resolve() == MINI_LORA for file, _ in pairs):
         return line
     return f"{line}, in place of mini's own" if files else f"{line}, not even mini's own"
 
