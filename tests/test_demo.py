@@ -19,8 +19,10 @@ import sample
 from vcloze_jax import demo
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.sheet import MARK
+from vcloze_jax.inputs.specfiles import read_specs
 from vcloze_jax.pipeline import Painting
-from vcloze_jax.studio import Studio
+from vcloze_jax.storage.places import MINI_LORA, adapter_and_name
+from vcloze_jax.studio import Studio, name_adapter
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "examples/pictures"
@@ -119,6 +121,21 @@ def test_mistakes(folder, tmp_path, rows, keys, message):
     with pytest.raises(FileNotFoundError):  # as of a file that Gradio has taken away
         list(studio.paint([["gone.png", None]], SMALL, []))
     assert not list(tmp_path.iterdir())
+
+
+def test_other_keys(folder, tmp_path):
+    """Keys of a record that the page has no field for go with it as JSON, and come back; the
+    layout's sentence only where it does not follow from the grid."""
+    row = [str(file_of("poodle_fluent_flat")), None]
+    for told in ({}, {"layout_prompt": ""}, {"layout_prompt": "Four.", "adapter": "maps"}):
+        (spec,) = read_specs([{"image": [row], **told, **SMALL}], tiny.TINY)
+        text = demo.show_others(spec.resolved)
+        assert (json.loads(text) if text else {}) == told == demo.read_others(text)
+    for text in ("{", "[]", '{"a": 1, "a": 2}'):
+        with pytest.raises(UserError, match="^other keys: "):
+            demo.read_others(text)
+    for given in (f"maps={MINI_LORA}:0.123456789", f"{MINI_LORA}:2.0"):
+        assert name_adapter(adapter_and_name(given)) == given
 
 
 def test_without_gradio(monkeypatch, tmp_path):

@@ -7,20 +7,24 @@ It needs pip install '.[demo]': Gradio, with which the authors' own demo is made
 lies in --out, with its pictures, its film and its record, which the page and sample.py open again.
 """
 
+import json
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs import cli, prompts
+from vcloze_jax.inputs.checks import check_type, error_context, parse_json
 from vcloze_jax.inputs.pictures import check_writable, decode_picture, open_picture
 from vcloze_jax.inputs.sheet import MARK
 from vcloze_jax.inputs.specfiles import IMAGES, output_names
 from vcloze_jax.inputs.tasks import list_tasks
+from vcloze_jax.storage.places import adapter_and_name
 
 MOST = 4  # rows of examples, and columns; the query stands in row MOST
 HOW = "Rows show a task; the last row asks. What is empty there, or brushed over, is painted."
 NUMBERS = "seed", "num_inference_steps", "guidance_scale", "resolution"
+OTHERS = "layout_prompt", "latents", "upsampling", "adapter"  # keys without a field of their own
 LOCAL = "127.0.0.1"  # nobody else's: a page reads and writes the files of whoever started it
 
 
@@ -75,7 +79,7 @@ class Page:
             }
 
     def lay_out_words(self):
-        """What is said beside the pictures: every key of a spec."""
+        """What is said beside the pictures: all keys of a spec, the rarer ones in one field."""
         gr, preset = self.gr, self.studio.preset
         with gr.Row():
             self.shows = [
@@ -92,8 +96,9 @@ class Page:
                 key: gr.Number(value, label=key, min_width=110)
                 for key, value in zip((*NUMBERS, IMAGES), defaults, strict=True)
             }
+        self.others = gr.Textbox(label="other keys of a spec, as JSON")
         given = "\n".join(self.studio.adapters)
-        self.adapters = gr.Textbox(given, label="adapters: FILE or FILE:SCALE, one a line")
+        self.adapters = gr.Textbox(given, label="adapters: [NAME=]FILE[:SCALE], one a line")
         self.fields = self.words | self.numbers
 
     def lay_out_results(self):
@@ -122,9 +127,9 @@ class Page:
         for box in self.shows:
             box.change(self.say_task, [self.shape, *self.shows], self.words["task_prompt"])
         self.task.change(self.name_task, self.task, self.words["task_prompt"])
-        given = {self.shape, self.adapters, *cells, *fields}
+        given = {self.shape, self.adapters, self.others, *cells, *fields}
         self.go.click(self.paint, given, [self.told, self.shown, self.kept])
-        self.record.upload(self.open, self.record, [*laid, *fields, self.told])
+        self.record.upload(self.open, self.record, [*laid, *fields, self.others, self.told])
 
     def change_shape(self, shape, by):
         """Add or remove a row or a column, within what the page has."""
@@ -169,6 +174,7 @@ class Page:
         adapters = list(filter(None, map(str.strip, values[self.adapters].splitlines())))
         yield {self.told: "painting; at first the model is read and compiled", self.kept: None}
         try:
+            table = read_others(values[self.others]) | table
             for painted in self.studio.paint(grid, table, adapters):
                 live = [(x, name) for name, x in painted.items() if isinstance(x, str)]
                 if live:
@@ -188,11 +194,12 @@ class Page:
         yield {self.told: said, self.kept: kept, self.shown: shown}
 
     def open(self, file):
-        """Lay out the grid of a record, or of a spec."""
+        """Lay out the grid of a record, or of a spec that has its paths in full: of a file that is
+        dropped here nobody knows the folder."""
         try:
             examples, query, spec = self.studio.open(file)
         except UserError as error:
-            return {self.told: f"error: {error}"}
+            return {self.told: f"error: {error}; a record has its paths in full"}
         if len(examples) > MOST or len(query) > MOST:
             most = f"{MOST} rows of examples and {MOST} columns"
             return {self.told: f"error: {Path(file).name}: more than {most}; use sample.py"}
@@ -203,7 +210,26 @@ class Page:
         for r, row in [*enumerate(examples), (MOST, query)]:
             laid |= {self.cells[r, c]: update(value=x, visible=True) for c, x in enumerate(row)}
         laid |= {field: spec[key] for key, field in self.fields.items() if key in spec}
+        laid |= {self.numbers[IMAGES]: 1, self.others: show_others(spec)}
         return laid | {self.told: f"opened {Path(file).name}"}
+
+
+def show_others(spec):
+    """Of a resolved spec what the page has no field of its own for, as JSON; "" for nothing. The
+    layout's sentence, which follows the grid, is among it where it is another."""
+    rows = spec["image"]
+    others = {key: spec[key] for key in OTHERS if spec.get(key)}
+    if spec["layout_prompt"] == prompts.layout_prompt(len(rows), len(rows[0])):
+        others.pop("layout_prompt", None)
+    elif not spec["layout_prompt"]:
+        others["layout_prompt"] = ""  # none at all
+    return json.dumps(others, ensure_ascii=False) if others else ""
+
+
+def read_others(text):
+    """What `show_others` shows, perhaps edited -> keys of a spec. Raises UserError."""
+    with error_context("other keys"):
+        return check_type(parse_json(text.encode()), dict) if text.strip() else {}
 
 
 def whole(value):
@@ -213,7 +239,7 @@ def whole(value):
 
 def main(argv):
     parser = cli.Parser(__doc__)
-    cli.add_model_flags(parser)
+    cli.add_model_flags(parser, adapter_and_name)
     add = parser.add_argument
     add("--offload", action="store_true", help="slower; FLUX paints on 24 GB")
     add("--out", type=cli.path, default=Path("outputs"), metavar="DIR")

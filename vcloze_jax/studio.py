@@ -18,7 +18,6 @@ from vcloze_jax.inputs.pictures import open_picture, save_png, to_mask
 from vcloze_jax.inputs.sheet import MARK
 from vcloze_jax.inputs.specfiles import read_specs
 from vcloze_jax.pipeline import Pipeline
-from vcloze_jax.storage.places import file_and_scale
 
 
 class Studio:
@@ -29,13 +28,13 @@ class Studio:
         self.out, self.pipeline = out, None
         self.worker = ThreadPoolExecutor(1)  # one grid at a time
         self.marked = {}  # bytes of a picture with its mask drawn in: the cell that it shows
-        self.load([f"{file}:{scale:g}" for file, scale in lora or []])
+        self.load(list(map(name_adapter, lora or [])))
 
     def load(self, adapters):
-        """Make the pipeline of these adapters, FILE or FILE:SCALE, unless it is the one at hand."""
+        """Make the pipeline of these adapters, as --lora names them, unless it is the one at
+        hand."""
         if self.pipeline is None or adapters != self.adapters:
-            pairs = [file_and_scale(adapter) for adapter in adapters]
-            self.pipeline = Pipeline.load(self.weights, pairs, self.mesh, self.offload)
+            self.pipeline = Pipeline.load(self.weights, adapters, self.mesh, self.offload)
             self.adapters, self.preset = adapters, self.pipeline.painter.preset
 
     def paint(self, rows, table, adapters):
@@ -136,6 +135,12 @@ class Studio:
         seen.paste(layer, mask=layer)
         self.marked[seen.tobytes()] = cell
         return {"background": picture, "layers": [layer], "composite": seen}
+
+
+def name_adapter(adapter):
+    """One of --lora, read, as it was given: [NAME=]FILE:SCALE."""
+    *name, file, scale = adapter
+    return "=".join([*name, f"{file}:{scale!r}"])
 
 
 def open_cell(cell):
