@@ -135,6 +135,15 @@ def test_what_is_cut_away_is_told(tmp_path, capfd):
 # --- broken samples ---
 
 
+def test_pictures_that_were_replaced_are_measured_anew(tmp_path):
+    """Law: other pictures under the same names have their own sizes, not those that were kept."""
+    shapes = []
+    for size in ((128, 128), (192, 96)):
+        folder = write_pairs(tmp_path / "pairs", 40, [size])
+        shapes.append({shape[2:] for shape in open_own(str(folder), RECIPE).shapes()})
+    assert shapes == [{(64, 64)}, {(32, 80)}]
+
+
 @pytest.fixture
 def worn(tmp_path):
     """250 pairs: pictures of 0 and 1 cannot be opened, one of 2 is cut in the midst of its data."""

@@ -28,6 +28,7 @@ from vcloze_jax.data.sizes import (
     has_masks,
     measure_samples,
     merge_buckets,
+    spread_evenly,
 )
 from vcloze_jax.data.sources import SPARE, Example, Shape, random_generator
 from vcloze_jax.grid import Grid
@@ -38,7 +39,6 @@ from vcloze_jax.inputs.spec import open_cells, sentences
 HELD_OUT = 4  # samples at least, but never more than half
 PREVIEWS = 4  # of grids that a file holds
 SHOWN = 5  # names of others that are broken
-SPOT = 32  # samples, spread evenly, whose pictures are read at every start
 MAX_BROKEN = 0.01  # share of the samples
 ASKED = dict(reverse_masking=0.0, keep_order=True, task_sentence=1.0, content_sentence=1.0)
 ASKED |= dict(fixed_templates=True, caption_dropout=0.0)  # what previews are drawn by
@@ -96,15 +96,15 @@ class OwnGrids:
     masks_every_row = False
 
     def digest(self) -> str:
-        """Of the lines or names, the sizes of all pictures, and the files of `SPOT` samples."""
+        """Of the lines or names, the sizes of all pictures, and the files of some samples."""
         return self.content
 
     def look_at_some(self, table: np.ndarray) -> str:
-        """Read `SPOT` samples, spread evenly, so that mistakes show early, and where one that is
-        broken is too many all -> the digest, of those `SPOT`."""
+        """Read some samples, spread evenly, so that mistakes show early, and where one that is broken
+        is too many all -> the digest, of some."""
         content = hashlib.sha256(self.samples.digest.encode() + table.tobytes())
         buckets = *self.buckets.items(), *self.reserve.items()
-        spot = np.linspace(0, len(table) - 1, min(SPOT, len(table))).astype(int)
+        spot = spread_evenly(len(table))
         numbers = spot if self.broken.limit else range(len(table))
         places = [(i, shape) for i in numbers for shape, members in buckets if i in members]
         for i, shape in places:

@@ -26,19 +26,21 @@ from vcloze_jax.inputs.spec import open_cells, sentences
 
 ASPECTS = ((1, 2), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (2, 1))  # w, h
 UNLIKE = math.log(1.5)  # of two aspects, from which on a third of a picture or more is cut away
+SPOT = 32  # samples, spread evenly, that are looked at at every start
 FIELDS = ("pair", "rows", "columns", "width", "height")  # of a sample; height 0: it is broken
 
 
 def measure_samples(samples: Sequence) -> tuple[np.ndarray, dict[int, str]]:
     """`FIELDS` of all samples, int32 [N, 5], and what is wrong with those that are broken.
 
-    They are read from `find_table` where that is of these samples; else from the headers of all
-    their pictures, with a bar, and kept there; samples of which much is cut away are told then.
-    What was broken is looked at again. Raises UserError for what is no sample.
+    They are read from `find_table` where that is of these samples, and still of the pictures of
+    `SPOT` that are spread evenly; else from the headers of all their pictures, with a bar, and kept
+    there; samples of which much is cut away are told then. What was broken is looked at again.
+    Raises UserError for what is no sample.
     """
     file, cut = find_table(samples), []
     table, broken = _read_table(file, samples.digest), {}
-    if table is None:
+    if table is None or any(_was_replaced(samples, table, i) for i in spread_evenly(len(samples))):
         table = np.zeros((len(samples), len(FIELDS)), np.int32)
     missing = np.flatnonzero(table[:, -1] == 0)
     for i in tqdm(missing, "reading sizes", unit="sample", leave=False, delay=2):
@@ -93,6 +95,19 @@ def measure_sample(sample, folder: Path) -> tuple[tuple[int, ...], bool]:
 def has_masks(sample) -> bool:
     """Whether the sample says itself what is to be generated."""
     return any(isinstance(cell, dict) and cell.get("mask") for cell in sample.rows[-1])
+
+
+def spread_evenly(count: int) -> list[int]:
+    """Some numbers below a count, `SPOT` of them, or all."""
+    return np.linspace(0, count - 1, min(SPOT, count)).astype(int).tolist()
+
+
+def _was_replaced(samples: Sequence, table: np.ndarray, i: int) -> bool:
+    """Whether a sample's first picture has another size by now than a table says."""
+    with suppress(UserError), quiet_decoders():
+        fields, _ = measure_sample(samples[i], samples.folder)
+        return tuple(table[i]) != fields and table[i, -1] > 0
+    return False
 
 
 def _read_table(file: Path, digest: str) -> np.ndarray | None:
