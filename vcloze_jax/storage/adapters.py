@@ -55,9 +55,10 @@ def agreed_placement(files: list[Path]) -> Placement | None:
     return next(iter(told.values()), None)
 
 
-def check(file: Path, config: FluxConfig):
-    """Everything that can be wrong with an adapter for this model without reading a tensor. Says so
-    where it was made for another base, or may have been meant weaker or stronger."""
+def check(file: Path, config: FluxConfig) -> int:
+    """Everything that can be wrong with an adapter for this model without reading a tensor -> its
+    rank, the largest of its layers'. Says so where it was made for another base, or may have been
+    meant weaker or stronger."""
     if not file.exists():
         raise UserError(f"{file}: there is no such adapter{places.suggest_adapter(file)}")
     with translate_errors(file):
@@ -67,6 +68,8 @@ def check(file: Path, config: FluxConfig):
         print(f"lora: {file}: made for FLUX.1-dev, of {mmdit.LATENT} input channels; {others}")
     if adapter.doubt:
         print(f"lora: {file}: {adapter.doubt}")
+    keys = (factors.keys[0] for _, found in adapter.linear for factors in found)
+    return max(adapter.source.header[key][0][0] for key in keys)  # A is [r, in]
 
 
 def load(file: Path, config: FluxConfig) -> dict:

@@ -178,7 +178,9 @@ def checked_training_preset(folder, recipe, mesh):
         told = adapters.told_placement(Path(recipe.lora))
         if told not in (None, FILL, placement):
             raise UserError(f"{recipe.lora}: of placement {told.name}; add --placement {told.name}")
-        adapters.check(Path(recipe.lora), preset.flux)
+        rank = adapters.check(Path(recipe.lora), preset.flux)
+        if rank != recipe.rank:
+            raise UserError(f"{recipe.lora}: its rank is {rank}, not {recipe.rank}; set --rank")
     preset = replace(preset, recipe=recipe)
     check_mesh(preset.learning, mesh)
     if told := describe_virtual(mesh):
@@ -253,9 +255,7 @@ def load_start(preset):
     """The adapter that training goes on from, as a tree on the host. Raises UserError."""
     recipe, file = preset.recipe, Path(preset.recipe.lora)
     adapter = adapters.load(file, preset.flux)
-    rank = adapters.fit(file, adapter, preset.flux).rank
-    if rank != recipe.rank:
-        raise UserError(f"{file}: its rank is {rank}, not {recipe.rank}; set --rank")
+    adapters.fit(file, adapter, preset.flux)
     return adapter
 
 
