@@ -83,6 +83,7 @@ def test_tasks_are_drawn_by_their_shares():
 def test_selections():
     """A task, a group, several; the shares of what is left are those of its groups."""
     one = select_tasks("canny->target").shares
+    assert one == select_tasks("canny-to-target").shares  # which no shell takes for a redirection
     assert [(task.name, share) for task, share in one.items()] == [("canny->target", 1)]
     both = select_tasks("restoration,editing").shares
     assert len(both) == 34 and np.isclose(sum(both.values()), 1)

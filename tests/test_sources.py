@@ -109,6 +109,24 @@ def test_a_resolution_is_obeyed_or_refused(name):
         open_named(name, resolution=128)
 
 
+@pytest.mark.parametrize(
+    "data, change",
+    [
+        ("graphemoji", {"held_out": 0.5}),
+        ("graphemoji:gray->fluent_flat", {"held_out": 0.5}),
+        ("graphemoji-fill", {"keep_order": True}),
+        ("graphemoji-fill", {"task_sentence": 0.1}),
+        ("examples/pairs", {"reverse_held_out": True}),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(data, change):
+    """Law: a data setting of the recipe is obeyed or refused by name, never silently left."""
+    (name,) = change
+    told = f"^--{name.replace('_', '-')}: means nothing to --data {data}; leave it away"
+    with pytest.raises(UserError, match=told):
+        open_source(replace(MINI.recipe, data=data, **change))
+
+
 def test_opening_is_cheap():
     """No source imports JAX when it is opened, nor reads GraphEmoji's pictures; a file needs none
     of the others' libraries."""

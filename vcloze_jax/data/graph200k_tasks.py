@@ -72,7 +72,7 @@ GROUPS = {
     for name, group in _DATA["groups"].items()
 }
 GROUP_OF = {task: name for name, (_, tasks) in GROUPS.items() for task in tasks}
-NAMED = {task.name: (task,) for task in GROUP_OF}
+NAMED = {name: (task,) for task in GROUP_OF for name in (task.name, task.spelling)}
 NAMED |= {name: tasks for name, (_, tasks) in GROUPS.items()}
 NAMED |= {
     name: tuple(task for inner in names for task in NAMED[inner])

@@ -12,9 +12,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from vcloze_jax.config import Recipe, UserError
+from vcloze_jax.config import PRESETS, Recipe, UserError
 from vcloze_jax.grid import PATCH, Grid
-from vcloze_jax.inputs.checks import explain_missing
+from vcloze_jax.inputs.checks import explain_missing, flag
 
 
 class Example(NamedTuple):
@@ -79,8 +79,8 @@ class Source(Protocol):
 
 
 # What --data may say -> who opens it: a function of what follows the colon and of the recipe, all
-# of whose data settings it obeys or refuses. It raises UserError at once, and is imported when it
-# is called: whoever trains on files needs none of the others' libraries.
+# of whose data settings but those IGNORED it obeys. It raises UserError at once, and is imported
+# when it is called: whoever trains on files needs none of the others' libraries.
 SOURCES = {
     "graphemoji": "vcloze_jax.data.graphemoji:open_tasks",
     "graphemoji:TASK": "vcloze_jax.data.graphemoji:open_tasks",
@@ -89,6 +89,18 @@ SOURCES = {
     "graph200k:TASKS": "vcloze_jax.data.graph200k:open_graph200k",
 }
 OWN = "vcloze_jax.data.owndata:open_own"  # of any other name: a file, or a folder of pairs
+IGNORED = {  # settings that mean nothing to a source, so that others than the preset's are refused
+    "graphemoji": ("held_out",),
+    "graphemoji-fill": (
+        "held_out",
+        "reverse_masking",
+        "reverse_held_out",
+        "keep_order",
+        "task_sentence",
+        "content_sentence",
+    ),
+    OWN: ("reverse_held_out",),
+}
 
 
 def is_own(data: str) -> bool:
@@ -105,6 +117,9 @@ def open_source(recipe: Recipe) -> Source:
     kind, colon, part = recipe.data.partition(":")
     if recipe.data_dir and kind != "graph200k":
         raise UserError(f"--data-dir {recipe.data_dir}: only graph200k lies in one; leave it out")
+    for name in IGNORED.get(OWN if is_own(recipe.data) else kind, ()):
+        if getattr(recipe, name) != getattr(PRESETS[recipe.preset].recipe, name):
+            raise UserError(f"{flag(name)}: means nothing to --data {recipe.data}; leave it away")
     for form, opener in SOURCES.items():
         if form.partition(":")[:2] == (kind, colon):
             return resolve_name(opener)(part, recipe)
