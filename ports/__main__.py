@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from vcloze_jax.config import UserError
-from vcloze_jax.inputs.checks import describe_error, describe_with_file
 from vcloze_jax.inputs import cli
+from vcloze_jax.inputs.checks import describe_error, describe_with_file
 from vcloze_jax.inputs.cli import Parser, path
 from vcloze_jax.inputs.papers import PLACEMENTS
 from vcloze_jax.inputs.pictures import check_no_address, check_writable

@@ -1,5 +1,5 @@
-"""Adapters of every naming, read: y = x W + b + alpha / r * ((x A) B + b_B). ComfyUI has d b, the
-difference of b itself, for alpha / r b_B (comfyanonymous/ComfyUI:comfy/lora.py).
+"""Adapters of every naming, read: y = x W + b + alpha / r * ((x A) B + b_B). ComfyUI's files hold,
+in place of b_B, what is added to b: alpha / r b_B in all (comfyanonymous/ComfyUI:comfy/lora.py).
 
 A file becomes Branches, those of a layer of ours in a list, exactly as it holds them: a foreign
 adapter may have an A of its own for q, k and v, ranks that differ, or a part of the layers. From

@@ -119,7 +119,7 @@ class Recipe:
     resolution: int = setting(384, "a cell's area is its square", DATA, least=16)
     held_out: float = setting(0.1, "share of the user's own data that only previews show", DATA)
     reverse_masking: float = setting(0.5, "share of grids where any cell may be blank", DATA)
-    reverse_held_out: bool = setting(False, "… and so held-out tasks shown (the paper's)", DATA)
+    reverse_held_out: bool = setting(False, "… even if it asks a held-out task (the paper's)", DATA)
     keep_order: bool = setting(False, "conditions stay in their order", DATA)
     task_sentence: float = setting(0.8, "share of grids whose text names the task", DATA)
     content_sentence: float = setting(0.8, "share whose text says what the last cell shows", DATA)

@@ -147,7 +147,7 @@ def put(tree, mesh, root=""):
 
 def waits(path, x):
     """Whether a model's array, by its path, waits in host memory where its blocks do: if it holds a
-    matrix of every layer. No TPU cuts one vector out of many there, and they are small."""
+    matrix of every layer. Vectors stay: they are small, and no TPU reads one of a stack there."""
     return path[0].key in BLOCKS and x.ndim > 2
 
 

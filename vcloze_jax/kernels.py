@@ -47,10 +47,10 @@ def splash(q, k, v, lengths, sees=None, kinds=None, *, interpret=False):
     """jax's Pallas kernel for TPUs, K a multiple of 128: as `cudnn`, each device its own samples
     and heads. `interpret` runs it on a CPU, for tests.
 
-    Tokens are padded to what is cut well. All queries are of one segment, and real keys alone, so
-    that padded queries see what they see in the formula; of several kinds, a query that sees nobody
-    sees all real keys alike, but for its gradient: no Placement has one. Queries are scaled before
-    they are multiplied: in bfloat16 that is one rounding more.
+    Tokens are padded to what blocks divide. Every query, padded ones too, is in the segment of the
+    real keys, so that it sees what the plain formula shows it. With kinds, a query that may
+    see nobody gets the mean of all real keys' values, as there, but another gradient: no Placement
+    has such a one. Queries are scaled before the product: in bfloat16 that is one rounding more.
     """
     (B, L, H, K), keys = q.shape, k.shape[1]
     rows, columns = padded_length(L), padded_length(keys)

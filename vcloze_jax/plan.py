@@ -109,9 +109,9 @@ def sampling(preset, specs, mesh, device=None, offload=False):
 
 
 def precision(mesh, device):
-    """The dtype that is computed in, that in which programs are compiled for their temporaries, and
-    by how much those are the larger. For a device that is not here a CPU compiles: in bfloat16 it
-    would hold every weight as float32 once more, so it is asked for float32, and half is taken."""
+    """The dtype that is computed in; that in which programs are compiled to count temporaries; by
+    what their bytes are to be divided. For a device that is not here they are compiled for a CPU,
+    in float32, and halved: in bfloat16 a CPU's would hold float32 copies of all weights."""
     if device:
         return "bfloat16", "float32", 2
     return compute_dtype(mesh), compute_dtype(mesh), 1

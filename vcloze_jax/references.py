@@ -3,9 +3,9 @@ values are the same at all Euler steps. They are computed before the first one, 
 the MMDiT of its own tokens alone, which see them, too.
 
 It is exact, and for sampling alone: training, which knows no second step, asks of all tokens under
-a mask. On accelerators steps say which keys are real by a mask, too: on a GPU that is a bias, on a
-TPU segment ids, as padding has them. FLUX.2's klein does it, by other code for each attention
-(huggingface/diffusers:src/diffusers/models/transformers/transformer_flux2.py, Flux2KVCache).
+a mask. Kept keys are padded to one length for all grids; which are real is told to the attention
+as it is for padded tokens, by a bias on a GPU, by segment ids on a TPU. FLUX.2's klein does the
+same (huggingface/diffusers:src/diffusers/models/transformers/transformer_flux2.py, Flux2KVCache).
 """
 
 from collections import defaultdict

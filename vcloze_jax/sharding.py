@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from vcloze_jax.config import UserError
 
-# All but tensor split the batch. fsdp splits all weights, too, which are gathered where they are
-# used; state only adapters, and modulations, which are used where they lie: the rest stays whole.
+# All but tensor split the batch. fsdp splits all weights, too, and layers gather them for use.
+# state splits what is learnt, and modulations, which need no gathering; the base stays whole.
 AXES = ("data", "state", "fsdp", "tensor")
 BATCH, BOTH = P(AXES[:3]), ("state", "fsdp")
 

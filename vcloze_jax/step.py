@@ -23,8 +23,8 @@ KIND = 48  # bytes of a kind of task's name
 class Batch(NamedTuple):
     """A micro-batch on the devices; all grids of one shape."""
 
-    rows: tuple  # of (pixels uint8 [B, h, W, 3], mask bool [B, h, W] or None); or the Posteriors
-    # of all rows, where these are remembered (rowmemory.py), as on one CPU, or come of a cache
+    rows: tuple  # a pair a row: pixels uint8 [B, h, W, 3], mask bool [B, h, W] or None. Or, encoded
+    # before (by rowmemory.py on one CPU, or for --cache), the Posteriors of all rows
     t5_ids: jax.Array  # int32 [B, T]; or what the encoder made of them, [B, T, text_width]
     clip_ids: jax.Array  # int32 [B, 77]; or [B, vec_width]
     numbers: jax.Array  # int32 [B], of each grid in the run: what is drawn for it depends on that

@@ -100,8 +100,8 @@ class OwnGrids:
         return self.content
 
     def look_at_some(self, table: np.ndarray) -> str:
-        """Read some samples, spread evenly, so that mistakes show early, and where one that is broken
-        is too many all -> the digest, of some."""
+        """Read some samples, spread evenly, so that mistakes show early, and all where one that is
+        broken is too many -> the digest, of some."""
         content = hashlib.sha256(self.samples.digest.encode() + table.tobytes())
         buckets = *self.buckets.items(), *self.reserve.items()
         spot = spread_evenly(len(table))

@@ -92,8 +92,9 @@ def read_samples(path: Path) -> LineSamples | FolderSamples:
 
 
 def check_lines(folder: Path) -> None:
-    """Raise UserError for a file, anywhere in a folder, whose lines are its pairs: with texts that
-    would be lost, or by `datasets`' name, which says that no other names of them count."""
+    """Raise UserError for a file, anywhere in a folder, whose lines name the folder's pairs, and
+    which is not read beside them: if it has texts, or a name by which Hugging Face's datasets takes
+    it for the list of all that counts (metadata.jsonl)."""
     stems = {file.stem for file in walk_pictures(folder)}
     for file in walk_all_files(folder):
         if file.stem not in stems and next(pairs_of_lines(file), None):

@@ -44,8 +44,8 @@ FRAMES = Placement(
 )
 
 # FLUX.2's klein: references see each other alone, and are told time 0, so that they are computed
-# once for all steps (references.py). On our bases: it counts them 10, 20, …, its text stands on a
-# fourth axis, and it has no pooled text, which is told to them, too.
+# once for all steps (references.py). FLUX.2 itself numbers them 10, 20, …, has a fourth axis for
+# text, and no pooled text; here, on bases of FLUX.1, the pooled text is told to references, too.
 # huggingface/diffusers:src/diffusers/pipelines/flux2/pipeline_flux2_klein_kv.py
 KLEIN = Placement(
     "klein",

@@ -131,9 +131,9 @@ class Flux(nnx.Module):
         return x, (first, rest)
 
     def scan(self, block, x, layers):
-        """A loop over layers. It stacks what the backward pass needs, a third of mini's step on a
-        CPU, so where all is kept it is unrolled: what is so small compiles soon. XLA then copies
-        every slice of stacked weights, but none of lists of layers (weights.py, `by_layer`)."""
+        """A loop over layers; unrolled where remat is "none", as in models that are small enough to
+        compile so: a loop copies all that the backward pass needs into stacks, a third of mini's
+        step on a CPU. Unrolled, lists of layers spare slices' copies (weights.py, `by_layer`)."""
         listed, unroll = lambda x: isinstance(x, list), self.config.remat == "none"
         layers = jax.tree.map(lambda x: jnp.stack(x) if listed(x) else x, layers, is_leaf=listed)
         return jax.lax.scan(block, x, layers, unroll=unroll)

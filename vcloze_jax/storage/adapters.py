@@ -123,7 +123,8 @@ def save(file: Path, adapter: dict, dtype="float32", note: dict[str, str] | None
 
 
 def to_host(array):
-    """The array in NumPy. An array of JAX would keep what it gave: a passing one is asked."""
+    """The array in NumPy. A JAX array would hold on to its copy on the host, so the copy is made of
+    another array object over the same shards, which is dropped."""
     if not isinstance(array, jax.Array):
         return array
     shards = [shard.data for shard in array.addressable_shards]

@@ -253,7 +253,7 @@ def draw_weights(name, preset, mesh):
 
 def load_start(preset):
     """The adapter that training goes on from, as a tree on the host. Raises UserError."""
-    recipe, file = preset.recipe, Path(preset.recipe.lora)
+    file = Path(preset.recipe.lora)
     adapter = adapters.load(file, preset.flux)
     adapters.fit(file, adapter, preset.flux)
     return adapter
@@ -270,8 +270,8 @@ def check_loading(preset, folder, checkpoints):
 
 def ready_export(run, trainer, state, folder):
     """What writes RUN/lora.safetensors of a Trainer's `state` on the host, at any later time; with
-    rank 0 RUN/weights is written now, at the end of the run, with the tokenizers of `folder`. Hosts
-    call it together: what is written in one piece is in none of them."""
+    rank 0 RUN/weights is written now, at the end of the run, with the tokenizers of `folder`. All
+    hosts call it: one of them writes, but each has only a part of what is to be written."""
     recipe = trainer.recipe
     if not recipe.rank and trainer.step == recipe.steps:
         models, out = trainer.models(), run.path / "weights"

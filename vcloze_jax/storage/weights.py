@@ -116,9 +116,9 @@ cut_layers = jax.jit(partial(jax.tree.map, list))
 
 
 def by_layer(flux, config, mesh):
-    """The MMDiT's tree for one CPU: where its blocks are no loop, a list of layers for each weight
-    of them, as programs like it (Flux.scan). Only they: `shardings` and files know stacked ones.
-    For a moment there are both."""
+    """The MMDiT's tree as a program on one CPU runs fastest: where Flux.scan unrolls its loop, each
+    stacked weight of the blocks becomes a list of its layers. For a moment both are in memory.
+    Programs alone take such lists: `shardings` and weight files know stacked weights only."""
     if config.remat != "none" or mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
         return flux
     return flux | cut_layers({name: flux[name] for name in ("double", "single")})
