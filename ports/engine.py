@@ -275,11 +275,16 @@ def write_shards(folder: Path, stem: str, tensors: Iterable, dtype=None, max_byt
     `dtype`, or each in its own. Returns how many were rounded; PortError if one overflows."""
     folder.mkdir(parents=True, exist_ok=True)
     parts, total, all_rounded = [], 0, 0
-    for shard, rounded in group_tensors(tensors, dtype, max_bytes):
-        part, all_rounded = folder / f"{stem}.{len(parts)}.part", all_rounded + rounded
-        save_tensors(part, shard, {"format": "pt"})
-        parts.append((part, list(shard)))
-        total += sum(tensor.nbytes for tensor in shard.values())
+    try:
+        for shard, rounded in group_tensors(tensors, dtype, max_bytes):
+            part, all_rounded = folder / f"{stem}.{len(parts)}.part", all_rounded + rounded
+            save_tensors(part, shard, {"format": "pt"})
+            parts.append((part, list(shard)))
+            total += sum(tensor.nbytes for tensor in shard.values())
+    except BaseException:  # a disk that is full is not left so
+        for part in folder.glob(f"{stem}.*.part"):
+            part.unlink()
+        raise
     for old in folder.glob(f"{stem}*.safetensors*"):
         old.unlink()
     if len(parts) == 1:

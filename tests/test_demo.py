@@ -138,6 +138,15 @@ def test_other_keys(folder, tmp_path):
         assert name_adapter(adapter_and_name(given)) == given
 
 
+def test_ports(tmp_path, monkeypatch):
+    """A port that a page cannot have is refused before anything is loaded."""
+    with socket.create_server((demo.LOCAL, 0)) as taken:
+        monkeypatch.setattr(demo, "find_spec", lambda _: True)
+        for port in (taken.getsockname()[1], 70_000):
+            with pytest.raises(UserError, match=f"^--port {port}: .*; choose another"):
+                demo.main(["--out", str(tmp_path), "--port", str(port)])
+
+
 def test_without_gradio(monkeypatch, tmp_path):
     """Without Gradio one line says what to install."""
     monkeypatch.setattr(demo, "find_spec", lambda _: None)

@@ -124,6 +124,22 @@ def test_descriptions_in_another_form_are_refused(copied):
         open_graph(copied)
 
 
+def test_pictures_that_moved_are_told_at_once(folders, tmp_path):
+    """Where the list stayed and its pictures went, that is told when it is opened, in one line."""
+    file = shutil.copytree(folders["json"], tmp_path / "json") / "train" / "data.json"
+    items = json.loads(file.read_text())
+    for item in items[1:]:  # the first of some that are tried is there
+        item["condition"]["target"] = "gone.jpg"
+    file.write_text(json.dumps(items))
+    open_graph(tmp_path / "json")
+    items[0]["condition"]["target"] = "gone.jpg"
+    file.write_text(json.dumps(items))
+    with pytest.raises(
+        UserError, match="train/data.json: item .*target.*; nor can those of others"
+    ):
+        open_graph(tmp_path / "json")
+
+
 def test_texts_are_utf8(folders, tmp_path):
     """An item whose bytes are Latin-1 is refused by number and remedy, not by a codec's words."""
     file = shutil.copytree(folders["json"], tmp_path / "json") / "train" / "data.json"

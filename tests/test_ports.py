@@ -1,6 +1,8 @@
 """The tables and their engine: every tensor has its row, and comes through it with every bit."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -227,6 +229,22 @@ def test_shards(tmp_path):
         tmp_path, "model", engine.export_arrays(vae.DIFFUSERS, mine.items()), "float32"
     )
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_full_disk_is_not_left_full(tmp_path, monkeypatch):
+    """Of shards that could not all be written none is left."""
+    save = engine.save_tensors
+
+    def save_one(file, *rest):
+        save(file, *rest)
+        if file.name == "model.1.part":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(engine, "save_tensors", save_one)
+    tensors = ((f"{i}", np.ones(8, np.float32)) for i in range(4))
+    with pytest.raises(OSError, match="No space"):
+        engine.write_shards(tmp_path, "model", tensors, max_bytes=32)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_full_size_key_list():

@@ -8,13 +8,14 @@ lies in --out, with its pictures, its film and its record, which the page and sa
 """
 
 import json
+import socket
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs import cli, prompts
-from vcloze_jax.inputs.checks import check_type, error_context, parse_json
+from vcloze_jax.inputs.checks import check_type, describe_error, error_context, parse_json
 from vcloze_jax.inputs.pictures import check_writable, decode_picture, open_picture
 from vcloze_jax.inputs.sheet import MARK
 from vcloze_jax.inputs.specfiles import IMAGES, output_names
@@ -232,6 +233,16 @@ def read_others(text):
         return check_type(parse_json(text.encode()), dict) if text.strip() else {}
 
 
+def check_port(port):
+    """Raise UserError for a port of this machine that a page cannot have."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOCAL, port))
+        except (OSError, OverflowError) as error:
+            raise UserError(f"--port {port}: {describe_error(error)}; choose another") from None
+
+
 def whole(value):
     """A number of the page, where all are floats: an integer if it is one."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -249,6 +260,7 @@ def main(argv):
     if find_spec("gradio") is None:
         raise UserError("the page is made with Gradio: pip install 'vcloze-jax[demo]', please")
     out = args.out.absolute()
+    check_port(args.port)
 
     from vcloze_jax.studio import Studio  # JAX from here on
 

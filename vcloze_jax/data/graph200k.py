@@ -29,6 +29,7 @@ from vcloze_jax.data.graph200k_tasks import (
     select_tasks,
 )
 from vcloze_jax.data.owndata import ASKED, Broken
+from vcloze_jax.data.sizes import spread_evenly
 from vcloze_jax.data.sources import Example, Shape, random_generator
 from vcloze_jax.grid import Grid
 from vcloze_jax.inputs.cells import floor
@@ -218,6 +219,7 @@ def open_graph200k(part: str, recipe: Recipe) -> Graph200KGrids:
     tell_missing(items, [task for task in selection.shares if task not in possible.shares], folder)
     if not possible.shares:
         raise UserError(f"--data-dir {folder}: no task is left that {LEAST} items could show")
+    look_at_some(items, grids.numbers, folder)
     held = replace(grids, members=~kept)
     if test is not None:
         held = replace(held, items=test, members=np.ones(len(test), bool), broken=Broken(test, {}))
@@ -228,6 +230,20 @@ def open_graph200k(part: str, recipe: Recipe) -> Graph200KGrids:
         )
         print(f"--data-dir {folder}: {told}", file=sys.stderr)
     return replace(grids, selection=possible, reserve=held if held.selection.shares else None)
+
+
+def look_at_some(items, numbers, folder):
+    """Raise UserError where no target of some items, spread evenly, can be read, as where a list of
+    paths stayed and its pictures moved."""
+    there = numbers[items.has["target"][numbers]]
+    for i in there[spread_evenly(len(there))]:
+        try:
+            items.picture(i, "target")
+            return
+        except UserError as error:
+            reason = f"{items.name(i)}: {error}"
+    if len(there):
+        raise UserError(f"{reason}; nor can those of others that were tried")
 
 
 def tell_missing(items, tasks, folder):
