@@ -166,8 +166,8 @@ class Told(dict):
 
 
 def as_arrays(noisy, rows=0, guide=1.0, temperature=1.0):
-    """A NoisyBatch as twin.losses takes it, in NumPy, with what a teacher is told; that guides by how
-    many channels of a head's turn with the row's number."""
+    """A NoisyBatch as twin.losses takes it, in NumPy, with what a teacher is told: `rows` says how
+    many channels of a head turn with the row's number, by which the last row is known."""
     from vcloze_jax.model.ops import timestep_embedding
 
     c = noisy.context
