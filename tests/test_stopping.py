@@ -244,7 +244,8 @@ def test_what_is_saved_is_said(capsys, step, stopped, failed):
     was made, and there alone."""
     trainer = SimpleNamespace(recipe=MINI.recipe, step=step, state=SimpleNamespace(_replace=dict))
     run = SimpleNamespace(path="run")
-    RunWriter.conclude(SimpleNamespace(trainer=trainer, run=run, first=None, code=143))
+    ended = dict(trainer=trainer, run=run, first=None, failure=None, code=143)
+    RunWriter.conclude(SimpleNamespace(**ended))
     assert capsys.readouterr().out == f"run: stopped at {stopped}; the same command resumes\n"
     sent = dict(step=step + 1, failed=True, told=[{"target": np.nan}], norms={"all": np.nan})
     with pytest.raises(FloatingPointError, match=f"norm nan; {failed} with a lower --lr"):
