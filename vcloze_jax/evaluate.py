@@ -188,7 +188,7 @@ def summarise_table(table):
     """What the table should show, as shares and a fall, each of one number."""
     trained = [row for row in table.values() if row["group"] == "trained"]
     zero, two = ([r["settings"][name]["rmse"] for r in trained] for name in ("0", "2"))
-    hard = [row for row in table.values() if row["copy"]["rmse"] > row["mean picture"]["rmse"]]
+    hard = [row for row in table.values() if row["copy"]["rmse"] >= row["mean picture"]["rmse"]]
     return {
         **{f"wrong demonstration followed, {kind}": followed(table, kind) for kind in WRONG},
         "2 examples beat 0, no sentence": share(b < a for a, b in zip(zero, two, strict=True)),
