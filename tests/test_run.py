@@ -64,6 +64,7 @@ def plain(unbroken, home):
     return home / "plain"
 
 
+@pytest.mark.slow
 def test_data_that_breaks(home, unbroken, tmp_path, monkeypatch):
     """Where a grid cannot be read all steps before it are saved, and once it is mended the run goes
     on as if nothing had been. What a Trainer is given to learn it takes: nobody has it twice."""
