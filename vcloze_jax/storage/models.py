@@ -152,7 +152,7 @@ def move_offloaded(tree, mesh):
 
 def check_mesh(preset, mesh):
     """Raise UserError for an array of a model or its adapter that the mesh cannot divide."""
-    for name, module in weights.MODULES.items():
+    for name, module in weights.MODULES.items() if mesh.size > 1 else ():
         _, *trees = weights.abstract(module, getattr(preset, name))
         for tree in trees:
             shardings(tree, mesh, root=f"{name}/")
