@@ -98,6 +98,15 @@ def test_broken_identity(begun, text):
         run.compare(recipe)
 
 
+def test_a_changed_rate_is_told(begun, capsys):
+    """A rate is no part of a run's identity: a command that changes it says so, once."""
+    run, recipe = begun
+    for _ in range(2):
+        run.settle(replace(recipe, lr=0.5), {})
+    told = f"{run.path}: goes on with --lr 0.5, after {recipe.lr:g}\n"
+    assert capsys.readouterr().out == told
+
+
 def test_older_identity(begun):
     """What an older version did not write is taken to be the preset's default; what a newer one
     wrote is told."""

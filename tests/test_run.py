@@ -9,7 +9,6 @@ import shutil
 import signal
 from contextlib import redirect_stdout
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +36,7 @@ from vcloze_jax.config import PRESETS, UserError
 from vcloze_jax.inputs.signals import SIGNALS
 from vcloze_jax.inputs.specfiles import read_specs
 from vcloze_jax.ports import __main__ as ports
-from vcloze_jax.storage import adapters, checkpoint, models, weights
+from vcloze_jax.storage import adapters, checkpoint, weights
 
 
 @pytest.fixture(scope="module")
@@ -62,31 +61,6 @@ def plain(unbroken, home):
     run = flags(home, home / "plain", lora=unbroken / "lora.safetensors", steps=1, ema=0)
     assert train.main(run) == 0
     return home / "plain"
-
-
-@pytest.mark.slow
-def test_data_that_breaks(home, unbroken, tmp_path, monkeypatch):
-    """Where a grid cannot be read all steps before it are saved, and once it is mended the run goes
-    on as if nothing had been. What a Trainer is given to learn it takes: nobody has it twice."""
-    out, draw, load, given = tmp_path / "run", train.draw_groups, models.load_for_training, []
-
-    def draw_some(*args):
-        yield from islice(draw(*args), 3)
-        raise UserError("a.png cannot be read")
-
-    def load_and_keep(*args):
-        given.append(load(*args))
-        return given[-1]
-
-    monkeypatch.setattr(models, "load_for_training", load_and_keep)
-    with monkeypatch.context() as broken, pytest.raises(UserError, match="a.png cannot be read"):
-        broken.setattr(train, "draw_groups", draw_some)
-        train.main(flags(home, out, save_every=100))
-    assert [line["step"] for line in metrics(out)] == [1, 2, 3]
-    assert [step.name for step in (out / "checkpoints").iterdir()] == ["3"]
-    assert train.main(flags(home, out)) == 0
-    assert_same_run(out, unbroken)
-    assert all(x.is_deleted() for _, learnt, _ in given for x in jax.tree.leaves(learnt))
 
 
 # --- what a run writes ---

@@ -1,8 +1,6 @@
-"""Laws of the sources of data: what --data names, what each source must do, and micro-batches."""
+"""Laws of the sources of data: what each must do, and micro-batches."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import islice
 
@@ -10,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.stats import chisquare
+from test_datanames import EMOJI, open_named
 
 from scripts.make_graph200k import write_dataset
-from vcloze_jax.config import MINI, UserError
+from vcloze_jax.config import MINI
 from vcloze_jax.data.graph import NEAR, NODES, SIZE, TRAIN, draw_fill, draw_sample
 from vcloze_jax.data.sources import (
     SOURCES,
@@ -22,18 +21,11 @@ from vcloze_jax.data.sources import (
     draw_groups,
     draw_of_shape,
     draw_validation,
-    open_source,
 )
 from vcloze_jax.inputs.prompts import CONTENT_PREFIXES
 
-NAMES = ["graphemoji", "graphemoji:gray->fluent_flat", "graphemoji-fill", "own.jsonl", "pairs"]
-NAMES += ["graph200k", "graph200k:restoration"]
+NAMES = [*EMOJI, "own.jsonl", "pairs", "graph200k", "graph200k:restoration"]
 SILENT = replace(MINI.recipe, caption_dropout=0.0)
-
-
-def open_named(name, **changes):
-    """What --data names, by mini's recipe."""
-    return open_source(replace(MINI.recipe, data=str(name), **changes))
 
 
 @pytest.fixture(scope="module")
@@ -74,87 +66,6 @@ def same(one, other):
         for row, again in zip(a.grid.rows, b.grid.rows, strict=True):
             np.testing.assert_array_equal(row.pixels, again.pixels)
             np.testing.assert_array_equal(row.mask, again.mask)
-
-
-# --- what --data names ---
-
-
-UNKNOWN = "no such data; use graphemoji, graphemoji:TASK, graphemoji-fill, graph200k, graph200k:"
-
-
-@pytest.mark.parametrize("name", ["nowhere.jsonl", "", "graphemoji-fill:x", "graphemojis"])
-def test_unknown_data_is_refused(name):
-    """What --data does not name is one line that says what it could."""
-    with pytest.raises(UserError, match=f"^--data {name}: {UNKNOWN}"):
-        open_named(name)
-
-
-def test_unknown_tasks_and_folders():
-    """A task's name is checked at once, and so is where the data lie."""
-    with pytest.raises(UserError, match="^--data gray->x: not CONDITION.* nodes of fluent_3d"):
-        open_named("graphemoji:gray->x")
-    with pytest.raises(
-        UserError, match="^--data graph200k: --data-dir is missing; name the folder"
-    ):
-        open_named("graph200k")
-    with pytest.raises(UserError, match="^--data-dir x: only graph200k lies in one; leave it out$"):
-        open_named("graphemoji", data_dir="x")
-
-
-@pytest.mark.parametrize("name", NAMES[:3])
-def test_a_resolution_is_obeyed_or_refused(name):
-    """GraphEmoji's cells have the size of its pictures; another is an error, not ignored."""
-    assert {shape[2:] for shape in open_named(name).shapes()} == {(SIZE, SIZE)}
-    with pytest.raises(UserError, match="^--resolution 128: .* 64 x 64 pixels; leave it at 64$"):
-        open_named(name, resolution=128)
-
-
-@pytest.mark.parametrize(
-    "data, change",
-    [
-        ("graphemoji", {"held_out": 0.5}),
-        ("graphemoji:gray->fluent_flat", {"held_out": 0.5}),
-        ("graphemoji-fill", {"keep_order": True}),
-        ("graphemoji-fill", {"task_sentence": 0.1}),
-        ("examples/pairs", {"reverse_held_out": True}),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(data, change):
-    """Law: a data setting of the recipe is obeyed or refused by name, never silently left."""
-    (name,) = change
-    told = f"^--{name.replace('_', '-')}: means nothing to --data {data}; leave it away"
-    with pytest.raises(UserError, match=told):
-        open_source(replace(MINI.recipe, data=data, **change))
-
-
-def test_opening_is_cheap():
-    """No source imports JAX when it is opened, nor reads GraphEmoji's pictures; a file needs none
-    of the others' libraries."""
-    code = f"""
-import sys
-from dataclasses import replace
-from vcloze_jax.config import MINI, UserError
-from vcloze_jax.data.sources import open_source
-open_named = lambda name: open_source(replace(MINI.recipe, data=name))
-try: open_named({__file__!r})
-except UserError as error: assert "line 1" in str(error)
-assert {{"tensorflow_datasets", "scipy", "jax"}}.isdisjoint(sys.modules), "file"
-for name in {NAMES[:3]}: open_named(name).held_out()
-from vcloze_jax.data.graphemoji import read_nodes
-assert read_nodes.cache_info().misses == 0
-assert {{"jax", "flax", "tensorflow"}}.isdisjoint(sys.modules), "ours"
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_task_is_the_only_one_that_is_drawn():
-    """graphemoji:TASK has that task's columns; graphemoji alone has all that are trained."""
-    widths = {}
-    for name in ("graphemoji", "graphemoji:", "graphemoji:edges+blur->fluent_3d"):
-        grids = open_named(name)
-        widths[name] = {grids.shape(generator(i))[1] for i in range(100)}
-    assert list(widths.values()) == [{2, 3, 4}, {2, 3, 4}, {3}]
 
 
 # --- what a source must do ---

@@ -1,4 +1,5 @@
-"""Laws of ends: whenever a signal comes or a save fails, a command ends rightly, losing nothing."""
+"""Laws of ends: whenever a signal comes, or a save or what is read fails, a command ends rightly,
+losing nothing."""
 
 import errno
 import json
@@ -9,9 +10,11 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -29,7 +32,7 @@ import train
 from vcloze_jax.config import MINI, UserError
 from vcloze_jax.inputs.signals import SIGNALS
 from vcloze_jax.runwriter import RunWriter
-from vcloze_jax.storage import checkpoint
+from vcloze_jax.storage import checkpoint, models
 from vcloze_jax.trainer import Trainer
 
 # train.py that says when it comes to something, a name and the time, and waits before it saves.
@@ -233,6 +236,32 @@ def test_a_save_that_fails_ends_the_run(home, tmp_path, monkeypatch):
         train.main(flags(home, out, steps=60))
     assert os.listdir(out / "checkpoints") == ["2"] and len(metrics(out)) < 8
     assert safe_open(out / "lora.safetensors", "numpy").metadata()["step"] == "2"
+
+
+@pytest.mark.slow
+def test_data_that_breaks(home, tmp_path, monkeypatch):
+    """Where a grid cannot be read all steps before it are saved, and once it is mended the run goes
+    on as if nothing had been. What a Trainer is given to learn it takes: nobody has it twice."""
+    out, draw, load, given = tmp_path / "run", train.draw_groups, models.load_for_training, []
+
+    def draw_some(*args):
+        yield from islice(draw(*args), 3)
+        raise UserError("a.png cannot be read")
+
+    def load_and_keep(*args):
+        given.append(load(*args))
+        return given[-1]
+
+    monkeypatch.setattr(models, "load_for_training", load_and_keep)
+    with monkeypatch.context() as broken, pytest.raises(UserError, match="a.png cannot be read"):
+        broken.setattr(train, "draw_groups", draw_some)
+        train.main(flags(home, out, save_every=100))
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3]
+    assert [step.name for step in (out / "checkpoints").iterdir()] == ["3"]
+    for folder in (out, tmp_path / "unbroken"):
+        assert train.main(flags(home, folder)) == 0
+    assert_same_run(out, tmp_path / "unbroken")
+    assert all(x.is_deleted() for _, learnt, _ in given for x in jax.tree.leaves(learnt))
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,10 @@ class Page:
         self.shown = gr.Gallery(label="painted", elem_id="shown", **how)
         self.kept = gr.File(label="sheets, pictures, films, records", file_count="multiple")
         self.record = gr.File(
-            label="open a record", file_types=[".json"], height=120, elem_id="record"
+            label="open a record, or a spec whose paths are absolute",
+            file_types=[".json"],
+            height=120,
+            elem_id="record",
         )
 
     def connect(self):
@@ -200,7 +203,7 @@ class Page:
         try:
             examples, query, spec = self.studio.open(file)
         except UserError as error:
-            return {self.told: f"error: {error}; a record has its paths in full"}
+            return {self.told: f"error: {error}"}
         if len(examples) > MOST or len(query) > MOST:
             most = f"{MOST} rows of examples and {MOST} columns"
             return {self.told: f"error: {Path(file).name}: more than {most}; use sample.py"}

@@ -121,16 +121,20 @@ def cpu_mesh():
 
 
 def describe_virtual(mesh):
-    """That the devices of a mesh are made of one CPU's cores, in a line; "" where they are not."""
-    virtual = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
-    return f"devices: {mesh.size} virtual ones, of this machine's CPU" if virtual else ""
+    """That a mesh has several devices which `are_virtual`, in a line; "" where it has not."""
+    told = mesh.size > 1 and are_virtual(mesh)
+    return f"devices: {mesh.size} virtual ones, of this machine's CPU" if told else ""
+
+
+def are_virtual(mesh):
+    """Whether the devices of a mesh share the cores of one machine."""
+    return mesh.devices.flat[0].platform == "cpu" and jax.process_count() == 1
 
 
 def painting_mesh(mesh):
     """Where a mesh paints a few grids: all of it or, of virtual devices, which share the cores of
     one machine, the first alone. Each of the others would paint a copy."""
-    virtual = mesh.devices.flat[0].platform == "cpu" and jax.process_count() == 1
-    return cpu_mesh() if virtual else mesh
+    return cpu_mesh() if are_virtual(mesh) else mesh
 
 
 def kernel_on(mesh, preset):

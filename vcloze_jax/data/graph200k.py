@@ -219,20 +219,18 @@ def open_graph200k(part: str, recipe: Recipe) -> Graph200KGrids:
     tell_missing(items, [task for task in selection.shares if task not in possible.shares], folder)
     if not possible.shares:
         raise UserError(f"--data-dir {folder}: no task is left that {LEAST} items could show")
-    look_at_some(items, grids.numbers, folder)
+    look_at_some(items, grids.numbers)
     held = replace(grids, members=~kept)
     if test is not None:
         held = replace(held, items=test, members=np.ones(len(test), bool), broken=Broken(test, {}))
     held = replace(held, selection=possible.restrict(held.can_show))
     if held.members.any() and not held.selection.shares:
-        told = (
-            "nothing held out can show these tasks: previews and their losses are of trained items"
-        )
-        print(f"--data-dir {folder}: {told}", file=sys.stderr)
+        told = "nothing held out can show these tasks: previews and their losses are of trained"
+        print(f"--data-dir {folder}: {told} items", file=sys.stderr)
     return replace(grids, selection=possible, reserve=held if held.selection.shares else None)
 
 
-def look_at_some(items, numbers, folder):
+def look_at_some(items, numbers):
     """Raise UserError where no target of some items, spread evenly, can be read, as where a list of
     paths stayed and its pictures moved."""
     there = numbers[items.has["target"][numbers]]

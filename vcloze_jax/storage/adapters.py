@@ -69,7 +69,7 @@ def check(file: Path, config: FluxConfig) -> int:
     if adapter.doubt:
         print(f"lora: {file}: {adapter.doubt}")
     keys = (factors.keys[0] for _, found in adapter.linear for factors in found)
-    return max(adapter.source.header[key][0][0] for key in keys)  # A is [r, in]
+    return max((adapter.source.header[key][0][0] for key in keys), default=0)  # A is [r, in]
 
 
 def load(file: Path, config: FluxConfig) -> dict:

@@ -15,7 +15,9 @@ from vcloze_jax.inputs.papers import PLACEMENTS
 from vcloze_jax.placement import FILL
 from vcloze_jax.ports.tables import mmdit
 
-MINI_FOLDER = Path(__file__).parents[1] / "mini"  # shipped: the base, and its adapter beside it
+MINI_FOLDER = (
+    Path(__file__).resolve().parents[1] / "mini"
+)  # shipped: the base, and its adapter beside it
 MINI_LORA = MINI_FOLDER / "lora.safetensors"
 MINI_CLEAN = MINI_FOLDER.with_name("mini_clean")  # an MMDiT of 64 channels, and smaller
 MINIS = MINI_FOLDER, MINI_CLEAN
