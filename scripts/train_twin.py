@@ -12,8 +12,9 @@ the target there is velocity + (W - 1) log(guidance) / log(30) (v - u): at a gui
 data's.
 
 --temperature T (1: not at all) teaches to paint with less chance in it: what is asked is no picture
-of the data but what the start weights paint of the same noise times T, at a guidance of 30; at 1 of
-the noise itself, and of T's power log(guidance) / log(30) between.
+of the data but what the start weights paint, in two steps, of the same noise times T, at a guidance
+of 30; at 1 of the noise itself, and of T's power log(guidance) / log(30) between. Edges are left as
+the start weights have them: where many lines may be, their mean is none.
 
 A run remembers neither: who goes on says it again.
 """
@@ -37,7 +38,7 @@ from vcloze_jax.study.trainings import count_cores
 from vcloze_jax.train import main as train
 
 CORES = count_cores()
-STEPS = 3  # in which a teacher paints until the time that is drawn
+TIMES = 1, 0.615, 0  # of a teacher's steps: flow.schedule's, of the grids that mini reads
 
 
 def main(argv):
@@ -181,9 +182,12 @@ def as_arrays(noisy, rows=0, guide=1.0, temperature=1.0):
         of_row = pe[0][0, c.txt.shape[1] :, 0, :rows]
         own["query"] = np.array((of_row == of_row[-1]).all(-1).sum())
     if temperature != 1:
-        own["temperature"] = temperature**of_guidance
-        own["times"] = np.linspace(np.ones_like(noisy.t), noisy.t, STEPS + 1, dtype=np.float32)
-        own["of_times"] = timestep_embedding(own["times"])
+        # Of a grid whose last column has edges, whichever of its cells is asked for.
+        kept = np.array([bytes(kind).rstrip() == b"edges" for kind in np.asarray(noisy.kinds)])
+        own["temperature"] = np.where(kept, 1, temperature**of_guidance)
+        times = np.broadcast_to(np.float32(TIMES)[:, None], (len(TIMES), len(kept)))
+        own["times"] = np.where(kept, np.minimum(times, noisy.t), times)
+        own["of_times"] = np.stack([timestep_embedding(x) for x in own["times"][:-1]])
     return {name: np.asarray(x) for name, x in own.items()} | {"pe": pe}
 
 

@@ -215,26 +215,25 @@ def guided(teacher, noisy, heads):
 def cooled(teacher, noisy, heads):
     """The way on which noise becomes what the teacher makes of less of it, at the noisy batch's
     time: {"x_t", "velocity"} [B, S, 64]. With c the `temperature` [B], y the teacher's way from c
-    noise, and v its velocity there, that is y + t (1 - c) noise and v + (1 - c) noise: Euler's
-    steps along it are the teacher's, from all of the noise to the same picture.
+    noise, straight from each of `times` [N + 1, B] to the next, and v its velocity, that is
+    y + t (1 - c) noise and v + (1 - c) noise: Euler's steps along it lead from all of the noise to
+    the teacher's picture. Times that begin at t leave the data's way, and the teacher's velocity.
 
     A picture that is drawn at random errs twice as much as the mean of all that may be (squared);
-    what begins with less noise lies between them. Time t is reached from 1 in as many steps as
-    there are `times`, [N + 1, B], whose sinusoids are `of_times`. What is given stays as it is.
+    what begins with less noise, or takes few steps, lies between them. What is given stays as it
+    is. `of_times` [N, B, 256] are the sinusoids of all times but the last.
     """
-    velocity, t = noisy["velocity"], noisy["time"][:, None, None]
-    noise, asked = noisy["x_t"] + (1 - t) * velocity, noisy["share"][..., None] > 0
-    rest = torch.where(asked, 1 - noisy["temperature"][:, None, None], 0) * noise
-
-    def follow(x, of_time):
-        return torch.where(
-            asked, predict(teacher, noisy | {"x_t": x, "t": of_time}, heads), velocity
-        )
-
-    x, times = noise - rest, noisy["times"][..., None, None]
+    velocity, asked = noisy["velocity"], noisy["share"][..., None] > 0
+    t, c, *times = (x[:, None, None] for x in (noisy["time"], noisy["temperature"], *noisy["times"]))
+    noise = noisy["x_t"] + (1 - t) * velocity
+    rest = torch.where(asked, 1 - c, 0) * noise
+    x, way = noise - rest - (1 - times[0]) * velocity, None
     for now, then, of_time in zip(times, times[1:], noisy["of_times"], strict=False):
-        x = x + (then - now) * follow(x, of_time)
-    return {"x_t": x + t * rest, "velocity": follow(x, noisy["t"]) + rest}
+        v = predict(teacher, noisy | {"x_t": x, "t": of_time}, heads)
+        v = torch.where(asked, v, velocity)
+        x = x + (torch.clamp(t, then, now) - now) * v
+        way = v if way is None else torch.where(t <= now, v, way)
+    return {"x_t": x + t * rest, "velocity": way + rest}
 
 
 def losses(p, noisy, heads, teacher=None):

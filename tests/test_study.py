@@ -116,6 +116,8 @@ def test_text_is_text():
         ("unseen --photographs nowhere", "nowhere"),
         ("unseen --photographs {}", "broken.png"),
         ("dial --grid {}/fox.json", "fox: adapter: there is no 'maps'"),
+        ("walk --grid {}/fox.json", "--grid: dial alone reads it"),
+        ("walk --data-dir {}", "--data-dir: tables alone reads it"),
     ],
 )
 def test_flags_are_refused(argv, message, tmp_path, monkeypatch):

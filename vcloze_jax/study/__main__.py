@@ -43,6 +43,9 @@ from vcloze_jax.study.parts import Lab, choose_parts, run_part
 from vcloze_jax.study.photographs import photograph_files
 from vcloze_jax.study.trainings import count_cores
 
+# What one part alone is told, by the name of its flag.
+OF_PART = {"photographs": "unseen", "data_dir": "tables", "grid": "dial"}
+OF_PART |= dict.fromkeys(FLAGS, "tables")
 TITLE = "A study of a model that reads examples"
 LEAD = (
     "Of `{model}`, by `{command}`, which gives the same page again on as many CPU cores, but for "
@@ -75,6 +78,10 @@ def main(argv):
     parts = choose_parts(args.parts, args.quick)
     check_writable(args.out, "index.html")
 
+    for name, part in OF_PART.items():
+        if vars(args)[name] and part not in parts:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag}: {part} alone reads it, and was not asked for; add {part}")
     if args.photographs:
         photograph_files(args.photographs)  # now, not after the painting
     preset = places.named_preset(args.weights or places.MINI_FOLDER)
