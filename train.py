@@ -24,7 +24,7 @@ def main(argv):
     """Check all that the user may have to correct, then load and train; returns the exit code."""
     args = parse(argv, __doc__)
     recipe = read_recipe(args)
-    run = RunFolder(args.out or Path("runs", recipe.preset))
+    run = RunFolder(args.out or Path("runs", recipe.preset), args.check or not args.plan)
     run.compare(recipe)
     source = open_source(recipe)
 
@@ -44,8 +44,8 @@ def main(argv):
     if args.plan:
         print(plan.training(preset, source, mesh, args.device))
     if args.check and run.writes:
-        models.check_loading(preset, folder, run.checkpoints)
-        print(show_source(source, recipe, run.sheet))
+        tokenizers = models.check_loading(preset, folder, run.checkpoints)
+        print(show_source(source, recipe, run.sheet, tokenizers))
     if args.plan or args.check:
         return 0
     with hosts.agreed():
@@ -66,7 +66,7 @@ def learn(run, origins, preset, folder, mesh, source, **watchers):
     from vcloze_jax.trainer import Trainer, train
 
     recipe, tokenizers = preset.recipe, Tokenizers(folder, preset.t5, preset.clip)
-    cache = gridcache.fill_cache(source, preset, folder, mesh, tokenizers)
+    cache = gridcache.fill_cache(source, preset, folder, mesh, tokenizers, run.checkpoints)
     parts = models.load_for_training(preset, folder, mesh)
     tx = make_optimizer(recipe.clip, recipe.weight_decay, recipe.optimizer)
     trainer = Trainer(parts, preset, tokenizers, mesh, tx, source.masks_every_row)
@@ -74,10 +74,10 @@ def learn(run, origins, preset, folder, mesh, source, **watchers):
     with agreed():
         run.create()  # after all that the user may have to correct
     trainer.step, trainer.state = checkpoint.resume(run.checkpoints, trainer.state)
-    run.settle(recipe, origins)
     if trainer.step == recipe.steps:
         print(f"{run.path}: finished at step {trainer.step}; a larger --steps goes on")
         return 0
+    run.settle(recipe, origins)
 
     first, last = (n * recipe.batch // recipe.group for n in (trainer.step, recipe.steps))
     groups = draw_groups(source, recipe, first, last, drawn_here(recipe, mesh))

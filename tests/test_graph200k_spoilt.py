@@ -76,6 +76,8 @@ def test_what_cannot_be_read_is_refused(copied, tmp_path):
             open_graph(folder)
     with pytest.raises(UserError, match="^--data graph200k:x: no task; python -m vcloze_jax.data"):
         open_graph(copied, "x")
+    with pytest.raises(UserError, match="^--held-out 0.5: the items in .*/test are held out"):
+        open_source(Recipe(data="graph200k", data_dir=f"{copied}", held_out=0.5))
     with pytest.raises(UserError, match="^--data-dir x: only graph200k lies in one"):
         open_source(Recipe(data="graphemoji", data_dir="x"))
     split, path = copied / "train", {"bytes": None, "path": "a.jpg"}

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from vcloze_jax.config import MINI
 from vcloze_jax.data import conditions, graphemoji
 from vcloze_jax.data.conditions import CONDITIONS, derive, over_white
 from vcloze_jax.data.graph import NODES, PACKS, VIEWS
 from vcloze_jax.data.graphemoji import FOLDER, derive_nodes, read_subjects
+from vcloze_jax.data.sources import open_source
 
 PACK_FOLDER = FOLDER / "graphemoji"
 
@@ -186,3 +188,13 @@ def test_unknown_condition_is_an_error(icon):
     """A name that does not exist is named, with those that do."""
     with pytest.raises(ValueError, match="'depth'.*distance"):
         derive(icon, "depth", 0)
+
+
+def test_infilling_is_never_told_a_task():
+    """Previews of the infilling base ask as its grids do: what the last cell shows, no task."""
+    asked, others = (
+        open_source(replace(MINI.recipe, data=f"graphemoji{x}")).previews() for x in ("-fill", "")
+    )
+    assert not any("[IMAGE1]" in example.prompt for example in asked)
+    assert all("[IMAGE1]" in example.prompt for example in others)
+    assert all("depicts" in example.prompt for example in asked)

@@ -47,7 +47,7 @@ def fill(home, cache, mesh="1", **changes):
     source, preset = open_own(recipe.data, recipe), replace(tiny.TINY, recipe=recipe)
     weights = home / "weights"
     how = make_mesh(parse_mesh(mesh)), Tokenizers(weights, preset.t5, preset.clip)
-    return fill_cache(source, preset, weights, *how), source
+    return fill_cache(source, preset, weights, *how, home / "checkpoints"), source
 
 
 def files(cache):

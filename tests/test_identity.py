@@ -73,6 +73,14 @@ def test_free_settings(begun, key):
         run.compare(replace(recipe, steps=recipe.steps - 1))
 
 
+def test_a_plan_is_of_no_run(begun):
+    """What only plans is compared with no run, whatever lies in the folder."""
+    run, recipe = begun
+    plans = RunFolder(run.path, begins=False)
+    plans.compare(replace(recipe, rank=recipe.rank + 1))
+    plans.compare_origins(recipe, dict.fromkeys(ORIGINS, "another"), [])
+
+
 def test_a_run_that_cannot_be_written(begun, monkeypatch):
     """A folder that refuses is told, also while a run lasts, and it is not said to be locked."""
     run, recipe = begun

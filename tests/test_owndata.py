@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +35,12 @@ def write_pairs(folder, count, sizes=((64, 64),)):
             picture.save(folder / side / f"{i:03}.png")
             (folder / f"{i:03}.txt").write_text(f"number {i}")
     return folder
+
+
+def read_all(prompts):
+    """Tokenizers that leave nothing unread."""
+    unread = {"dropped_tokens": {"t5": 0}, "unknown_characters": {"t5": 0}}
+    return None, None, [unread] * len(prompts)
 
 
 def numbers(example):
@@ -92,12 +99,17 @@ def test_rows_of_few_pairs():
 @pytest.mark.parametrize("count, share, held", [(100, 0.1, 10), (100, 0.25, 25), (20, 0.1, 4)])
 def test_how_much_is_held_out(count, share, held):
     """The share that is asked for, four samples at least, half at most, and none for 0; the same
-    ones at every start."""
-    part = choose_part(np.arange(count), share)
+    ones at every start, and but for one the same where a sample comes or goes."""
+    named = SimpleNamespace(key=lambda i: b"%d" % i)
+    choose = lambda numbers, share: choose_part(named, np.asarray(numbers), share)  # noqa: E731
+    part = choose(range(count), share)
     assert len(part) == held == len(set(part.tolist()))
-    np.testing.assert_array_equal(part, choose_part(np.arange(count), share))
-    assert len(choose_part(np.arange(count), 0.0)) == 0
-    assert [len(choose_part(np.arange(n), 0.1)) for n in (1, 2, 3, 5, 8)] == [0, 1, 1, 2, 4]
+    np.testing.assert_array_equal(part, choose(range(count), share))
+    assert len(choose(range(count), 0.0)) == 0
+    assert [len(choose(range(n), 0.1)) for n in (1, 2, 3, 5, 8)] == [0, 1, 1, 2, 4]
+    for gone in range(count):
+        left = choose([i for i in range(count) if i != gone], share)
+        assert len({*left.tolist()} - {*part.tolist()}) <= 1
 
 
 def test_previews_show_no_training_pair(pairs):
@@ -128,8 +140,13 @@ def test_what_is_cut_away_is_told(tmp_path, capfd):
         Image.new("RGB", (64, 128)).save(folder / "out" / f"{i:03}.png")
     (tmp_path / "odd.sizes.npz").unlink()
     open_own(str(folder), RECIPE)
-    told = f"2 samples, as {folder}: 001, hold pictures of quite other shapes than their first: a "
+    told = f"2 samples, as {folder}: 001, hold pictures of quite other shapes than their first"
     assert told in capfd.readouterr().err
+    for side in ("in", "out"):
+        for i in range(6):
+            Image.new("RGB", (256, 64)).save(folder / side / f"{i:03}.png")
+    open_own(str(folder), RECIPE)
+    assert f"6 samples, as {folder}: 000" in capfd.readouterr().err
 
 
 # --- broken samples ---
@@ -195,6 +212,44 @@ def test_where_one_is_too_many_all_are_looked_at(tmp_path):
         open_own(f"{tmp_path}/cut", RECIPE)
 
 
+@pytest.mark.parametrize("few, cut", [(11, 5), (2, 1)])
+def test_one_that_is_allowed_ends_no_run(tmp_path, few, cut):
+    """A broken picture that is within the limit is passed over also where its bucket has fewer
+    members than a group, or than a grid has rows."""
+    sizes = [(64, 64)] * (300 - few) + [(128, 64)] * few
+    folder = write_pairs(tmp_path / "cut", 300, sizes)
+    file = folder / f"in/{300 - cut:03}.png"
+    file.write_bytes(file.read_bytes()[:60])
+    source = open_own(f"{folder}", replace(RECIPE, held_out=0.0))
+    for shape in source.shapes():
+        queries = np.arange(source.count(shape))
+        source.example(np.random.default_rng(0), shape, queries)
+    for seed in range(4):
+        for number in range(40):
+            draw_group(source, seed, number, 8)
+
+
+def test_previews_pass_over_what_is_broken(tmp_path):
+    """The first of the samples that are held out may be broken, where one is allowed."""
+    folder = write_pairs(tmp_path / "cut", 200)
+    first = open_own(f"{folder}", RECIPE).held_out().previews()[0]
+    for name in (f"in/{numbers(first)[-1]:03}.png",):
+        (folder / name).write_bytes((folder / name).read_bytes()[:60])
+    previews = open_own(f"{folder}", RECIPE).held_out().previews()
+    assert numbers(first)[-1] not in {i for e in previews for i in numbers(e)}
+
+
+def test_a_file_may_change_while_it_is_read(pairs):
+    """Lines that are written over in place are samples that cannot be read, and end no process."""
+    file = pairs.parent / "mine.jsonl"
+    line = {"image": [["pairs/in/000.png", "pairs/out/000.png"]]}
+    file.write_text("\n".join([json.dumps(line | {"content_prompt": "x" * 4096})] * 200))
+    samples = open_own(f"{file}", RECIPE).samples
+    file.write_text("{}")
+    with pytest.raises(UserError):
+        samples[199]
+
+
 def test_a_mask_may_be_null(pairs):
     """As for sample.py: there is none, also in the last row, whose last cell is then asked."""
     file = pairs.parent / "null.jsonl"
@@ -245,11 +300,24 @@ def test_the_share_that_few_samples_give_is_said(tmp_path, count, told):
     )
 
 
+def test_unread_texts_are_told(pairs, tmp_path):
+    """What the text encoders will not read of a grid's text stands below it."""
+
+    def tokenizers(prompts):
+        read = {"t5": 0, "clip": 0}
+        unread = {"dropped_tokens": read, "unknown_characters": read}
+        return None, None, [unread] * 11 + [unread | {"dropped_tokens": {"t5": 7, "clip": 0}}]
+
+    told = show_source(open_own(str(pairs), RECIPE), RECIPE, tmp_path / "x.png", tokenizers)
+    assert told.endswith("\n     the prompt is too long: 7 T5 tokens dropped")
+    assert told.count("dropped") == 1
+
+
 def test_what_there_is_is_shown(pairs, tmp_path):
     """All counts, sizes and tokens are told, and twelve grids drawn as a run draws them, hatched
     where they are masked, and only there."""
     source = open_own(str(pairs), RECIPE)
-    told = show_source(source, RECIPE, tmp_path / "new" / "check.png")
+    told = show_source(source, RECIPE, tmp_path / "new" / "check.png", read_all)
     assert "36 pairs to learn from, 4 held out" in told
     assert "  3 x 2 cells of 64x64: 96 tokens, 36 last rows\n" in told
     for number in range(12):

@@ -110,10 +110,15 @@ def test_no_grid_comes_twice_in_a_group(sources, name):
 @pytest.mark.parametrize("count, size", [(1, 4), (3, 8), (8, 8), (100, 8), (10_000, 8)])
 def test_dealing(count, size):
     """Each member of a group gets numbers that no other gets, all there are or 64 each; where there
-    are fewer than members, they come in turns. Every number is as likely as another."""
+    are fewer than members, they come in turns. Every number is as likely as another. Behind its own
+    stand those of others."""
     first = np.zeros(count, int)
     for seed in range(400):
-        hands = deal(generator(seed), count, size)
+        given = deal(generator(seed), count, size)
+        dealt = max(size, min(count, 64 * size))
+        hands = [hand[: len(range(i, dealt, size))] for i, hand in enumerate(given)]
+        assert all(len(hand) == min(64, dealt) for hand in given)
+        assert dealt > 64 or all({*hand} == {*np.concatenate(hands)} for hand in given)
         numbers = np.concatenate(hands)
         assert len(numbers) == max(size, min(count, 64 * size)) and numbers.max() < count
         if count >= size:

@@ -172,7 +172,7 @@ def micro_size(recipe, mesh):
     """Grids of a micro-batch: at most --micro-batch, some on each device that splits the batch, and
     a part of a group, so that what a step is does not depend on it. Raises UserError."""
     shards = count_shards(mesh)
-    for name in ("micro_batch", "group"):
+    for name in ("batch", "micro_batch", "group"):
         if getattr(recipe, name) % shards:
             raise UserError(
                 f"{flag(name)} {getattr(recipe, name)}: a multiple of {shards}, please, which all "

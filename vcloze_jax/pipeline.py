@@ -27,6 +27,7 @@ from vcloze_jax.film import Step, tell_steps
 from vcloze_jax.grid import Spec, bucket
 from vcloze_jax.hosts import is_first, pick_share
 from vcloze_jax.inputs.pictures import save_png, save_text
+from vcloze_jax.inputs.prompts import count_unread, describe_unread
 from vcloze_jax.inputs.sheet import cell_boxes, compose
 from vcloze_jax.inputs.spec import read_spec
 from vcloze_jax.inputs.specfiles import check_picked, output_names, read_specs
@@ -85,13 +86,7 @@ class Painting:
         parts = {"prompt": self.record}
         for second_pass in self.record.get("upsampling", ()):
             parts["content_prompt"] = second_pass
-        found = []
-        for name, part in parts.items():
-            if dropped := count_unread(part, "dropped_tokens"):
-                found.append(f"the {name} is too long: {dropped} tokens dropped")
-            if unknown := count_unread(part, "unknown_characters"):
-                found.append(f"the {name} has characters that no token stands for: {unknown}")
-        return found
+        return [said for name, part in parts.items() for said in describe_unread(part, name)]
 
     @property
     def remarks(self):
@@ -217,12 +212,6 @@ class Pipeline:
             lines += [f"{name}: {places.describe_pairs(pairs)}"] if name else []
         lines += filter(None, [describe_virtual(self.painter.mesh)])
         return "\n".join(lines)
-
-
-def count_unread(part, reason):
-    """What a record says of this reason: "3 T5, 20 CLIP" or ""."""
-    counts = part[reason].items()
-    return ", ".join(f"{count} {encoder.upper()}" for encoder, count in counts if count)
 
 
 def load_painter(named, lora, mesh, offload=False):

@@ -19,6 +19,7 @@ from vcloze_jax.hosts import Poll, agreed
 from vcloze_jax.inputs.cli import name_command
 from vcloze_jax.inputs.metrics import draw_curves, flatten_record, summarise_step
 from vcloze_jax.inputs.pictures import save_png
+from vcloze_jax.inputs.prompts import describe_unread
 from vcloze_jax.inputs.runfolder import Log
 from vcloze_jax.inputs.sheet import compose_columns, stack_sheets
 from vcloze_jax.inputs.signals import Stop
@@ -58,7 +59,9 @@ class RunWriter:
         self.painter = make_painter(trainer, cache)
         preset, self.bases = trainer.preset, None
         asked = preset.num_inference_steps, preset.guidance_scale
-        examples = enumerate(source.held_out().previews())
+        held_out = source.held_out()
+        self.shown = f"{'trained' if held_out is source else 'held-out'} grids"
+        examples = enumerate(held_out.previews())
         self.specs = [Spec(e.grid, e.prompt, *asked, seed) for seed, e in examples]
         total = trainer.recipe.steps
         how = dict(unit="step", dynamic_ncols=True, disable=not run.writes)
@@ -119,6 +122,9 @@ class RunWriter:
         if self.folder.resolve() in MINIS:
             for sentence in filter(None, dict.fromkeys(map(describe_unlike_mini, self.specs))):
                 print(f"warning: {sentence}")
+        *_, unread = self.trainer.tokenizers([spec.prompt for spec in self.specs])
+        for sentence in dict.fromkeys(said for left in unread for said in describe_unread(left)):
+            print(f"warning: of a preview {sentence}")
         print(
             f"{tally['programs']} programs in {tally['seconds']:.0f} s; a micro-batch takes "
             f"{si(largest, 'B')} beside weights and state"
@@ -170,7 +176,7 @@ class RunWriter:
         record |= {"adapter_effect": effect} if recipe.rank else {}
         self.held_out.write(record)
         tell_listeners("validation", record)
-        draw_curves(self.run.metrics, self.run.validation, self.run.curves)
+        draw_curves(self.run.metrics, self.run.validation, self.run.curves, self.shown)
         if recipe.rank and step >= PATIENCE and effect < SILENT:
             self.bar.write(
                 f"warning: after {step} steps the adapter changes velocities by {effect:.1e} of "
@@ -228,7 +234,7 @@ class RunWriter:
         print(f"{self.run.path}: finished, {written} written")
         sheet = self.run.previews / f"{step:06d}.png"
         if sheet.exists():  # no signal came before it was painted
-            print(f"held-out grids, before and after: {sheet}; losses: {self.run.curves}")
+            print(f"{self.shown}, before and after: {sheet}; losses: {self.run.curves}")
         print(f"paint one of them: {self.pose_question(self.run.path / written)}")
         return 0
 

@@ -186,12 +186,12 @@ def draw_subjects(rng, count, size, query):
     return np.append(others + (others >= query), query)
 
 
-def ask_last(nodes, subjects, names):
-    """The grid of these cells whose last one is blank, with all text."""
+def ask_last(nodes, subjects, names, of_task=True):
+    """The grid of these cells whose last one is blank, with all text, that of the task if asked."""
     mask = np.zeros((len(nodes), len(nodes[0]), 1, 1), bool)
     mask[-1, -1] = True
     layout = prompts.layout_prompt(len(nodes), len(nodes[0]))
-    task = prompts.task_prompt([NODE_PHRASES[node][0] for node in nodes[-1]])
+    task = prompts.task_prompt([NODE_PHRASES[node][0] for node in nodes[-1]]) if of_task else ""
     content = prompts.content_sentence(names[np.ravel(subjects)[-1]])
     return Sample(nodes, np.asarray(subjects), mask, prompts.join(layout, task, content))
 

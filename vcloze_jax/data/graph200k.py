@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vcloze_jax.config import Recipe, UserError
+from vcloze_jax.config import PRESETS, Recipe, UserError
 from vcloze_jax.data.degradations import DEGRADATIONS, degrade
 from vcloze_jax.data.draws import ROWS, draw_order, draw_rows, draw_sentences
 from vcloze_jax.data.graph import Task
@@ -207,6 +207,9 @@ def open_graph200k(part: str, recipe: Recipe) -> Graph200KGrids:
     if not folder:
         raise UserError("--data graph200k: --data-dir is missing; name the folder that it is in")
     items, test = open_items(Path(folder, "train")), open_items(Path(folder, "test"))
+    if test is not None and recipe.held_out != PRESETS[recipe.preset].recipe.held_out:
+        reason = f"the items in {folder}/test are held out"
+        raise UserError(f"--held-out {recipe.held_out:g}: {reason}; leave it away")
     items = items or open_items(Path(folder))
     if items is None:
         what = "shards of save_to_disk, or the authors' data.json, in it or in its train folder"

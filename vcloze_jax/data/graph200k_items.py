@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from vcloze_jax.config import UserError
-from vcloze_jax.data.spans import scan_objects
+from vcloze_jax.data.spans import SpanReader, scan_objects
 from vcloze_jax.inputs.checks import check_type, describe_error, error_context, parse_json
 from vcloze_jax.inputs.pictures import check_file, decode_picture, open_picture
 
@@ -132,17 +132,17 @@ class JSONItems:
 
     def __init__(self, file):
         self.file, self.notes = check_file(file), []
-        with self.file.open("rb") as opened:
-            self.bytes = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        self.bytes = SpanReader(self.file)
+        content = self.bytes.map()
         self.spans, flags = [], []
         with error_context(file):
-            for span, item in scan_objects(self.bytes):
+            for span, item in scan_objects(content):
                 flags.append(self._flag(item, len(flags)))
                 self.spans.append(span)
             if not flags:
                 raise UserError("no item in it")
         self.has = dict(zip(COLUMNS, np.array(flags, bool).T, strict=True))
-        self.content = hashlib.sha256(self.bytes).hexdigest()
+        self.content = hashlib.sha256(content).hexdigest()
 
     def __len__(self):
         return len(self.spans)
@@ -170,7 +170,7 @@ class JSONItems:
 
     def _read(self, item):
         with error_context(f"item {item}"):
-            return parse_json(self.bytes[slice(*self.spans[item])])
+            return parse_json(self.bytes[self.spans[item]])
 
     def picture(self, item, name, number=0):
         """RGB picture `number` of an annotation. Raises UserError naming it and the path."""

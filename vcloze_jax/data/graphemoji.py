@@ -229,7 +229,9 @@ class GraphEmojiGrids:
             drawn = self.choose_sample(rng, shape, self.names, query)
             for rows in (1, 2, 3):
                 nodes, subjects = drawn.nodes[-rows:], drawn.subjects[-rows:]
-                examples.append(self.picture(graph.ask_last(nodes, subjects, self.names)))
+                of_task = self.content != "fill"  # which is never told one
+                sample = graph.ask_last(nodes, subjects, self.names, of_task)
+                examples.append(self.picture(sample))
         return examples
 
     def example(self, rng: np.random.Generator, shape: Shape, queries: Iterable[int]) -> Example:

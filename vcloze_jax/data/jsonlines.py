@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vcloze_jax.config import UserError
-from vcloze_jax.data.spans import scan_objects
+from vcloze_jax.data.spans import SpanReader, scan_objects
 from vcloze_jax.inputs import prompts
 from vcloze_jax.inputs.checks import (
     WRAPPED,
@@ -90,18 +90,19 @@ class LineSamples(Sequence):
     names the file, a line or an item, and the key."""
 
     def __init__(self, path: Path):
-        with error_context(path), check_file(path).open("rb") as file:
+        with error_context(path):
             self.path, self.folder = path, path.parent
+            self.bytes = SpanReader(check_file(path))
             if path.suffix.lower() in TABLES:
                 raise UserError(TABLE)
-            self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            if found := LIST_WITHIN.match(self.content):
+            content = self.bytes.map()
+            if found := LIST_WITHIN.match(content):
                 raise UserError(f"{found['key'].decode(errors='replace')!r}: {WRAPPED}")
-            self.unit = "item" if LIST.match(self.content) else "line"
+            self.unit = "item" if LIST.match(content) else "line"
             if self.unit == "item":
-                spans = [span for span, _ in scan_objects(self.content)]
+                spans = [span for span, _ in scan_objects(content)]
             else:
-                spans = find_lines(file)
+                spans = find_lines(content)
             if not spans:
                 raise UserError("no grid in it; write one JSON object a line")
         self.spans, hashed = np.array(spans), hashlib.sha256()
@@ -115,21 +116,24 @@ class LineSamples(Sequence):
 
     def cut(self, i: int) -> bytes:
         """The text of a sample, without what is blank around it."""
-        start, stop = self.spans[i]
-        return self.content[start:stop].strip()
+        return self.bytes[self.spans[i]].strip()
 
     def name(self, i: int) -> str:
         """What the user finds it by."""
         return f"{self.path}: {self.unit} {i + 1}"
 
+    def key(self, i: int) -> bytes:
+        """What it stays known by, though others come and go."""
+        return self.cut(i)
+
     def __getitem__(self, i: int) -> OwnSample:
         return read_line(parse_line(self.cut(i)))
 
 
-def find_lines(file) -> list[tuple[int, int]]:
+def find_lines(content: mmap.mmap) -> list[tuple[int, int]]:
     """Where each line of a file stands, but for those at the end that are blank."""
     spans, start, filled = [], 0, 0
-    for line in file:
+    for line in iter(content.readline, b""):
         spans.append((start, start + len(line)))
         start += len(line)
         if line.strip():

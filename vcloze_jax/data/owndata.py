@@ -21,6 +21,7 @@ from vcloze_jax.data.draws import ROWS, draw_blank, draw_order, draw_rows, draw_
 from vcloze_jax.data.jsonlines import LineSamples, OwnSample
 from vcloze_jax.data.pairfolders import FolderSamples, read_samples
 from vcloze_jax.data.sizes import (
+    SPOT,
     distance,
     fill_buckets,
     find_near,
@@ -100,12 +101,16 @@ class OwnGrids:
         return self.content
 
     def look_at_some(self, table: np.ndarray) -> str:
-        """Read some samples, spread evenly, so that mistakes show early, and all where one that is
-        broken is too many -> the digest, of some."""
+        """Read some samples, spread evenly, so that mistakes show early, all of a bucket that a few
+        broken ones would leave without a grid, and all where one is too many -> the digest, of
+        those that are spread."""
         content = hashlib.sha256(self.samples.digest.encode() + table.tobytes())
         buckets = *self.buckets.items(), *self.reserve.items()
-        spot = spread_evenly(len(table))
-        numbers = spot if self.broken.limit else range(len(table))
+        for part in (self.buckets, self.reserve):
+            content.update(np.sort(np.concatenate([*part.values(), table[:0, 0]])).tobytes())
+        spot, few = spread_evenly(len(table)), max(ROWS) + min(self.broken.limit, SPOT)
+        numbers = {*spot}.union(*(members.tolist() for _, members in buckets if len(members) < few))
+        numbers = sorted(numbers) if self.broken.limit else range(len(table))
         places = [(i, shape) for i in numbers for shape, members in buckets if i in members]
         for i, shape in places:
             try:
@@ -123,13 +128,21 @@ class OwnGrids:
                 content.update((self.samples.folder / file).read_bytes())
         return content.hexdigest()[:16]
 
+    def without_broken(self) -> "OwnGrids":
+        """The same, but for the samples that are known to be broken, and buckets of such alone."""
+        known, parts = [*self.broken.reasons], []
+        for part in (self.buckets, self.reserve):
+            left = {shape: np.setdiff1d(members, known) for shape, members in part.items()}
+            parts.append({shape: members for shape, members in left.items() if len(members)})
+        return replace(self, buckets=parts[0], reserve=parts[1])
+
     def summary(self) -> str:
         """Samples, held out and broken ones, and how many are in which bucket."""
         kind = "pairs" if self.pairs else "grids"
         held = sum(map(len, self.reserve.values()))
         count = sum(map(len, self.buckets.values()))
         lines = [f"{self.recipe.data}: {count} {kind} to learn from, {held} held out"]
-        if held and held > round(self.recipe.held_out * (count + held)):
+        if held and held != round(self.recipe.held_out * (count + held)):
             lines[0] += f" of {count + held} (at least {HELD_OUT}, at most half)"
         lines += [f"{len(self.broken.reasons)} broken"] * bool(self.broken.reasons)
         for shape, members in self.buckets.items():
@@ -224,7 +237,9 @@ class OwnGrids:
         else:
             places = [(s, k) for s in shapes for k in range(self.count(s))][:PREVIEWS]
         generators = [random_generator("preview", 0, k) for _, k in places]
-        return [asked.example(g, s, [k]) for g, (s, k) in zip(generators, places, strict=True)]
+        queries = [np.roll(np.arange(self.count(s)), -k)[:SPARE] for s, k in places]
+        asking = zip(generators, places, queries, strict=True)
+        return [asked.example(rng, shape, query) for rng, (shape, _), query in asking]
 
     def questions(self, examples: int, numbers: Iterable[int]) -> dict[int, Example]:
         """Samples of these numbers, each asked with so many examples, where there are as many: of
@@ -261,9 +276,10 @@ def open_own(path: str, recipe: Recipe) -> OwnGrids:
         if (tokens := shape.tokens * (max(ROWS) if pairs else 1)) > MAX_TOKENS:
             reason = f"a grid has {tokens} tokens of at most {MAX_TOKENS}; lower the resolution"
             raise UserError(f"{samples.name(members[0])}: image: {reason} or use fewer cells")
-    parts = split_buckets(buckets, choose_part(usable, recipe.held_out), max(3, recipe.group))
+    reserved = choose_part(samples, usable, recipe.held_out)
+    parts = split_buckets(buckets, reserved, max(3, recipe.group))
     source = OwnGrids(samples, recipe, broken, pairs, *parts)
-    return replace(source, content=source.look_at_some(table))
+    return replace(source, content=source.look_at_some(table)).without_broken()
 
 
 def tell_of(sample: OwnSample, shape: Shape, order) -> tuple[str | list[str], str, str | None]:
@@ -275,16 +291,18 @@ def tell_of(sample: OwnSample, shape: Shape, order) -> tuple[str | list[str], st
     return task, content, sample.texts["layout_prompt"]
 
 
-def choose_part(numbers: np.ndarray, share: float) -> np.ndarray:
-    """That share of some samples, to hold out: `HELD_OUT` at least, half at most; the same ones
-    at every start."""
+def choose_part(samples, numbers: np.ndarray, share: float) -> np.ndarray:
+    """That share of some samples, to hold out: `HELD_OUT` at least, half at most. They are chosen
+    by the hash of what each is, so that one more or less moves no more than one over."""
     count = min(max(HELD_OUT, round(share * len(numbers))), len(numbers) // 2) if share else 0
-    return np.random.default_rng(0).permutation(numbers)[:count]
+    hashes = [hashlib.sha256(samples.key(i)).digest() for i in numbers]
+    return numbers[sorted(range(len(numbers)), key=hashes.__getitem__)[:count]]
 
 
 def split_buckets(buckets, reserved, least) -> tuple[dict, dict]:
     """Buckets to learn from, of at least so many samples as far as can be, and those of the samples
-    that are `reserved`, in the same shapes; of both the fullest come first."""
+    that are `reserved`, in the same shapes where one is not quite unlike; of both the fullest come
+    first."""
     rest, reserve = {}, {}
     for shape, members in buckets.items():
         if len(learnt := np.setdiff1d(members, reserved)):

@@ -78,6 +78,10 @@ class FolderSamples(Sequence):
         """What the user finds it by."""
         return f"{self.path}: {self.pairs[i][0]}"
 
+    def key(self, i: int) -> bytes:
+        """What it stays known by, though others come and go."""
+        return os.fsencode(self.pairs[i][0])
+
     def __getitem__(self, i: int) -> OwnSample:
         name, *pair = self.pairs[i]
         texts = map(read_text, list_texts(self.path, name, pair))

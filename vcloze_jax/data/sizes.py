@@ -53,10 +53,9 @@ def measure_samples(samples: Sequence) -> tuple[np.ndarray, dict[int, str]]:
             except PictureError as error:
                 broken[int(i)] = str(error)
     if cut:
-        told = (
-            f"{len(cut)} samples, as {cut[0]}, hold pictures of quite other shapes than their first"
-        )
-        tqdm.write(f"{told}: a third of these or more is cut away", file=sys.stderr)
+        told = f"{len(cut)} samples, as {cut[0]}, hold pictures of quite other shapes than their"
+        told += " first, or than 2:1 or 1:2: a third of these or more is cut away"
+        tqdm.write(told, file=sys.stderr)
     if len(broken) < len(missing):
         content = io.BytesIO()
         np.savez(content, digest=samples.digest, table=table)
@@ -74,7 +73,7 @@ def find_table(samples: Sequence) -> Path:
 
 def measure_sample(sample, folder: Path) -> tuple[tuple[int, ...], bool]:
     """`FIELDS` of a sample, and whether much of it is cut away, as all cells get the shape of its
-    first picture. Raises PictureError for a picture, UserError for what is no sample."""
+    first picture, and that gets one of `ASPECTS`. Raises PictureError for a picture, UserError for what is no sample."""
     _, cells = open_cells(sample.rows, folder, measure_picture)
     for r, row in enumerate(cells):
         if None in row:
@@ -89,6 +88,7 @@ def measure_sample(sample, folder: Path) -> tuple[tuple[int, ...], bool]:
     pair = sample.phrases is not None
     own = math.log(first.width / first.height)
     much = any(abs(aspect - own) >= UNLIKE for aspect in aspects)
+    much |= min(abs(own - math.log(w / h)) for w, h in ASPECTS) >= UNLIKE
     return (pair, len(cells), len(cells[0]), first.width, first.height), much
 
 

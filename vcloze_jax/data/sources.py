@@ -132,7 +132,8 @@ def open_source(recipe: Recipe) -> Source:
 
 def explain_absent(data: str) -> str:
     """What helps where data are not there that seem to be elsewhere; "" where nothing tells."""
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", data) and not Path(data).parent.exists():
+    named = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", data) and not FILE.search(data)
+    if named and not Path(data).parent.exists():
         fetch = f"hf download {data} --repo-type dataset --local-dir {Path(data).name}"
         return f"of Hugging Face they are fetched first: {fetch}"
     return explain_missing(data)
@@ -141,6 +142,7 @@ def explain_absent(data: str) -> str:
 # What a generator draws. NumPy pads seeds with zeros, so that (seed, 7) and (seed, 7, 0) would be
 # one stream; as spawn keys, behind a purpose of their own, no two are.
 DRAW_PURPOSES = ("shape", "example", "preview", "validation")
+FILE = re.compile(r"\.(jsonl?|csv|tsv)$", re.IGNORECASE)  # how no dataset's name ends
 SPARE = 64  # numbers that a grid of a group may try, should the first not be one to show
 
 
@@ -152,11 +154,13 @@ def random_generator(purpose: str, seed: int, number: int) -> np.random.Generato
 
 def deal(rng: np.random.Generator, count: int, size: int) -> list[np.ndarray]:
     """For each grid of a group of `size`, numbers below `count` to ask for its last row: int [k],
-    k at most `SPARE`. No two grids get the same one, but where `count` is less than `size`: then
-    each number comes again as late as can be."""
+    k at most `SPARE`. No two grids get the same one first, but where `count` is less than `size`:
+    then each number comes again as late as can be. Only who has tried all of his own tries those
+    of others."""
     numbers = rng.choice(count, min(count, SPARE * size), replace=False)
     numbers = np.resize(numbers, max(len(numbers), size))  # repeats them
-    return [numbers[i::size] for i in range(size)]
+    places = (np.arange(len(numbers)) - i for i in range(size))
+    return [numbers[np.argsort(place % size, kind="stable")][:SPARE] for place in places]
 
 
 def draw_group(

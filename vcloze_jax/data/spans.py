@@ -1,12 +1,32 @@
 """Where the objects of a file of JSON lie, so that none is held until it is asked for."""
 
 import json
+import mmap
+import os
 import re
+import weakref
 
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.checks import describe_error
 
 BETWEEN = re.compile(r"[\s,\[\]\xef\xbb\xbf]*")  # objects; at most a byte order mark before them
+
+
+class SpanReader:
+    """Spans of a file, by any threads: of one that was cut since they were found what is left of
+    it, where a map of all of it would end the process."""
+
+    def __init__(self, path):
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+
+    def map(self):
+        """All of the file, for as long as nobody changes it."""
+        return mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ)
+
+    def __getitem__(self, span):
+        start, stop = map(int, span)
+        return os.pread(self.descriptor, stop - start, start)
 
 
 def scan_objects(data, block=2**20):

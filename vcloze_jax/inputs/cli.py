@@ -94,12 +94,16 @@ def positive_int(text):
     return int(text)
 
 
-def expand(text):
-    """A path as a type of argparse: ~ is the home also in --out=~/x, which no shell expands; an
-    empty one is what a variable leaves that is not set."""
+def word(text, what="text"):
+    """A text as a type of argparse; an empty one is what a variable leaves that is not set."""
     if not text:
-        raise argparse.ArgumentTypeError("an empty path; is a variable not set?")
-    return os.path.expanduser(text)
+        raise argparse.ArgumentTypeError(f"an empty {what}; is a variable not set?")
+    return text
+
+
+def expand(text):
+    """A path as a type of argparse: ~ is the home also in --out=~/x, which no shell expands."""
+    return os.path.expanduser(word(text, "path"))
 
 
 def path(text):
@@ -173,7 +177,8 @@ def add_model_flags(parser, read_adapter=file_and_scale):
         metavar="FILE[:SCALE]" if read_adapter is file_and_scale else "[NAME=]FILE[:SCALE]",
         help="adapter to fold in, repeatable; on mini it replaces mini's own",
     )
-    add("--mesh", help="8, or data=2,fsdp=2,tensor=2 (default: all accelerators, or one CPU)")
+    devices = "8, or data=2,fsdp=2,tensor=2 (default: all accelerators, or one CPU)"
+    add("--mesh", type=word, help=devices)
 
 
 def run(main, huge_pages=False):

@@ -56,8 +56,8 @@ def flatten_record(record):
     return flat
 
 
-def draw_curves(metrics, validation, picture):
-    """Two logs -> a picture of the loss, as it was and smoothed, and of that on held-out grids."""
+def draw_curves(metrics, validation, picture, shown="held-out grids"):
+    """Two logs -> a picture of the loss, as it was and smoothed, and of that on grids `shown`."""
     from matplotlib.figure import Figure  # slow to import
 
     steps, losses = read_column(metrics, "loss")
@@ -68,7 +68,7 @@ def draw_curves(metrics, validation, picture):
     if losses:
         smooth = np.convolve(losses, np.ones(window) / window, "valid")
         axes.plot(steps[window - 1 :], smooth, color="#e25822", label=f"mean of {window}")
-    axes.plot(*read_column(validation, "loss"), "o-", color="#2255aa", label="held-out grids")
+    axes.plot(*read_column(validation, "loss"), "o-", color="#2255aa", label=shown)
     axes.set(xlabel="step", ylabel="loss")
     axes.legend()
     save_figure(picture, figure)

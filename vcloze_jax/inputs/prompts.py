@@ -45,3 +45,19 @@ def strip_prefix(content: str) -> str:
 def join(*parts: str) -> str:
     """One prompt of the parts that are not empty, one space between."""
     return " ".join(part for part in parts if part)
+
+
+def describe_unread(unread, name="prompt"):
+    """What is not read of a text of this name, a sentence for each reason."""
+    found = []
+    if dropped := count_unread(unread, "dropped_tokens"):
+        found.append(f"the {name} is too long: {dropped} tokens dropped")
+    if unknown := count_unread(unread, "unknown_characters"):
+        found.append(f"the {name} has characters that no token stands for: {unknown}")
+    return found
+
+
+def count_unread(unread, reason):
+    """Of what is not read for this reason: "3 T5, 20 CLIP" or ""."""
+    counts = unread[reason].items()
+    return ", ".join(f"{count} {encoder.upper()}" for encoder, count in counts if count)

@@ -16,12 +16,13 @@ from vcloze_jax.inputs.cli import (
     expand,
     path,
     positive_int,
+    word,
 )
 from vcloze_jax.inputs.papers import PLACEMENTS
 from vcloze_jax.inputs.pictures import check_no_address
 from vcloze_jax.inputs.runfolder import ORIGINS
 
-PATHS = "weights", "lora", "data", "cache"  # of the recipe
+PATHS = "weights", "lora", "data", "data_dir", "cache"  # of the recipe
 TABLES = {"preset": PRESETS, "placement": PLACEMENTS}  # fields of it that name a row of one
 # What a preset's recipe has otherwise for the user's own data: of twenty pairs mini learns a simple
 # task in about two minutes. All of it is free to change, so that runs which began before go on.
@@ -59,7 +60,7 @@ def add_recipe_flags(parser):
         elif f.name in PATHS:
             options["type"] = expand
         elif f.default is not None:
-            options["type"] = type(f.default)
+            options["type"] = word if isinstance(f.default, str) else type(f.default)
         if f.name in TABLES:
             options["choices"] = TABLES[f.name]
         section = f.metadata["section"]

@@ -32,23 +32,24 @@ class RunFolder:
 
     `config` holds the recipe, and under "origins" digests of what it learns from, the compute dtype
     and the versions that ran it last. Where several processes are one run, one of them `writes`; as
-    long as it is not known which one, none.
+    long as it is not known which one, none. What only plans `begins` no run, and is compared with
+    none.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, begins=True):
         self.path, absolute = Path(path), Path(path).absolute()  # "." has no name
         self.sheet = absolute.with_name(f"{absolute.name}-check.png")  # of --check, beside it
         self.config, self.metrics = self.path / "config.json", self.path / "metrics.jsonl"
         self.validation, self.curves = self.path / "validation.jsonl", self.path / "losses.png"
         self.checkpoints, self.previews = self.path / "checkpoints", self.path / "previews"
         self.question = self.path / "question.json"
-        self.held, self.writes = None, count_processes() == 1
+        self.held, self.writes, self.begins = None, count_processes() == 1, begins
 
     def compare(self, recipe):
         """Raise UserError if this cannot be a run's folder, or is of another run, naming what
         differs; what `ORIGINS` names is compared by content, in `compare_origins`."""
         check_no_address(self.path)
-        if not self.writes:
+        if not (self.begins and self.writes):
             return
         if found := NOT_LITERAL.search(str(self.checkpoints.absolute())):
             raise UserError(
@@ -88,7 +89,7 @@ class RunFolder:
     def compare_origins(self, recipe, origins, accepted):
         """Raise UserError where the run was begun with something else than `origins`, {name: digest
         or dtype}, by name, unless that name is among the `accepted`."""
-        if not self.config.exists():
+        if not (self.begins and self.config.exists()):
             return
         old = read_identity(self.config)
         for key in ORIGINS:

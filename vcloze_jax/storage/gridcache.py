@@ -30,7 +30,7 @@ from vcloze_jax.inputs.terminal import si
 from vcloze_jax.rowmemory import RowMemory
 from vcloze_jax.sharding import compute_dtype
 from vcloze_jax.storage.arraystore import ArrayStore
-from vcloze_jax.storage.models import TEXT_ENCODERS, LazyModels
+from vcloze_jax.storage.models import TEXT_ENCODERS, LazyModels, check_loading
 from vcloze_jax.storage.textreader import TextStore
 
 MOST = 10**6  # prompts, 4 TB of FLUX's
@@ -149,15 +149,16 @@ class GridCache:
             time.sleep(1)
 
 
-def fill_cache(source, preset, folder, mesh, tokenizers):
+def fill_cache(source, preset, folder, mesh, tokenizers, checkpoints):
     """A GridCache that holds all which training on a source reads, or None without --cache; no
     model is left in memory. Every host encodes its share, by itself, on its devices. Raises
-    UserError."""
+    UserError, first for what loading would refuse after hours of encoding."""
     if not preset.recipe.cache:
         return None
     here = Mesh(np.reshape(mesh.local_devices, (1, 1, -1, 1)), mesh.axis_names)
     cache = GridCache(preset.recipe, LazyModels(folder, preset, (), here))
     with agreed():
+        check_loading(preset, folder, checkpoints)
         try:
             for store in (cache.rows, cache.texts):
                 store.folder.mkdir(parents=True, exist_ok=True)

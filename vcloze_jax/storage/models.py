@@ -24,6 +24,7 @@ from vcloze_jax.devices import (
 )
 from vcloze_jax.inputs.cachefolder import cache_folder
 from vcloze_jax.inputs.papers import PLACEMENTS
+from vcloze_jax.inputs.pictures import check_writable
 from vcloze_jax.placement import FILL
 from vcloze_jax.sharding import compute_dtype, on_host, shardings
 from vcloze_jax.step import purpose_key
@@ -261,11 +262,14 @@ def load_start(preset):
 
 def check_loading(preset, folder, checkpoints):
     """Raise UserError for what training would refuse when it loads: the newest of a run's
-    checkpoints, tokenizers, the adapter that it goes on from."""
+    checkpoints, tokenizers, the adapter that it goes on from, a cache that cannot be written.
+    Returns the Tokenizers."""
     checkpoint.check_newest(checkpoints)
-    Tokenizers(folder, preset.t5, preset.clip)
+    if preset.recipe.cache:
+        check_writable(Path(preset.recipe.cache), "rows", "--cache")
     if preset.recipe.lora:
         load_start(preset)
+    return Tokenizers(folder, preset.t5, preset.clip)
 
 
 def ready_export(run, trainer, state, folder):
