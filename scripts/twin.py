@@ -224,7 +224,8 @@ def cooled(teacher, noisy, heads):
     is. `of_times` [N, B, 256] are the sinusoids of all times but the last.
     """
     velocity, asked = noisy["velocity"], noisy["share"][..., None] > 0
-    t, c, *times = (x[:, None, None] for x in (noisy["time"], noisy["temperature"], *noisy["times"]))
+    told = noisy["time"], noisy["temperature"], *noisy["times"]
+    t, c, *times = (x[:, None, None] for x in told)
     noise = noisy["x_t"] + (1 - t) * velocity
     rest = torch.where(asked, 1 - c, 0) * noise
     x, way = noise - rest - (1 - times[0]) * velocity, None

@@ -6,7 +6,6 @@ the start. Formats: the dataset card of VisualCloze/Graph200K, and lzyhha/Visual
 """
 
 import hashlib
-import mmap
 from pathlib import Path
 
 import numpy as np

@@ -73,7 +73,8 @@ def find_table(samples: Sequence) -> Path:
 
 def measure_sample(sample, folder: Path) -> tuple[tuple[int, ...], bool]:
     """`FIELDS` of a sample, and whether much of it is cut away, as all cells get the shape of its
-    first picture, and that gets one of `ASPECTS`. Raises PictureError for a picture, UserError for what is no sample."""
+    first picture, and that gets one of `ASPECTS`. Raises PictureError for a picture, UserError for
+    what is no sample."""
     _, cells = open_cells(sample.rows, folder, measure_picture)
     for r, row in enumerate(cells):
         if None in row:
