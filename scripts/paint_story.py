@@ -6,6 +6,8 @@ anything was painted: those of examples/1 to 3, then the same subjects in other 
 
 from pathlib import Path
 
+import jax
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vcloze_jax.data.graph import NODES
@@ -23,6 +25,7 @@ COLUMNS = (  # label, examples, what they show
     ("two others: blur", 2, "blur"),
 )
 SCALE = 2  # of the pictures, beside labels at their own size
+ROW, MOST = 32, 96  # tokens of one, and of three
 LABEL = 26  # pixels above a column
 
 
@@ -34,7 +37,9 @@ def main():
         + [[cell(QUERY, "fluent_3d"), None]]
         for _, count, node in COLUMNS
     ]
-    paintings = Pipeline.load().paint([{"image": grid, "layout_prompt": ""} for grid in grids])
+    noise = np.asarray(jax.random.normal(jax.random.key(0), (MOST, 64), np.float32))  # its end each
+    specs = [{"image": g, "layout_prompt": "", "latents": noise[-len(g) * ROW :]} for g in grids]
+    paintings = Pipeline.load().paint(specs)
     sheets = [painting.grid for painting in paintings]
     width, height = max(s.width for s in sheets), max(s.height for s in sheets)
     size = width * SCALE * len(sheets), height * SCALE + LABEL

@@ -53,6 +53,8 @@ def folder(tmp_path, monkeypatch):
         ("--grid fox.json --seed 0 --seed 0", "--seed: given twice; keep one"),
         ("--grid fox.json --weights=", "argument --weights: an empty path"),
         ("--grid fox.json --out=", "argument --out: an empty path"),
+        ("--grid fox.json --list-tasks", "--grid: nothing is painted where tasks are listed"),
+        ("--grid fox.json --device 0GB", "--device: '0GB' is no size"),
         ("--grid fox.json --out s3://b/fox", "--out s3:/b/fox: an address, not a path"),
         ("--grid fox.json --out=~/file", "home/file: File exists"),
         ("--grid fox.json bad.json", "bad.json: image[0][1]: "),

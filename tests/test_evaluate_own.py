@@ -58,7 +58,7 @@ def run(data, out, *more):
 
 def test_held_out_pairs_are_asked(pairs, tmp_path, echo, capsys):
     """What training holds out, and nothing else, is asked with 0, 1 and 2 examples, each question
-    from one noise; the baselines are what they are called; the table is printed and written."""
+    from one seed; the baselines are what they are called; the table is printed and written."""
     record = run(pairs, tmp_path / "out")
     held = open_own(str(pairs), MINI.recipe).held_out()
     (members,) = held.buckets.values()

@@ -19,6 +19,7 @@ from vcloze_jax import Pipeline
 from vcloze_jax.config import UserError
 from vcloze_jax.inputs.cachefolder import cache_folder
 from vcloze_jax.inputs.spec import ANSWERS
+from vcloze_jax.inputs.specfiles import read_specs
 from vcloze_jax.storage import places, weights
 
 PICTURES = Path(__file__).parents[1] / "examples/pictures"
@@ -269,11 +270,52 @@ def test_digests_of_large_files(tmp_path, monkeypatch):
                 assert changed == (seen or size < 2**20), (size, spot)
 
 
+@pytest.mark.parametrize("specs", [None, 7, [None]])
+def test_what_is_no_spec_is_refused(pipeline, specs):
+    """A user's line, not Python's."""
+    with pytest.raises(UserError, match="is no spec: a file's path, or a dict"):
+        pipeline.paint(specs)
+
+
+def test_rows_may_be_tuples(pipeline):
+    """In a spec as in a call."""
+    rows = tuple(map(tuple, GRID))
+    painted = pipeline.paint([{"image": rows, **SMALL}, {"image": GRID, **SMALL}])
+    assert painted[0].targets[0].tobytes() == painted[1].targets[0].tobytes()
+
+
+def test_an_empty_name_is_no_adapter(pipeline):
+    """It is refused as any other that is not there."""
+    with pytest.raises(UserError, match="adapter: there is no ''"):
+        pipeline(GRID, **SMALL, adapter="")
+
+
+def test_a_seed_of_nothing_is_refused(pipeline):
+    """--seed draws the noise; where that is given, and no second pass draws another, it does
+    nothing."""
+    preset, noise = pipeline.painter.preset, np.zeros((16, 64), np.float32)
+    spec = {"image": GRID, **SMALL, "latents": noise}
+    with pytest.raises(UserError, match="seed: with latents given nothing is drawn"):
+        read_specs([spec], preset, {"seed": 5})
+    assert len(read_specs([spec | {"seed": 5}], preset)) == 1
+
+
+def test_scales_are_told_exactly():
+    """A record's line gives the same picture again."""
+    pairs = [(Path("a"), 0.123456789), (Path("b"), 2.0), (Path("c"), 1.0)]
+    assert places.describe_pairs(pairs) == "a:0.123456789 + b:2 + c"
+
+
 def test_adapters_by_name():
     """An adapter is a path, "FILE:SCALE" or a pair; several are a list; none is mini's own."""
     pairs, named = [(Path("a"), 0.5), (Path("b"), 1.0)], places.named_model
-    for lora in (["a:0.5", Path("b")], pairs):
-        assert named(None, lora) == (places.MINI_FOLDER, pairs)
-    assert places.split_bank([("a", 0.5), "b"]) == (pairs, {})
-    assert named("w", "b") == (Path("w"), pairs[1:]) and named("w", None)[1] == []
+    for lora in (["a:0.5", Path("b")], pairs, [("a", 0.5), "b"]):
+        assert places.split_bank(lora) == (pairs, {})
+    for lora in (("a", 0.5), "a:0.5"):
+        assert places.split_bank(lora) == (pairs[:1], {})
+    for lora in [("a", "0.5")], [("a", None)], [("a",)], [("a", float("nan"))], [7]:
+        with pytest.raises(UserError, match="neither a file, nor"):
+            places.split_bank(lora)
+    assert named(None, pairs) == (places.MINI_FOLDER, pairs)
+    assert named("w", pairs[1:]) == (Path("w"), pairs[1:]) and named("w", None)[1] == []
     assert named(None, None) == (places.MINI_FOLDER, [(places.MINI_LORA, 1.0)])

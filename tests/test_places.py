@@ -40,4 +40,4 @@ def test_an_adapter_is_given_once(tmp_path):
     """The same file twice, however it is spelled, would silently be twice as strong."""
     file = tmp_path / "a.safetensors"
     with pytest.raises(UserError, match="a.safetensors: given twice; give it once, with the sum"):
-        places.named_model(None, [str(file), f"{tmp_path}/../{tmp_path.name}/a.safetensors:0.5"])
+        places.named_model(None, [(file, 1.0), (tmp_path / f"../{tmp_path.name}/{file.name}", 0.5)])

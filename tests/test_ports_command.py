@@ -34,6 +34,15 @@ def test_command(saved, bfl, tmp_path, capsys):
     same(tensors(tmp_path / "third", PRESET), tensors(saved, PRESET))
 
 
+def test_nothing_of_the_users_is_replaced(saved, tmp_path, capsys):
+    """Not even what has the name of an unfinished folder."""
+    (there := tmp_path / "new.part").mkdir()
+    (there / "notes.txt").write_text("mine")
+    assert command.main([str(saved), "--out", str(tmp_path / "new")]) == 2
+    assert "new.part: is in the way" in capsys.readouterr().err
+    assert (there / "notes.txt").read_text() == "mine"
+
+
 def test_command_keeps_types(saved, tmp_path, capsys):
     """Every tensor keeps its own type and bits, also among those that we hold as one; --dtype
     changes it and says how many were rounded, and an overflow is an error."""

@@ -18,7 +18,7 @@ from vcloze_jax.study import __main__ as study
 from vcloze_jax.study import page
 from vcloze_jax.study.asker import Spread
 from vcloze_jax.study.journey import EXAMPLES, TASK
-from vcloze_jax.study.parts import PARTS, Lab, run_part
+from vcloze_jax.study.parts import PARTS
 
 STEPS = 2
 
@@ -90,7 +90,8 @@ def test_a_report_that_is_stopped_keeps_its_parts(tmp_path, monkeypatch):
         return PARTS[name][0], page.Chapter(["measured"], {"n": 1}, {f"{name}.csv": "a,b"})
 
     monkeypatch.setattr(study, "run_part", run)
-    monkeypatch.setattr("vcloze_jax.pipeline.load_painter", lambda *args: None)
+    painter = SimpleNamespace(preset=MINI)
+    monkeypatch.setattr("vcloze_jax.pipeline.load_painter", lambda *args: painter)
     with pytest.raises(KeyboardInterrupt):
         study.main(["walk", "reverse", "looks", "--out", f"{tmp_path}"])
     numbers = json.loads((tmp_path / "study.json").read_text())
@@ -160,9 +161,10 @@ def test_records_are_tables():
 
 
 @pytest.mark.parametrize("part", ["walk", "looks"])
-def test_what_opens_the_model_tells_no_segments(part):
-    """Parts that look into the MMDiT are refused where tokens have segments."""
-    preset = replace(MINI, flux=replace(MINI.flux, placement=DEV))
-    lab = Lab(SimpleNamespace(preset=preset), None, STEPS, True, None)
+def test_what_opens_the_model_tells_no_segments(part, tmp_path, monkeypatch):
+    """Parts that look into the MMDiT are refused where tokens have segments, before others run."""
+    painter = SimpleNamespace(preset=replace(MINI, flux=replace(MINI.flux, placement=DEV)))
+    monkeypatch.setattr("vcloze_jax.pipeline.load_painter", lambda *args: painter)
+    monkeypatch.setattr(study, "run_part", None)
     with pytest.raises(UserError, match=f"{part}: it follows .* is of placement dev"):
-        run_part(part, lab)
+        study.main(["dial", part, "--out", f"{tmp_path}"])

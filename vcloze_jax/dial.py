@@ -33,7 +33,7 @@ def mean_rmse(cells, others):
 
 
 def change_spec(spec):
-    """{what is changed: Spec}. The noise of what stays is what it was."""
+    """{what is changed: Spec}. The query's noise is what it was."""
     *examples, query = spec.grid.rows
     kept = {}
     if len(examples) > 1:

@@ -1,6 +1,6 @@
 """Does the model read its examples? `python -m vcloze_jax.evaluate` (paper, section 4.2).
 
-Every task is asked of the same held-out subjects from the same noise: with 0, 1 and 2 in-context
+Every task is asked of the same held-out subjects from the same seeds: with 0, 1 and 2 in-context
 examples, with the task sentence and without, and with two examples of another task: a wrong
 demonstration, once of the target most unlike the asked one and once of the most alike.
 
@@ -191,8 +191,8 @@ def summarise_table(table):
     hard = [row for row in table.values() if row["copy"]["rmse"] >= row["mean picture"]["rmse"]]
     return {
         **{f"wrong demonstration followed, {kind}": followed(table, kind) for kind in WRONG},
-        "2 examples beat 0, no sentence": share(b < a for a, b in zip(zero, two, strict=True)),
-        "fall of the mean RMSE from 0 to 2": 1 - sum(two) / sum(zero),
+        "2 examples beat 0 on trained tasks": share(b < a for a, b in zip(zero, two, strict=True)),
+        "fall of their mean RMSE from 0 to 2": 1 - sum(two) / sum(zero),
         "output beats copying where the mean picture does": share(
             row["settings"]["2"]["rmse"] < row["copy"]["rmse"] for row in hard
         ),

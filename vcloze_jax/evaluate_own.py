@@ -1,7 +1,7 @@
 """How well a model does on people's own data: `python -m vcloze_jax.evaluate --data PAIRS`.
 
 What training holds out of a folder of pairs or of a JSON-lines file is asked with 0, 1 and 2
-examples, which are held out, too; a sample is asked from the same noise each time. RMSE and SSIM
+examples, which are held out, too; a sample is asked from the same seed each time. RMSE and SSIM
 are those of the painted cells to the truth, in [0, 1]. Beside the model stand two pictures that
 need none: a given cell of the question left as it is (the nearest to the truth, where there are
 several), and the truth's own mean colour.

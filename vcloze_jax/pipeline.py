@@ -6,8 +6,9 @@ painting.images[0].save("b.png")
 """
 
 import json
+import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -39,6 +40,7 @@ from vcloze_jax.references import choose_painter, part_sizes
 from vcloze_jax.storage import adapters, places, weights
 from vcloze_jax.storage.models import LazyModels, check_mesh
 
+ONE = Spec | dict | str | os.PathLike  # what may be a spec
 PARTS = ("load", "text", "vae", "compile", "paint", "decode")  # of the seconds in a record
 
 
@@ -167,13 +169,13 @@ class Pipeline:
         if not isinstance(image, list | tuple):
             raise UserError("image: rows of cells are wanted; paint([…]) takes specs and files")
         table = {key: value for key, value in given.items() if value is not None} | unknown
-        table["image"] = [list(row) if isinstance(row, tuple) else row for row in image]
+        table["image"] = image
         specs = [read_spec(table, self.painter.preset)]
         return self.paint(specs, progress=progress, on_step=on_step)[0]
 
     def paint(
         self,
-        specs: Spec | dict | str | Path | list[Spec | dict | str | Path],
+        specs: Spec | dict | str | os.PathLike | list[Spec | dict | str | os.PathLike],
         *,
         progress: bool = False,
         on_step: Callable[[Step], None] | None = None,
@@ -184,7 +186,7 @@ class Pipeline:
         those that ask for several pictures give as many paintings. The `dial` paints each again
         with its examples in another order, one left out or all, and from other noises: how far it
         moves is in its record. Raises as a call does."""
-        found, alone = [], isinstance(specs, Spec | dict | str | Path)
+        found, alone = [], isinstance(specs, ONE) or not isinstance(specs, Iterable)
         for i, spec in enumerate([specs] if alone else specs):
             read = isinstance(spec, Spec)
             found += [spec] if read else read_specs([spec], self.painter.preset, first=i)
@@ -264,7 +266,9 @@ def describe(canvas):
     grid = spec.grid
     preset = painter.preset
     models = painter.models
-    is_mini = models.folder.resolve() in places.MINIS
+    adapted = models.bank[picked_adapter(spec)]
+    own = all(Path(file).resolve() == places.MINI_LORA for file, _ in adapted)  # or there is none
+    is_mini = own and models.folder.resolve() in places.MINIS
     record = {
         "spec": spec.resolved,
         "prompt": spec.prompt,
@@ -274,7 +278,7 @@ def describe(canvas):
         "compiles": tally["compiled"],
         "attention": kernel_on(painter.mesh, preset),
         "weights": str(models.folder),
-        "adapters": places.describe_adapters(models.folder, models.bank[picked_adapter(spec)]),
+        "adapters": places.describe_adapters(models.folder, adapted),
         "unlike_training": describe_unlike_mini(spec) if is_mini else "",
         "versions": {"vcloze_jax": __version__, "jax": jax.__version__, "flax": flax.__version__},
     }

@@ -113,7 +113,8 @@ def path(text):
 
 def byte_count(text):
     """'24GiB' or '80GB' -> bytes, as a type of argparse."""
-    if not (found := re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT])(i?)B", text)):
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT])(i?)B", text)
+    if not found or not float(found[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 24GiB, or 80GB")
     number, prefix, binary = found.groups()
     return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix) + 1))
@@ -133,6 +134,8 @@ def check_plan_flags(args):
     """Raise UserError for a --device where nothing is planned, and what is planned by none."""
     if args.device and not args.plan:
         raise UserError("--device: is of --plan; add that, or leave it away")
+    if getattr(args, "list_tasks", False) and args.grid:
+        raise UserError("--grid: nothing is painted where tasks are listed; leave either away")
     if args.plan and getattr(args, "dial", False):
         raise UserError("--dial: is not planned, it paints each grid several times; leave it away")
 

@@ -115,7 +115,7 @@ def read_spec(table: dict, preset: Preset, name: str = "grid", source: Path = Pa
     layout, task, content = said = sentences(given, len(grid.rows), grid.columns)
     resolved = {"image": image, **dict(zip(PROMPTS, said, strict=True)), **numbers}
     resolved |= {"latents": latents_path, "upsampling": second}
-    if adapter := read_key(table, "adapter", None, check_text):
+    if (adapter := read_key(table, "adapter", None, check_text)) is not None:
         resolved["adapter"] = adapter
     more = dict(name=name, source=source, resolved=resolved, upsampling=upsampling)
     more["content_prompt"] = prompts.strip_prefix(content)
@@ -179,7 +179,7 @@ def open_cells(rows: list, folder: Path, read=open_picture) -> tuple[list, list]
     pictures; masks are always opened."""
     resolved, opened = [], []
     with error_context("image"):
-        check_type(rows, list)
+        rows = [[*row] if isinstance(row, tuple) else row for row in check_type(rows, list)]
     for r, row in enumerate(rows):
         if not isinstance(row, list):
             found = TYPES.get(type(row)) or describe_value(row)

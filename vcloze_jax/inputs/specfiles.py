@@ -28,7 +28,7 @@ from vcloze_jax.inputs.cli import path as expanded
 from vcloze_jax.inputs.cluster import count_processes
 from vcloze_jax.inputs.pictures import URL, check_file, check_writable, save_png, save_text
 from vcloze_jax.inputs.spec import MAX_SEED, NUMBERS, read_spec
-from vcloze_jax.storage.places import BankedAdapter, adapter_and_name
+from vcloze_jax.storage.places import adapter_and_name, split_bank
 
 MAX_BYTES = 2**22  # of a spec file
 MAX_SPECS = 1024  # of one command
@@ -94,7 +94,7 @@ def read_specs(sources: list, preset: Preset, changes=None, first=0) -> list[Spe
         if isinstance(source, dict):
             specs += read_pictures(source, preset, f"grid-{number}", Path(), changes)
             continue
-        if not isinstance(source, str | Path):
+        if not isinstance(source, str | os.PathLike):
             kind = type(source).__name__
             raise UserError(f"a {kind} is no spec: a file's path, or a dict with the image's rows")
         path = Path(source)
@@ -121,6 +121,8 @@ def read_pictures(table, preset, name, source, changes) -> list[Spec]:
     table = {key: v for key, v in table.items() if key != IMAGES or v is not None}
     count = read_key(table, IMAGES, None, *CHECKS[IMAGES])
     spec = read_spec({k: v for k, v in table.items() if k != IMAGES}, preset, name, source)
+    if "seed" in (changes or {}) and spec.latents is not None and not spec.upsampling:
+        raise UserError("seed: with latents given nothing is drawn; remove either")
     if count is None:
         return [spec]
     if spec.latents is not None and count > 1:
@@ -153,16 +155,16 @@ def write_spec(file: Path, spec: Spec, resolution: int) -> None:
 def check_commands(args, specs: list[Spec]) -> None:
     """Raise UserError where the flags of sample.py cannot do what specs ask: an adapter that no
     --lora names, or as `check_outputs` does."""
-    names = [lora.name for lora in args.lora or () if isinstance(lora, BankedAdapter)]
-    for spec in specs:
-        check_picked(spec, names)
+    _, bank = split_bank(args.lora)
+    for spec in specs if args.preset is None else ():  # which is planned without adapters
+        check_picked(spec, bank)
     check_outputs(args.out, specs, args.film)
 
 
 def check_picked(spec: Spec, names) -> None:
     """Raise UserError where a spec picks an adapter that is none of these."""
     adapter = spec.resolved.get("adapter")
-    if adapter and adapter not in names:
+    if adapter is not None and adapter not in names:
         known = ", ".join(filter(None, names))
         remedy = f"one of {known}" if known else f"add --lora {adapter}=FILE"
         raise UserError(f"{spec.name}: adapter: there is no {adapter!r}; {remedy}")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import numbers
 import os
 import re
 from dataclasses import replace
@@ -95,13 +96,11 @@ def find_snapshot(path):
 
 
 def named_model(weights, lora):
-    """Weights folder and adapters [(file, scale)] that those flags name, or their absence; an
-    adapter may also be a path, or "FILE:SCALE"."""
+    """Weights folder and adapters [(file, scale)] that --weights names and `split_bank` gives."""
     if not lora and not weights:
         return MINI_FOLDER, [(MINI_LORA, 1.0)]
-    lora = [lora] if isinstance(lora, str | Path) else lora or []
-    pairs = [file_and_scale(str(x)) if isinstance(x, str | Path) else x for x in lora]
-    files = [Path(file).resolve() for file, _ in pairs]
+    pairs = lora or []
+    files = [file.resolve() for file, _ in pairs]
     if twice := next((file for file in files if files.count(file) > 1), None):
         raise UserError(f"--lora {twice}: given twice; give it once, with the sum of the scales")
     return find_weights(weights or MINI_FOLDER), pairs
@@ -124,13 +123,29 @@ def adapter_and_name(text):
     return BankedAdapter(found[1], *file_and_scale(os.path.expanduser(found[2])))
 
 
+def is_pair(x):
+    """Whether that is (file, scale)."""
+    return len(x) == 2 and isinstance(x[0], str | Path) and isinstance(x[1], numbers.Real)
+
+
+def read_adapter(x):
+    """What a program may give for --lora -> (file, scale), or a BankedAdapter. Raises UserError."""
+    if isinstance(x, BankedAdapter):
+        return x
+    if isinstance(x, str | Path):
+        return adapter_and_name(str(x))
+    if not isinstance(x, tuple | list) or not is_pair(x) or not math.isfinite(x[1]):
+        raise UserError(f"lora {x!r}: neither a file, nor (file, a finite scale)")
+    return Path(x[0]), float(x[1])
+
+
 def split_bank(lora):
-    """The adapters that --lora names: those without a name, or None, and {name: those that paint
-    where a spec picks it}. Raises UserError where two have one name."""
-    lora = [lora] if isinstance(lora, str | Path) else lora or []
-    lora = [adapter_and_name(str(x)) if isinstance(x, str | Path) else x for x in lora]
-    common = [(Path(x[0]), x[1]) for x in lora if not isinstance(x, BankedAdapter)]
-    bank = {}
+    """The adapters that --lora names, or a program, as paths, "FILE:SCALE" or (file, scale): those
+    without a name, or None, and {name: those that paint where a spec picks it}. Raises UserError,
+    also where two have one name."""
+    one = isinstance(lora, str | Path) or (isinstance(lora, tuple) and is_pair(lora))
+    lora = [read_adapter(x) for x in ([lora] if one else lora or [])]
+    common, bank = [x for x in lora if not isinstance(x, BankedAdapter)], {}
     for name, *pair in (x for x in lora if isinstance(x, BankedAdapter)):
         if name in bank:
             raise UserError(f"--lora {name}={pair[0]}: {name} is named twice")
@@ -153,7 +168,8 @@ def describe_adapters(folder, pairs):
 
 def describe_pairs(pairs):
     """Adapters [(file, scale)] as their flags say them."""
-    return " + ".join(f"{file}:{scale:g}" if scale != 1 else str(file) for file, scale in pairs)
+    exact = lambda scale: repr(float(scale)).removesuffix(".0")  # noqa: E731
+    return " + ".join(f"{file}:{exact(x)}" if x != 1 else str(file) for file, x in pairs)
 
 
 def file_and_scale(text):

@@ -37,9 +37,10 @@ from vcloze_jax.inputs import cli
 from vcloze_jax.inputs.pictures import check_writable, save_text
 from vcloze_jax.inputs.specfiles import check_picked, read_specs
 from vcloze_jax.storage import places
+from vcloze_jax.storage.places import describe_pairs
 from vcloze_jax.study.judges import FLAGS, check_judge
 from vcloze_jax.study.page import Chapter, TextTable, write_html, write_markdown
-from vcloze_jax.study.parts import Lab, choose_parts, run_part
+from vcloze_jax.study.parts import Lab, check_parts, choose_parts, run_part
 from vcloze_jax.study.photographs import photograph_files
 from vcloze_jax.study.trainings import count_cores
 
@@ -72,7 +73,7 @@ def main(argv):
     for name, what in FLAGS.items():
         help = f"{what} of yours, in transformers' layout, for tables"
         add(f"--{name}", type=cli.path, metavar="FOLDER", help=help)
-    help = "of your own, for dial"
+    help = "of your own, for dial, in as many steps as they say"
     add("--grid", nargs="+", action="extend", default=[], type=cli.path, metavar="SPEC", help=help)
     args = parser.parse_args(argv)
     parts = choose_parts(args.parts, args.quick)
@@ -95,6 +96,7 @@ def main(argv):
 
     source = open_tasks("", MINI.recipe).held_out()
     painter = load_painter(cli.fetch_weights(args), args.lora, args.mesh)
+    check_parts(parts, painter.preset.flux.placement)
     how = args.num_inference_steps, args.quick, bar_below, args.out
     lab = Lab(painter, source, *how, args.photographs, items, grids, judges)
     model = args.asked if args.weights else "mini"
@@ -152,7 +154,7 @@ def describe_command(args, parts):
     words += ["--weights", args.asked] if args.weights else []
     words += ["--mesh", args.mesh] if args.mesh else []
     for file, scale in args.lora or ():
-        words += ["--lora", f"{file}:{scale:g}"]
+        words += ["--lora", describe_pairs([(file, scale)])]
     words += ["--photographs", args.photographs] if args.photographs else []
     words += ["--data-dir", args.data_dir] if args.data_dir else []
     for name in FLAGS:

@@ -49,10 +49,15 @@ def choose_parts(names, quick):
     return [name for name in PARTS if name in names or not names and not (quick and name in SLOW)]
 
 
+def check_parts(names, placement):
+    """Raise UserError for a part that cannot see into a model of this Placement."""
+    for name in OPENING if placement.by_segment else ():
+        if name in names:
+            reason = "it follows noise with its condition beside it; this adapter is of placement"
+            raise UserError(f"{name}: {reason} {placement.name}; name other parts")
+
+
 def run_part(name, lab):
-    """(title, Chapter) of one part. Raises UserError where it cannot see into this model."""
+    """(title, Chapter) of one part."""
     title, place = PARTS[name]
-    if name in OPENING and (placement := lab.painter.preset.flux.placement).by_segment:
-        reason = "it follows noise with its condition beside it, and this adapter is of placement"
-        raise UserError(f"{name}: {reason} {placement.name}; name other parts")
     return title, resolve_name(f"vcloze_jax.study.{place}")(lab)
