@@ -124,7 +124,8 @@ def write_folder(source: Path, out: Path, dtype: str | None = None) -> tuple[int
     preset = weights.checked_preset(source)
     print(f"weights: {weights.summary(source, preset)}")
     part_of, rounded, scaled = out.with_name(out.name + ".part"), 0, 0
-    shutil.rmtree(part_of, ignore_errors=True)
+    if part_of.exists():
+        raise UserError(f"{part_of}: is in the way; remove it, or name another folder")
     try:
         shutil.copytree(source, part_of, ignore=list_left_out)
         for file, entries in weights.described(preset, weights.MODELS).items():
