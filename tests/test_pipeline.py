@@ -281,7 +281,7 @@ def test_rows_may_be_tuples(pipeline):
     """In a spec as in a call."""
     rows = tuple(map(tuple, GRID))
     painted = pipeline.paint([{"image": rows, **SMALL}, {"image": GRID, **SMALL}])
-    assert painted[0].targets[0].tobytes() == painted[1].targets[0].tobytes()
+    assert painted[0].images[0].tobytes() == painted[1].images[0].tobytes()
 
 
 def test_an_empty_name_is_no_adapter(pipeline):

@@ -179,7 +179,8 @@ def open_cells(rows: list, folder: Path, read=open_picture) -> tuple[list, list]
     pictures; masks are always opened."""
     resolved, opened = [], []
     with error_context("image"):
-        rows = [[*row] if isinstance(row, tuple) else row for row in check_type(rows, list)]
+        rows = check_type([*rows] if isinstance(rows, tuple) else rows, list)
+        rows = [[*row] if isinstance(row, tuple) else row for row in rows]
     for r, row in enumerate(rows):
         if not isinstance(row, list):
             found = TYPES.get(type(row)) or describe_value(row)
