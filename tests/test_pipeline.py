@@ -298,24 +298,3 @@ def test_a_seed_of_nothing_is_refused(pipeline):
     with pytest.raises(UserError, match="seed: with latents given nothing is drawn"):
         read_specs([spec], preset, {"seed": 5})
     assert len(read_specs([spec | {"seed": 5}], preset)) == 1
-
-
-def test_scales_are_told_exactly():
-    """A record's line gives the same picture again."""
-    pairs = [(Path("a"), 0.123456789), (Path("b"), 2.0), (Path("c"), 1.0)]
-    assert places.describe_pairs(pairs) == "a:0.123456789 + b:2 + c"
-
-
-def test_adapters_by_name():
-    """An adapter is a path, "FILE:SCALE" or a pair; several are a list; none is mini's own."""
-    pairs, named = [(Path("a"), 0.5), (Path("b"), 1.0)], places.named_model
-    for lora in (["a:0.5", Path("b")], pairs, [("a", 0.5), "b"]):
-        assert places.split_bank(lora) == (pairs, {})
-    for lora in (("a", 0.5), "a:0.5"):
-        assert places.split_bank(lora) == (pairs[:1], {})
-    for lora in [("a", "0.5")], [("a", None)], [("a",)], [("a", float("nan"))], [7]:
-        with pytest.raises(UserError, match="neither a file, nor"):
-            places.split_bank(lora)
-    assert named(None, pairs) == (places.MINI_FOLDER, pairs)
-    assert named("w", pairs[1:]) == (Path("w"), pairs[1:]) and named("w", None)[1] == []
-    assert named(None, None) == (places.MINI_FOLDER, [(places.MINI_LORA, 1.0)])

@@ -41,3 +41,24 @@ def test_an_adapter_is_given_once(tmp_path):
     file = tmp_path / "a.safetensors"
     with pytest.raises(UserError, match="a.safetensors: given twice; give it once, with the sum"):
         places.named_model(None, [(file, 1.0), (tmp_path / f"../{tmp_path.name}/{file.name}", 0.5)])
+
+
+def test_scales_are_told_exactly():
+    """A record's line gives the same picture again."""
+    pairs = [(Path("a"), 0.123456789), (Path("b"), 2.0), (Path("c"), 1.0)]
+    assert places.describe_pairs(pairs) == "a:0.123456789 + b:2 + c"
+
+
+def test_adapters_by_name():
+    """An adapter is a path, "FILE:SCALE" or a pair; several are a list; none is mini's own."""
+    pairs, named = [(Path("a"), 0.5), (Path("b"), 1.0)], places.named_model
+    for lora in (["a:0.5", Path("b")], pairs, [("a", 0.5), "b"]):
+        assert places.split_bank(lora) == (pairs, {})
+    for lora in (("a", 0.5), "a:0.5"):
+        assert places.split_bank(lora) == (pairs[:1], {})
+    for lora in [("a", "0.5")], [("a", None)], [("a",)], [("a", float("nan"))], [7]:
+        with pytest.raises(UserError, match="neither a file, nor"):
+            places.split_bank(lora)
+    assert named(None, pairs) == (places.MINI_FOLDER, pairs)
+    assert named("w", pairs[1:]) == (Path("w"), pairs[1:]) and named("w", None)[1] == []
+    assert named(None, None) == (places.MINI_FOLDER, [(places.MINI_LORA, 1.0)])

@@ -158,7 +158,6 @@ def fill_cache(source, preset, folder, mesh, tokenizers, checkpoints):
     here = Mesh(np.reshape(mesh.local_devices, (1, 1, -1, 1)), mesh.axis_names)
     cache = GridCache(preset.recipe, LazyModels(folder, preset, (), here))
     with agreed():
-        check_loading(preset, folder, checkpoints)
         try:
             for store in (cache.rows, cache.texts):
                 store.folder.mkdir(parents=True, exist_ok=True)
@@ -170,6 +169,7 @@ def fill_cache(source, preset, folder, mesh, tokenizers, checkpoints):
         rows_done, texts_done = (note.exists() for note in notes)
         keys = [] if texts_done else list_keys(prompts, tokenizers)
         if not (rows_done and texts_done):
+            check_loading(preset, folder, checkpoints)
             cache.announce(keys, *(0, 0) if rows_done else count_rows(source))
         if not rows_done:
             cache.fill_rows(source)
