@@ -149,7 +149,7 @@ def test_what_is_cut_away_is_told(tmp_path, capfd):
     assert f"6 samples, as {folder}: 000" in capfd.readouterr().err
 
 
-# --- broken samples ---
+# --- samples that change, and odd ones ---
 
 
 def test_pictures_that_were_replaced_are_measured_anew(tmp_path):
